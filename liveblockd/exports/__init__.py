@@ -1,0 +1,1 @@
+"""Ways in for a guest: exports and the NBD server."""

@@ -1,0 +1,1 @@
+"""Image formats: where the bytes of a guest live."""

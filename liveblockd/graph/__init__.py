@@ -1,0 +1,1 @@
+"""Nodes, backing chains and who uses them."""

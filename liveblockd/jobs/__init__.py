@@ -1,0 +1,1 @@
+"""Long work on the graph: the scheduler and the jobs."""

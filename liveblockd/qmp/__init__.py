@@ -1,0 +1,1 @@
+"""The monitor protocol: QMP and HMP."""

@@ -1,0 +1,1 @@
+"""QMP commands, an area a module."""

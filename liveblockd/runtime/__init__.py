@@ -1,0 +1,1 @@
+"""Event loop, bounded worker pool and clock: what runs the rest."""
