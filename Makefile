@@ -2,29 +2,40 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+SEEDS ?= 200
 
-.PHONY: all demo test test-all check lint coverage bench clean peers
+# What the tests compare with; each is optional, its tests are skipped without it.
+PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
+
+.PHONY: all demo test test-all stress check lint coverage peers clean
 
 all: $(VENV)/.run
 
 $(VENV)/.run: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || tools/debian-packages python3-venv
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -e .
-	touch $@
+	$(PIP) -e .
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[test,dev]'
-	touch $@
+	$(PIP) -e '.[test,dev]'
+	@touch $@
+
+peers:
+	@tools/debian-packages --optional $(PEERS)
 
 demo: $(VENV)/.run
-	$(BIN)/python -m liveblockd.demo
+	@$(BIN)/python -m liveblockd.demo
 
-test: $(VENV)/.dev
-	$(PYTEST) -n 2 -m 'not slow'
+test: $(VENV)/.dev peers
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-all: $(VENV)/.dev
-	$(PYTEST) -n 2
+test-all: $(VENV)/.dev peers
+	$(BIN)/python -m pytest -n 2
+
+stress: $(VENV)/.dev peers
+	$(BIN)/python -m tests.simulation.stress --seeds $(SEEDS)
 
 check: lint coverage
 
@@ -34,9 +45,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-coverage: $(VENV)/.dev
+coverage: $(VENV)/.dev peers
 	$(BIN)/coverage run -m pytest -m 'not slow'
 	$(BIN)/coverage report --skip-covered
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* .import_linter_cache
