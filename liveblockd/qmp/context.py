@@ -1,0 +1,56 @@
+"""What a QMP command is given of the daemon.
+
+The composition root makes one ``Context`` and hands it to every monitor. Runs on the event loop;
+raises nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from liveblockd.events import Publisher
+
+if TYPE_CHECKING:
+    from liveblockd.exports.registry import ExportRegistry
+    from liveblockd.graph.graph import Graph
+    from liveblockd.jobs.scheduler import Scheduler
+    from liveblockd.qmp.session import Session
+    from liveblockd.runtime.workers import WorkerPool
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """The parts of the daemon that commands work on."""
+
+    graph: Graph
+    scheduler: Scheduler
+    exports: ExportRegistry
+    workers: WorkerPool
+    publisher: Publisher
+    #: ends the daemon; returns at once, the work is done after the reply (``daemon.py``)
+    on_quit: Callable[[str], None]
+    #: prints what QEMU prints on stdout ("Formatting ..."), flushed on return
+    console: Callable[[str], None] = print
+    #: what a package keeps for the daemon's life (object registry, job defaults), by its name
+    parts: dict[str, Any] = field(default_factory=dict)
+    #: live QMP sessions
+    sessions: set[Session] = field(default_factory=set)
+    #: held by the one command that runs; queries do not take it
+    command_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    quitting: bool = False
+
+    def quit(self, reason: str = "host-qmp-quit") -> None:
+        """End the daemon after the reply that is under way; no session answers more commands."""
+        if not self.quitting:
+            self.quitting = True
+            self.on_quit(reason)
+
+
+#: the session whose command runs, for the few commands that ask (``x-liveblock-*``)
+asking_session: ContextVar[Session | None] = ContextVar("asking_session", default=None)
+
+__all__ = ["Awaitable", "Context", "asking_session"]

@@ -1,0 +1,106 @@
+"""Every QMP command by name, and how one is run (qmp-spec, section 2.3).
+
+A module in ``qmp/commands`` registers its commands::
+
+    @command("block-stream", args=BlockStream, aliases=("block_stream",))
+    async def block_stream(context: Context, arguments: BlockStream) -> None: ...
+
+``load()`` imports all those modules once; a name taken twice is refused then. ``execute`` checks
+the arguments and runs the command, one at a time over all clients unless it is a ``query``.
+
+Runs on the event loop. Errors: BlockError, OSError and whatever a command lets out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.qapi import QapiModel, parse
+from liveblockd.qmp.context import Context
+
+
+class NoArguments(QapiModel):
+    """What a command without arguments is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A QMP command; ``returns`` is an annotation (a QapiModel, ``list[X]``, ``str``) or None."""
+
+    name: str
+    function: Callable[[Context, Any], Awaitable[Any]]
+    args: type[QapiModel]
+    returns: Any
+    query: bool
+    features: tuple[str, ...]
+
+
+_commands: dict[str, Command] = {}
+_Function = TypeVar("_Function", bound=Callable[[Any, Any], Awaitable[Any]])
+
+
+def command(
+    name: str,
+    *,
+    args: type[QapiModel] | None = None,
+    returns: Any = None,
+    aliases: tuple[str, ...] = (),
+    query: bool = False,
+    features: tuple[str, ...] = (),
+) -> Callable[[_Function], _Function]:
+    """Register ``async def f(context, arguments)`` as QMP command ``name`` and ``aliases``.
+
+    ``query`` lets it run beside other commands: it may change nothing and await nothing slow.
+    ``features`` are QAPI features (``deprecated``, ``unstable``). Raises ValueError for a name
+    that is taken.
+    """
+
+    def register(function: _Function) -> _Function:
+        for spelling in (name, *aliases):
+            if spelling in _commands:
+                raise ValueError(f"QMP command {spelling} is registered twice")
+            _commands[spelling] = Command(
+                spelling, function, args or NoArguments, returns, query, features
+            )
+        return function
+
+    return register
+
+
+def load() -> None:
+    """Import every module of ``qmp/commands``, so that all commands are known."""
+    package = importlib.import_module("liveblockd.qmp.commands")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def commands() -> dict[str, Command]:
+    """All registered commands by name, in the order of registration."""
+    return _commands
+
+
+def find(name: str) -> Command:
+    """The command ``name``; BlockError of class CommandNotFound without one."""
+    try:
+        return _commands[name]
+    except KeyError:
+        raise BlockError(
+            f"The command {name} has not been found", error_class=ErrorClass.COMMAND_NOT_FOUND
+        ) from None
+
+
+async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any:
+    """Check ``arguments`` and run command ``name``; what it returns, or {}."""
+    found = find(name)
+    parsed = parse(found.args, arguments)
+    if found.query:
+        returned = await found.function(context, parsed)
+    else:
+        async with context.command_lock:
+            returned = await found.function(context, parsed)
+    return {} if returned is None else returned
