@@ -19,6 +19,10 @@ Rules that all drivers keep (DESIGN, section 3):
 Which errors escape: ``OSError`` (I/O), ``BlockError`` from ``open`` and from the management calls.
 """
 
+# The signatures are what this module is for: arguments that the defaults here do not use, and
+# defaults that do nothing.
+# ruff: noqa: ARG002, B027, D102
+
 from __future__ import annotations
 
 import abc
@@ -29,6 +33,17 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 from liveblockd.errors import BlockError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class Permission(enum.IntFlag):
+    """What a user of a node does with it, or lets others do; the numbers are those of the locks."""
+
+    NONE = 0
+    CONSISTENT_READ = 1
+    WRITE = 2
+    WRITE_UNCHANGED = 4
+    RESIZE = 8
+    ALL = 15
 
 
 class ExtentKind(enum.IntEnum):
@@ -168,6 +183,14 @@ class BlockDriver(abc.ABC):
         """Change between read-write and read-only, flushing before; may raise BlockError."""
         self.read_only = read_only
 
+    async def set_permissions(self, used: Permission, shared: Permission) -> None:
+        """All that the users above need together, and what each of them lets others do.
+
+        A protocol driver locks its image by that (``storage/README.md``); a driver with children
+        does nothing, for the graph tells the children itself. On BlockError (another process, or
+        another node, has the image) nothing has changed. Giving up permissions never fails.
+        """
+
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""
         return None
@@ -184,7 +207,9 @@ class BlockDriver(abc.ABC):
         """The backing format that the header states, or None."""
         return None
 
-    async def change_backing_file(self, backing_file: str | None, backing_format: str | None) -> None:
+    async def change_backing_file(
+        self, backing_file: str | None, backing_format: str | None
+    ) -> None:
         """Rewrite the backing link of the header; all that makes it true is durable before it."""
         raise BlockError(f"{self.driver_name} has no backing file", errno=95)
 
@@ -229,5 +254,9 @@ class BlockDriver(abc.ABC):
 
     def limits(self) -> dict[str, int]:
         """BlockLimitsInfo of qapi/block-core.json, under QMP names."""
-        return {"request-alignment": self.request_alignment, "min-mem-alignment": 1,
-                "opt-mem-alignment": 4096, "max-iov": 1024}
+        return {
+            "request-alignment": self.request_alignment,
+            "min-mem-alignment": 1,
+            "opt-mem-alignment": 4096,
+            "max-iov": 1024,
+        }

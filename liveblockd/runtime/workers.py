@@ -1,0 +1,208 @@
+"""A few threads that run blocking calls for the event loop, with one wake-up per batch of results.
+
+Runs on: ``submit``, ``run``, ``idle`` and ``close`` on the event loop; the jobs on workers.
+
+Invariants:
+
+* A job that was submitted runs, once and to its end. Cancelling the coroutine or the future that
+  waits for it only means that nobody looks at the result: the system call cannot be taken back.
+  Whoever owns a descriptor or a buffer that jobs use submits them through a ``JobGroup`` and waits
+  for ``group.idle()`` before closing or reusing it.
+* A job is self-contained: it gets descriptors, offsets and buffers, and touches no state that the
+  event loop changes.
+* Results reach the loop in the order in which the jobs ended.
+
+Errors: what the job raised comes out of the future; ``RuntimeError`` from a pool that is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+DEFAULT_THREADS = 4
+
+# (future, function, arguments, group); None ends a thread
+_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], "JobGroup | None"]
+
+
+class WorkerPool:
+    """Up to ``threads`` daemon threads, each started when there is first work for it."""
+
+    def __init__(self, threads: int = DEFAULT_THREADS, *, name: str = "worker") -> None:
+        if threads < 1:
+            raise ValueError("a worker pool needs a thread")
+        self._limit = threads
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._done: deque[tuple[_Job, Any, BaseException | None]] = deque()
+        self._wake_up_pending = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        #: jobs that were submitted and whose results the loop has not seen
+        self._outstanding = 0
+        self._idle_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs submitted and not yet delivered."""
+        return self._outstanding
+
+    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
+        return self._submit(fn, args, None)
+
+    async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The result of ``fn(*args)``, run on a worker; see the module for cancellation."""
+        return await self._submit(fn, args, None)
+
+    def group(self) -> JobGroup:
+        """A set of jobs that can be waited for together, for the owner of what they use."""
+        return JobGroup(self)
+
+    async def idle(self) -> None:
+        """Return when no job is queued or running, whoever waits for it or no longer does."""
+        while self._outstanding:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    def close(self) -> None:
+        """Let the queued jobs end, join the threads and hand out the results.
+
+        Blocks for as long as the jobs take: ``await idle()`` first. Twice is harmless.
+        """
+        self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        if self._loop is not None and not self._loop.is_closed():
+            self._deliver()
+
+    def _submit(
+        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+    ) -> asyncio.Future[T]:
+        if self._closed:
+            raise RuntimeError("the worker pool is closed")
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._outstanding += 1
+        if self._outstanding > len(self._threads) < self._limit:
+            self._start_thread()
+        self._queue.put((future, fn, args, group))
+        return future
+
+    def _start_thread(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # The host gives no more threads: those that run take the work, but one there must be.
+            if not self._threads:
+                self._outstanding -= 1
+                raise
+            return
+        self._threads.append(thread)
+
+    def _work(self) -> None:
+        """The life of a thread."""
+        get, done = self._queue.get, self._done
+        while (job := get()) is not None:
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = job[1](*job[2])
+            except BaseException as exc:
+                error = exc
+            done.append((job, result, error))
+            # Nothing of this job may stay alive while the thread waits for the next one.
+            del job, result, error
+            # Appended first, then looked at: `_deliver` clears the flag before it drains, so a
+            # flag seen set means that the drain is still to come and will find this result.
+            if not self._wake_up_pending:
+                self._wake_up_pending = True
+                assert self._loop is not None
+                try:
+                    self._loop.call_soon_threadsafe(self._deliver)
+                except RuntimeError:
+                    return  # the loop is gone, and so is everybody who could look at a result
+
+    def _deliver(self) -> None:
+        """Give out all results that are there; on the loop."""
+        self._wake_up_pending = False
+        pop = self._done.popleft
+        while True:
+            try:
+                (future, _, _, group), result, error = pop()
+            except IndexError:
+                break
+            self._outstanding -= 1
+            if not future.done():  # else: cancelled, nobody wants to know
+                if error is None:
+                    future.set_result(result)
+                elif isinstance(error, StopIteration):  # a future refuses this one
+                    future.set_exception(RuntimeError(f"a job raised {error!r}"))
+                else:
+                    future.set_exception(error)
+            if group is not None:
+                group.job_ended()
+        if not self._outstanding and self._idle_waiters:
+            _wake(self._idle_waiters)
+
+
+class JobGroup:
+    """The jobs of one owner (of a descriptor, of buffers): ``await idle()`` before letting go."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._count = 0
+        self._idle_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def count(self) -> int:
+        """Jobs of this group that have not ended."""
+        return self._count
+
+    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """As ``WorkerPool.submit``; the job counts until it has ended, waited for or not."""
+        future = self._pool._submit(fn, args, self)
+        self._count += 1
+        return future
+
+    async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """As ``WorkerPool.run``."""
+        return await self.submit(fn, *args)
+
+    async def idle(self) -> None:
+        """Return when every job of the group has ended."""
+        while self._count:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    def job_ended(self) -> None:
+        """Called by the pool, once a job."""
+        self._count -= 1
+        assert self._count >= 0
+        if not self._count and self._idle_waiters:
+            _wake(self._idle_waiters)
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()

@@ -1,0 +1,102 @@
+"""Which block drivers there are, and what a driver is given of the daemon.
+
+A driver module registers its class by ``@register_driver``; two of one name are refused. The
+registry holds protocol drivers and formats alike: ``blockdev-add`` knows one list.
+
+Runs on: import time and the event loop. Errors: ``BlockError`` for an unknown driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from liveblockd.errors import BlockError
+from liveblockd.events import Publisher
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage.driver import BlockDriver, BlockIO
+from liveblockd.storage.options import BlockdevOptions, option_models
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What drivers need of the daemon; one a node (``dataclasses.replace`` for the next)."""
+
+    workers: WorkerPool
+    publisher: Publisher = field(default_factory=Publisher)
+    #: name of the node that is being opened
+    node_name: str = ""
+    #: name of the ``file`` child as QEMU shows it, for relative backing names; "" without one
+    filename: str = ""
+
+
+class OpenableDriver(Protocol):
+    """What a registered class has beyond ``BlockDriver``."""
+
+    driver_name: str
+    Options: type[BlockdevOptions]
+
+    @classmethod
+    async def open(
+        cls, options: Any, children: dict[str, BlockIO], environment: Environment
+    ) -> BlockDriver:
+        """Open the image; raises BlockError and leaves nothing behind then."""
+
+
+DriverClass = TypeVar("DriverClass", bound=type[BlockDriver])
+
+_drivers: dict[str, Any] = {}
+
+#: storage drivers, imported by ``load_drivers``
+STORAGE_MODULES = (
+    "liveblockd.storage.file",
+    "liveblockd.storage.null",
+    "liveblockd.storage.blkdebug",
+)
+
+
+def register_driver(driver: DriverClass) -> DriverClass:
+    """Make a driver known by its ``driver_name``; ValueError if the name is taken."""
+    name = driver.driver_name
+    if name in _drivers:
+        raise ValueError(f"two drivers are called {name!r}: {_drivers[name]!r} and {driver!r}")
+    options = getattr(driver, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, BlockdevOptions)):
+        raise ValueError(f"driver {name!r} has no Options that extend BlockdevOptions")
+    _drivers[name] = driver
+    option_models[name] = options
+    return driver
+
+
+def load_drivers() -> None:
+    """Import the protocol drivers of this package; the formats are imported by theirs."""
+    for module in STORAGE_MODULES:
+        importlib.import_module(module)
+
+
+def drivers() -> Mapping[str, Any]:
+    """All registered driver classes by name."""
+    return MappingProxyType(_drivers)
+
+
+def find_driver(name: str) -> Any:
+    """The class registered as ``name``; BlockError in QEMU's words when there is none."""
+    try:
+        return _drivers[name]
+    except KeyError:
+        raise BlockError(f"Unknown driver '{name}'") from None
+
+
+def blockdev_union() -> Any:
+    """The union of the ``Options`` of all drivers, for introspection of ``blockdev-add``.
+
+    Values are parsed by ``qapi.parse(BlockdevOptions, value)``, which picks the variant by its
+    ``driver`` at once.
+    """
+    models = [option_models[name] for name in sorted(option_models)]
+    return functools.reduce(operator.or_, models)

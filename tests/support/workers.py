@@ -1,0 +1,87 @@
+"""Doubles of ``runtime.workers.WorkerPool`` without threads.
+
+``InlineWorkers`` runs a job when it is submitted. ``SeededWorkers`` queues the jobs and runs them
+on the loop one by one in an order that a seed decides: what a test saw once it can see again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from liveblockd.runtime.workers import JobGroup, WorkerPool
+
+T = TypeVar("T")
+
+
+def _finish(future: asyncio.Future[Any], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        result = fn(*args)
+    except Exception as error:
+        if not future.done():
+            future.set_exception(error)
+    else:
+        if not future.done():
+            future.set_result(result)
+
+
+class InlineWorkers(WorkerPool):
+    """A job has run when ``submit`` returns."""
+
+    def _submit(
+        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+    ) -> asyncio.Future[T]:
+        if self._closed:
+            raise RuntimeError("the worker pool is closed")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        _finish(future, fn, args)
+        if group is not None:
+            asyncio.get_running_loop().call_soon(group.job_ended)
+        return future
+
+
+class SeededWorkers(WorkerPool):
+    """Jobs run later, in an order drawn from ``seed``; ``step`` runs one now."""
+
+    def __init__(self, seed: int, *, automatic: bool = True) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        self.automatic = automatic
+        self.queued: list[tuple[asyncio.Future[Any], Any, tuple[Any, ...], JobGroup | None]] = []
+
+    def _submit(
+        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+    ) -> asyncio.Future[T]:
+        if self._closed:
+            raise RuntimeError("the worker pool is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._outstanding += 1
+        self.queued.append((future, fn, args, group))
+        if self.automatic:
+            loop.call_soon(self._later, self.random.randrange(4))
+        return future
+
+    def _later(self, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._later, turns - 1)
+        else:
+            self.step()
+
+    def step(self) -> bool:
+        """Run one queued job; False when there is none."""
+        if not self.queued:
+            return False
+        future, fn, args, group = self.queued.pop(self.random.randrange(len(self.queued)))
+        _finish(future, fn, args)
+        self._outstanding -= 1
+        if group is not None:
+            group.job_ended()
+        if not self._outstanding:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        return True
