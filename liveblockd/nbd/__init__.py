@@ -1,1 +1,1 @@
-"""The NBD protocol as pure state machines: bytes in, bytes and requests out."""
+"""The NBD protocol as values and bytes: negotiation, requests, replies (PURE)."""
