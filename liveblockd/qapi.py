@@ -624,11 +624,14 @@ def parse_size(text: str) -> int | None:
     """Bytes in ``10``, ``0x10``, ``64k``, ``1.5G``; None for no size. Suffixes are binary."""
     if match := re.fullmatch(r"0[xX]([0-9a-fA-F]{1,16})", text):
         return int(match[1], 16)
-    match = re.fullmatch(r"([0-9]{1,20})(?:\.([0-9]{0,20}))?([bkmgtpe]?)", text, re.I | re.A)
+    match = re.fullmatch(
+        r"([0-9]{1,20})(?:\.([0-9]{0,20}))?([bkmgtpe]?)", text, re.IGNORECASE | re.ASCII
+    )
     if match is None:
         return None
     whole, fraction, suffix = match.groups()
     unit = _SUFFIXES.get(suffix.lower(), 1)
     if fraction is not None and unit == 1:
         return None
-    return int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction or "")
+    part = int(fraction or 0) * unit // int("1" + "0" * len(fraction or ""))
+    return int(whole) * unit + part
