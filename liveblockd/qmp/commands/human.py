@@ -1,0 +1,24 @@
+"""human-monitor-command: a line of the human monitor through QMP (QEMU qapi/misc.json).
+
+Runs on the event loop, under the lock that every command holds.
+"""
+
+from __future__ import annotations
+
+from liveblockd.qapi import QapiModel
+from liveblockd.qmp.context import Context
+from liveblockd.qmp.hmp import run_line
+from liveblockd.qmp.registry import command
+
+
+class HumanMonitorCommand(QapiModel):
+    """``cpu_index`` is accepted; there is no CPU that a block command could mean."""
+
+    command_line: str
+    cpu_index: int | None = None
+
+
+@command("human-monitor-command", args=HumanMonitorCommand, returns=str)
+async def human_monitor_command(context: Context, arguments: HumanMonitorCommand) -> str:
+    """What the line prints; its errors are part of that text, not errors of this command."""
+    return await run_line(context, arguments.command_line)

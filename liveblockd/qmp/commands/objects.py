@@ -1,0 +1,325 @@
+"""object-add, object-del and the little of QOM that block clients ask (QEMU qapi/qom.json).
+
+An object is a named set of options that others refer to: a secret, credentials, limits. They are
+kept in ``ObjectRegistry`` (``context.parts["objects"]``); who uses one holds a reference on it.
+
+Runs on the event loop; BlockError escapes.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, Literal
+
+from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.qapi import QapiModel, members, to_qmp
+from liveblockd.qmp.context import Context
+from liveblockd.qmp.registry import command
+
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+
+class ObjectOptions(QapiModel):
+    """Base of all objects; ``qom_type`` tells the further members."""
+
+    qapi_tag: ClassVar[str] = "qom-type"
+    qom_type: str
+    id: str
+
+    @classmethod
+    def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
+        """The types that can be added."""
+        return _VARIANTS
+
+
+class SecretFormat(enum.StrEnum):
+    """QCryptoSecretFormat."""
+
+    RAW = "raw"
+    BASE64 = "base64"
+
+
+class Secret(ObjectOptions):
+    """A password or key, in ``data`` or in ``file``."""
+
+    format: SecretFormat = SecretFormat.RAW
+    keyid: str | None = None
+    iv: str | None = None
+    data: str | None = None
+    file: str | None = None
+
+
+class ThrottleLimits(QapiModel):
+    """Bytes and requests per second; ``-max`` the bursts, ``-max-length`` their seconds."""
+
+    iops_total: int | None = None
+    iops_total_max: int | None = None
+    iops_total_max_length: int | None = None
+    iops_read: int | None = None
+    iops_read_max: int | None = None
+    iops_read_max_length: int | None = None
+    iops_write: int | None = None
+    iops_write_max: int | None = None
+    iops_write_max_length: int | None = None
+    bps_total: int | None = None
+    bps_total_max: int | None = None
+    bps_total_max_length: int | None = None
+    bps_read: int | None = None
+    bps_read_max: int | None = None
+    bps_read_max_length: int | None = None
+    bps_write: int | None = None
+    bps_write_max: int | None = None
+    bps_write_max_length: int | None = None
+    iops_size: int | None = None
+
+
+class ThrottleGroup(ObjectOptions):
+    """Limits that throttle nodes share; the ``x-`` members are the flat form of the old days."""
+
+    limits: ThrottleLimits | None = None
+    x_iops_total: int | None = None
+    x_iops_total_max: int | None = None
+    x_iops_total_max_length: int | None = None
+    x_iops_read: int | None = None
+    x_iops_read_max: int | None = None
+    x_iops_read_max_length: int | None = None
+    x_iops_write: int | None = None
+    x_iops_write_max: int | None = None
+    x_iops_write_max_length: int | None = None
+    x_bps_total: int | None = None
+    x_bps_total_max: int | None = None
+    x_bps_total_max_length: int | None = None
+    x_bps_read: int | None = None
+    x_bps_read_max: int | None = None
+    x_bps_read_max_length: int | None = None
+    x_bps_write: int | None = None
+    x_bps_write_max: int | None = None
+    x_bps_write_max_length: int | None = None
+    x_iops_size: int | None = None
+
+
+class Iothread(ObjectOptions):
+    """Accepted so that command lines pass; all I/O has the one event loop and its workers."""
+
+    aio_max_batch: int | None = None
+    thread_pool_min: int | None = None
+    thread_pool_max: int | None = None
+    poll_max_ns: int | None = None
+    poll_grow: int | None = None
+    poll_shrink: int | None = None
+    poll_weight: int | None = None
+
+
+class MainLoop(ObjectOptions):
+    """As ``Iothread``."""
+
+    aio_max_batch: int | None = None
+    thread_pool_min: int | None = None
+    thread_pool_max: int | None = None
+
+
+class TlsCreds(ObjectOptions):
+    """What all kinds of TLS credentials have."""
+
+    verify_peer: bool = True
+    dir: str | None = None
+    endpoint: Literal["client", "server"] = "client"
+    priority: str | None = None
+
+
+class TlsCredsPsk(TlsCreds):
+    """Pre-shared keys."""
+
+    username: str | None = None
+
+
+class TlsCredsX509(TlsCreds):
+    """Certificates."""
+
+    sanity_check: bool = True
+    passwordid: str | None = None
+
+
+class AuthzRule(QapiModel):
+    """One line of an ``authz-list``."""
+
+    match: str
+    policy: Literal["deny", "allow"]
+    format: Literal["exact", "glob"] = "exact"
+
+
+class AuthzList(ObjectOptions):
+    """Who may connect, in order."""
+
+    policy: Literal["deny", "allow"] = "deny"
+    rules: list[AuthzRule] | None = None
+
+
+class AuthzListFile(ObjectOptions):
+    """The same in a file."""
+
+    filename: str
+    refresh: bool = True
+
+
+class AuthzSimple(ObjectOptions):
+    """One who may connect."""
+
+    identity: str
+
+
+_VARIANTS: Final[Mapping[str, type[QapiModel]]] = {
+    "authz-list": AuthzList,
+    "authz-list-file": AuthzListFile,
+    "authz-simple": AuthzSimple,
+    "iothread": Iothread,
+    "main-loop": MainLoop,
+    "secret": Secret,
+    "throttle-group": ThrottleGroup,
+    "tls-creds-anon": TlsCreds,
+    "tls-creds-psk": TlsCredsPsk,
+    "tls-creds-x509": TlsCredsX509,
+}
+
+
+class ObjectRegistry:
+    """The objects of the daemon by id, in the order they were added."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, ObjectOptions] = {}
+        self._references: dict[str, int] = {}
+
+    def add(self, options: ObjectOptions) -> None:
+        """Keep a new object."""
+        if not _ID.fullmatch(options.id):
+            raise BlockError("Parameter 'id' expects an identifier")
+        if options.id in self._objects:
+            raise BlockError(
+                f"attempt to add duplicate property '{options.id}' to object (type 'container')"
+            )
+        if isinstance(options, Secret) and (options.data is None) == (options.file is None):
+            raise BlockError("A secret needs 'data' or 'file', and not both")
+        self._objects[options.id] = options
+
+    def remove(self, name: str) -> None:
+        """Forget an object that nobody uses."""
+        options = self.find(name)
+        if self._references.get(name):
+            if options.qom_type == "throttle-group":
+                raise BlockError(f"Cannot delete throttle group '{name}' with active references")
+            raise BlockError(f"object '{name}' is in use, can not be deleted")
+        del self._objects[name]
+
+    def find(self, name: str) -> ObjectOptions:
+        """The object ``name``."""
+        try:
+            return self._objects[name]
+        except KeyError:
+            raise BlockError(f"object '{name}' not found") from None
+
+    def get(self, name: str, qom_type: str) -> ObjectOptions | None:
+        """The object if there is one of this type."""
+        options = self._objects.get(name)
+        return options if options is not None and options.qom_type == qom_type else None
+
+    def reference(self, name: str) -> None:
+        """Keep ``name`` from being removed; once for each ``release``."""
+        self._references[name] = self._references.get(name, 0) + 1
+
+    def release(self, name: str) -> None:
+        """Undo one ``reference``."""
+        assert self._references[name] > 0
+        self._references[name] -= 1
+
+    def all(self) -> list[ObjectOptions]:
+        """Every object, oldest first."""
+        return list(self._objects.values())
+
+
+def object_registry(context: Context) -> ObjectRegistry:
+    """The registry of this daemon."""
+    found = context.parts.setdefault("objects", ObjectRegistry())
+    assert isinstance(found, ObjectRegistry)
+    return found
+
+
+class ObjectId(QapiModel):
+    """Which object."""
+
+    id: str
+
+
+class QomPath(QapiModel):
+    """Which place of the object tree."""
+
+    path: str
+
+
+class QomProperty(QomPath):
+    """Which property of it."""
+
+    property: str
+
+
+class ObjectPropertyInfo(QapiModel):
+    """A member of the tree or of an object."""
+
+    name: str
+    type: str
+    description: str | None = None
+
+
+@command("object-add", args=ObjectOptions)
+async def object_add(context: Context, arguments: ObjectOptions) -> None:
+    """Add an object."""
+    object_registry(context).add(arguments)
+
+
+@command("object-del", args=ObjectId)
+async def object_del(context: Context, arguments: ObjectId) -> None:
+    """Remove an object."""
+    object_registry(context).remove(arguments.id)
+
+
+@command("qom-list", args=QomPath, returns=list[ObjectPropertyInfo], query=True)
+async def qom_list(context: Context, arguments: QomPath) -> list[ObjectPropertyInfo]:
+    """What is below a path."""
+    parts = [part for part in arguments.path.split("/") if part]
+    if not parts:
+        return [_property("type", "string"), _property("objects", "child<container>")]
+    if parts == ["objects"]:
+        below = [_property(o.id, f"child<{o.qom_type}>") for o in object_registry(context).all()]
+        return [_property("type", "string"), *below]
+    found = _object_at(context, arguments.path)
+    names = [m.name for m in members(type(found)) if m.name not in ("qom-type", "id")]
+    return [_property("type", "string"), *(_property(name, "any") for name in names)]
+
+
+@command("qom-get", args=QomProperty, returns=Any, query=True)
+async def qom_get(context: Context, arguments: QomProperty) -> Any:
+    """The value of a property; what a secret holds is never told."""
+    found = _object_at(context, arguments.path)
+    if arguments.property == "type":
+        return found.qom_type
+    known = {m.name: m.attribute for m in members(type(found))}
+    attribute = known.get(arguments.property)
+    if attribute in (None, "qom_type", "id") or (isinstance(found, Secret) and attribute == "data"):
+        raise BlockError(f"Property '{found.qom_type}.{arguments.property}' not found")
+    return to_qmp(getattr(found, str(attribute)))
+
+
+def _object_at(context: Context, path: str) -> ObjectOptions:
+    parts = [part for part in path.split("/") if part]
+    if len(parts) == 2 and parts[0] == "objects":
+        parts = parts[1:]
+    if len(parts) == 1:
+        for found in object_registry(context).all():
+            if found.id == parts[0]:
+                return found
+    raise BlockError(f"Device '{path}' not found", error_class=ErrorClass.DEVICE_NOT_FOUND)
+
+
+def _property(name: str, kind: str) -> ObjectPropertyInfo:
+    return ObjectPropertyInfo(name=name, type=kind)

@@ -1,0 +1,192 @@
+"""Block commands of the human monitor: jobs, snapshots, sizes, drives, the NBD server.
+
+QEMU qapi/block-core.json says what the QMP commands below them do. A job of the human monitor has
+the id of its device. Runs on the event loop; BlockError and OSError escape to ``run_line``.
+"""
+
+from __future__ import annotations
+
+from liveblockd.errors import BlockError
+from liveblockd.qmp import registry
+from liveblockd.qmp.hmp.arguments import Argument, Flag, Kind
+from liveblockd.qmp.hmp.table import DEVICE, Arguments, Monitor, hmp_command
+
+_FORCE = Flag("f", "force")
+
+
+@hmp_command(
+    "block_stream",
+    (
+        DEVICE,
+        Argument("speed", Kind.SIZE, optional=True, or_else="base"),
+        Argument("base", Kind.STRING, optional=True),
+    ),
+    "device [speed [base]]",
+    "copy data from a backing file into a block device",
+)
+async def block_stream(monitor: Monitor, arguments: Arguments) -> None:
+    """Start a stream; ``block_stream DEVICE BASE`` of the oldest QEMU is understood as well."""
+    await monitor.qmp("block-stream", job_id=arguments["device"], **arguments)
+
+
+@hmp_command(
+    "block_job_set_speed",
+    (DEVICE, Argument("speed", Kind.SIZE)),
+    "device speed",
+    "set maximum speed for a background block operation",
+)
+async def block_job_set_speed(monitor: Monitor, arguments: Arguments) -> None:
+    """Limit the speed of a job, in bytes per second; 0 lifts the limit."""
+    await monitor.qmp("block-job-set-speed", **arguments)
+
+
+@hmp_command(
+    "block_job_cancel",
+    (_FORCE, DEVICE),
+    "[-f] device",
+    "stop an active background block operation (-f: at once, also when paused;\n"
+    "\t\t\t without it a job in step with its source ends in sync)",
+)
+async def block_job_cancel(monitor: Monitor, arguments: Arguments) -> None:
+    """Cancel a job."""
+    await monitor.qmp("block-job-cancel", **arguments)
+
+
+@hmp_command("block_job_pause", (DEVICE,), "device", "pause an active background block operation")
+async def block_job_pause(monitor: Monitor, arguments: Arguments) -> None:
+    """Pause a job."""
+    await monitor.qmp("block-job-pause", **arguments)
+
+
+@hmp_command("block_job_resume", (DEVICE,), "device", "resume a paused background block operation")
+async def block_job_resume(monitor: Monitor, arguments: Arguments) -> None:
+    """Let a paused job go on."""
+    await monitor.qmp("block-job-resume", **arguments)
+
+
+@hmp_command(
+    "block_job_complete", (DEVICE,), "device", "end a background block operation that is in sync"
+)
+async def block_job_complete(monitor: Monitor, arguments: Arguments) -> None:
+    """Complete a job that is ready."""
+    await monitor.qmp("block-job-complete", **arguments)
+
+
+@hmp_command(
+    "block_resize", (DEVICE, Argument("size", Kind.SIZE)), "device size", "resize a block image"
+)
+async def block_resize(monitor: Monitor, arguments: Arguments) -> None:
+    """Change the virtual size."""
+    await monitor.qmp("block_resize", **arguments)
+
+
+@hmp_command(
+    "snapshot_blkdev",
+    (
+        Flag("n", "reuse"),
+        DEVICE,
+        Argument("file", Kind.STRING, optional=True),
+        Argument("format", Kind.STRING, optional=True),
+    ),
+    "[-n] device [new-image-file] [format]",
+    "put a new overlay on top of a device; what it read until now stays as it is\n"
+    "\t\t\t in the old image (-n: the new image exists already; default format qcow2)",
+)
+async def snapshot_blkdev(monitor: Monitor, arguments: Arguments) -> None:
+    """Take an external snapshot."""
+    if "file" not in arguments:
+        raise BlockError("Parameter 'snapshot-file' is missing")
+    await monitor.qmp(
+        "blockdev-snapshot-sync",
+        device=arguments["device"],
+        snapshot_file=arguments["file"],
+        format=arguments.get("format", "qcow2"),
+        mode="existing" if arguments.get("reuse") else "absolute-paths",
+    )
+
+
+@hmp_command(
+    "commit", (DEVICE,), "device|all", "commit the changes of a disk image into its backing file"
+)
+async def commit(monitor: Monitor, arguments: Arguments) -> str | None:
+    """QEMU's synchronous commit; answered in QEMU's words as long as there is no commit job."""
+    device = arguments["device"]
+    drives = monitor.context.graph.drives
+    if device != "all" and device not in drives:
+        return f"Device '{device}' not found"
+    for name in drives if device == "all" else (device,):
+        return f"'commit' error for '{name}': Operation not supported"
+    return None
+
+
+@hmp_command(
+    "nbd_server_start",
+    (Flag("a", "all"), Flag("w", "writable"), Argument("address", Kind.STRING)),
+    "[-a] [-w] host:port|unix:path",
+    "serve block devices over NBD (-a: export every drive; -w: writable)",
+)
+async def nbd_server_start(monitor: Monitor, arguments: Arguments) -> None:
+    """Start the NBD server; if an export of ``-a`` fails, it is stopped again."""
+    writable = bool(arguments.get("writable"))
+    if writable and not arguments.get("all"):
+        raise BlockError("-w only valid together with -a")
+    await monitor.qmp("nbd-server-start", addr=_nbd_address(arguments["address"]))
+    if not arguments.get("all"):
+        return
+    try:
+        for name, drive in monitor.context.graph.drives.items():
+            if drive.node is not None:
+                await monitor.qmp(
+                    "nbd-server-add", device=name, writable=writable and not drive.node.read_only
+                )
+    except BlockError:
+        await monitor.qmp("nbd-server-stop")
+        raise
+
+
+def _nbd_address(text: str) -> dict[str, object]:
+    kind, _, path = text.partition(":")
+    if kind == "unix" and path:
+        return {"type": "unix", "data": {"path": path}}
+    host, colon, port = text.rpartition(":")
+    if not colon or not port:
+        raise BlockError(f"error parsing address '{text}'")
+    return {"type": "inet", "data": {"host": host.strip("[]"), "port": port}}
+
+
+@hmp_command(
+    "nbd_server_add",
+    (Flag("w", "writable"), DEVICE, Argument("name", Kind.STRING, optional=True)),
+    "[-w] device [name]",
+    "export a block device over NBD (-w: writable; default name is the device's)",
+)
+async def nbd_server_add(monitor: Monitor, arguments: Arguments) -> None:
+    """Add an export to the running server."""
+    await monitor.qmp("nbd-server-add", **arguments)
+
+
+@hmp_command(
+    "nbd_server_remove",
+    (_FORCE, Argument("name", Kind.STRING)),
+    "[-f] name",
+    "remove an NBD export (-f: also while clients are connected)",
+)
+async def nbd_server_remove(monitor: Monitor, arguments: Arguments) -> None:
+    """Remove an export."""
+    mode = "hard" if arguments.get("force") else "safe"
+    await monitor.qmp("nbd-server-remove", name=arguments["name"], mode=mode)
+
+
+@hmp_command("nbd_server_stop", (), "", "stop the NBD server and remove all its exports")
+async def nbd_server_stop(monitor: Monitor, arguments: Arguments) -> None:  # noqa: ARG001
+    """Stop the server."""
+    await monitor.qmp("nbd-server-stop")
+
+
+@hmp_command("quit", (), "", "end liveblockd", aliases=("q",))
+async def quit_daemon(monitor: Monitor, arguments: Arguments) -> None:  # noqa: ARG001
+    """End the daemon; running jobs are cancelled."""
+    if "quit" in registry.commands():
+        await monitor.qmp("quit")
+    else:
+        monitor.context.quit()
