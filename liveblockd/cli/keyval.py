@@ -4,8 +4,8 @@ QEMU has two dialects and users mix them, so both are here:
 
 * *keyval* (``--blockdev``, ``--export``, ``--nbd-server``, ``--object``): dotted keys make nested
   objects, numeric components make lists, the text may be a JSON object instead.
-* *opts* (``--chardev``, ``--monitor``, ``--drive``): flat; a word without ``=`` is a switch that is on, and one
-  that starts with ``no`` is off (``server,nowait``).
+* *opts* (``--chardev``, ``--monitor``, ``--drive``): flat; a word without ``=`` is a switch that
+  is on, and one that starts with ``no`` is off (``server,nowait``).
 
 In both a comma inside a value is written twice, and the first word may leave out its key. All
 scalars stay strings here: which of them are numbers or booleans only the schema of the option

@@ -1,0 +1,570 @@
+"""liveblockctl: a friendly client of liveblockd, for people and for shell scripts.
+
+It speaks QMP through qemu.qmp's ``QMPClient``; whatever it does, any other QMP client can do.
+
+Exit status: 0 done, 1 the daemon refused or a job failed, 2 wrong usage, 3 no connection (or it
+broke), 4 a job that was waited for was cancelled, 130 interrupted (the job goes on).
+
+Runs on an event loop of its own. Nothing escapes ``main`` but ``SystemExit`` of argparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from liveblockd import __version__
+
+DEFAULT_SOCKET: Final = "/run/liveblockd/qmp.sock"
+REFUSED, USAGE, NO_CONNECTION, CANCELLED, INTERRUPTED = 1, 2, 3, 4, 130
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_JOB_EVENTS: Final = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "JOB_STATUS_CHANGE")
+
+Handler: TypeAlias = "Callable[[QMPClient, argparse.Namespace], Awaitable[int]]"
+
+
+class ControlError(Exception):
+    """Something to say on stderr, and the exit status."""
+
+    def __init__(self, message: str, status: int = REFUSED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# -- words for people
+
+
+def human(size: float) -> str:
+    """Bytes as people read them."""
+    unit = 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size /= 1024
+        unit += 1
+    return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``4096``, ``64k``, ``1.5G``; ValueError."""
+    text = text.strip()
+    factor = 1
+    if text and text[-1].lower() in "bkmgtp":
+        factor = 1 << (10 * "bkmgtp".index(text[-1].lower()))
+        text = text[:-1]
+    number = float(text) * factor
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{text} is out of range")
+    return int(number)
+
+
+def table(rows: Sequence[Sequence[object]], heading: Sequence[str]) -> str:
+    """Columns as wide as they need to be."""
+    cells = [list(heading), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heading))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def show(args: argparse.Namespace, value: Any, text: str) -> None:
+    """``value`` as JSON with ``--json``, else ``text``."""
+    print(json.dumps(value, indent=2) if args.json else text)
+
+
+class Progress:
+    """One line on a terminal: bar, rate of the last seconds, time to go."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._samples: list[tuple[float, int]] = []
+        self._shown = False
+        self._live = sys.stderr.isatty()
+
+    def update(self, offset: int, length: int, state: str = "") -> None:
+        """Show that ``offset`` of ``length`` bytes are done."""
+        now = time.monotonic()
+        self._samples = [s for s in self._samples if now - s[0] < 5][-50:]
+        self._samples.append((now, offset))
+        if self._live:
+            sys.stderr.write(f"\r{self.line(offset, length, state)}\x1b[K")
+            sys.stderr.flush()
+            self._shown = True
+
+    def line(self, offset: int, length: int, state: str = "") -> str:
+        """The text of the line."""
+        done = offset / length if length else 1.0
+        bar = "#" * int(done * 24)
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        rate = (last - first) / (end - start) if end > start else 0.0
+        text = f"{self._job}  [{bar:<24}] {done:4.0%}  {human(offset)} of {human(length)}"
+        if state == "paused":
+            return f"{text}  paused"
+        if rate > 0:
+            seconds = int((length - offset) / rate)
+            text += f"  {human(rate)}/s  ETA {seconds // 60}:{seconds % 60:02}"
+        return text
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._shown:
+            sys.stderr.write("\n")
+            self._shown = False
+
+
+async def ask(qmp: QMPClient, name: str, arguments: dict[str, Any] | None = None) -> Any:
+    """What the daemon returns for a command."""
+    return await qmp.execute(name, arguments)
+
+
+# -- commands
+
+
+async def status(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``status``."""
+    found = {
+        "version": await ask(qmp, "query-version"),
+        "drives": await ask(qmp, "query-block"),
+        "nodes": [n["node-name"] for n in await _nodes(qmp)],
+        "jobs": await ask(qmp, "query-block-jobs"),
+        "exports": await ask(qmp, "query-block-exports"),
+    }
+    package = found["version"]["package"] or "qemu"
+    level = "{major}.{minor}.{micro}".format(**found["version"]["qemu"])
+    lines = [
+        f"{package} (QMP of {level})",
+        f"drives: {len(found['drives'])}, nodes: {len(found['nodes'])}, "
+        f"jobs: {len(found['jobs'])}, exports: {len(found['exports'])}",
+    ]
+    if found["jobs"]:
+        lines.append(_jobs_table(found["jobs"]))
+    show(args, found, "\n".join(lines))
+    return 0
+
+
+async def drives(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``drives``."""
+    found = await ask(qmp, "query-block")
+    rows = [(d["device"] or d.get("qdev", ""), *_node_row(d.get("inserted"))) for d in found]
+    show(args, found, table(rows, ("DRIVE", "NODE", "FORMAT", "SIZE", "MODE", "BACKING", "FILE")))
+    return 0
+
+
+async def nodes(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``nodes``."""
+    found = await _nodes(qmp)
+    rows = [_node_row(node) for node in found]
+    show(args, found, table(rows, ("NODE", "FORMAT", "SIZE", "MODE", "BACKING", "FILE")))
+    return 0
+
+
+async def _nodes(qmp: QMPClient) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = await ask(qmp, "query-named-block-nodes", {"flat": True})
+    return found
+
+
+def _node_row(node: dict[str, Any] | None) -> tuple[object, ...]:
+    if node is None:
+        return ("-", "-", "-", "-", "-", "[not inserted]")
+    size = human(node["image"]["virtual-size"])
+    mode = "ro" if node["ro"] else "rw"
+    return (
+        node["node-name"], node["drv"], size, mode, node.get("backing_file") or "-", node["file"]
+    )  # fmt: skip
+
+
+async def jobs(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``jobs``."""
+    found = await ask(qmp, "query-block-jobs")
+    show(args, found, _jobs_table(found) if found else "No active jobs")
+    return 0
+
+
+def _jobs_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for job in found:
+        done = job["offset"] / job["len"] if job["len"] else 1.0
+        speed = f"{human(job['speed'])}/s" if job["speed"] else "-"
+        state = job["status"] if job["io-status"] == "ok" else f"{job['status']} {job['io-status']}"
+        rows.append((job["device"], job["type"], state, f"{done:.0%}", human(job["len"]), speed))
+    return table(rows, ("JOB", "TYPE", "STATUS", "DONE", "LENGTH", "LIMIT"))
+
+
+async def stream(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``stream``: start, and wait if asked."""
+    job = args.job_id or _job_id(args.device)
+    given = {
+        "job-id": job,
+        "device": args.device,
+        "base": args.base,
+        "base-node": args.base_node,
+        "speed": args.speed,
+        "on-error": args.on_error,
+    }
+    arguments = {k: v for k, v in given.items() if v is not None}
+    with qmp.listener(_JOB_EVENTS) as listener:
+        await ask(qmp, "block-stream", arguments)
+        if args.wait:
+            return await _follow(qmp, args, listener, job)
+    show(args, {"job": job}, f"job {job} started")
+    return 0
+
+
+def _job_id(device: str) -> str:
+    """The name of the device; generated node names are no job ids."""
+    return device if device[:1].isalpha() else f"stream-{device.lstrip('#')}"
+
+
+async def wait(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``wait``: until a job is over."""
+    with qmp.listener(_JOB_EVENTS) as listener:
+        if await _job(qmp, args.job) is None:
+            raise ControlError(f"Job '{args.job}' not found")
+        return await _follow(qmp, args, listener, args.job)
+
+
+async def _job(qmp: QMPClient, name: str) -> dict[str, Any] | None:
+    found: list[dict[str, Any]] = await ask(qmp, "query-block-jobs")
+    return next((job for job in found if job["device"] == name), None)
+
+
+async def _follow(
+    qmp: QMPClient, args: argparse.Namespace, listener: EventListener, job: str
+) -> int:
+    """Show the progress of ``job`` until its last event; what became of it is the status."""
+    progress = Progress(job)
+    ended = asyncio.create_task(_end(listener, job))
+    broken = asyncio.create_task(_broken(qmp))
+    try:
+        while not ended.done():
+            if (state := await _job(qmp, job)) is not None:
+                progress.update(state["offset"], state["len"], state["status"])
+            await asyncio.wait((ended, broken), timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+            if broken.done() and not ended.done():
+                raise ControlError("the connection broke; the job may still run", NO_CONNECTION)
+        event = ended.result()
+        data = event["data"]
+        if event["event"] == "BLOCK_JOB_COMPLETED" and "error" not in data:
+            progress.update(data["offset"], data["len"])
+    finally:
+        ended.cancel()
+        broken.cancel()
+        progress.end()
+    if event["event"] == "BLOCK_JOB_CANCELLED":
+        raise ControlError(f"job {job} was cancelled", CANCELLED)
+    if "error" in data:
+        raise ControlError(f"job {job} failed: {data['error']}")
+    show(args, data, f"job {job} completed: {human(data['len'])}")
+    return 0
+
+
+async def _end(listener: EventListener, job: str) -> dict[str, Any]:
+    async for event in listener:
+        data: Any = event["data"]
+        if event["event"] == "JOB_STATUS_CHANGE":
+            if data["id"] == job and data["status"] == "null":
+                return {"event": "gone", "data": {"error": "it went away", "len": 0}}
+        elif data["device"] == job:
+            return {"event": event["event"], "data": data}
+    raise AssertionError("a listener never ends")
+
+
+async def _broken(qmp: QMPClient) -> None:
+    while qmp.runstate.name == "RUNNING":
+        await qmp.runstate_changed()
+
+
+async def snapshot(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``snapshot``: a new overlay on a device."""
+    arguments = await _device(qmp, args.device)
+    arguments |= {"snapshot-file": args.file, "format": args.format}
+    if args.node_name:
+        arguments["snapshot-node-name"] = args.node_name
+    elif "node-name" in arguments:
+        # of a node that is no drive's the overlay needs a name, which QEMU does not make up
+        raise ControlError(f"{args.device} is a node: --node-name for its overlay is needed", USAGE)
+    if args.existing:
+        arguments["mode"] = "existing"
+    await ask(qmp, "blockdev-snapshot-sync", arguments)
+    show(args, arguments, f"{args.device} now writes to {arguments['snapshot-file']}")
+    return 0
+
+
+async def _device(qmp: QMPClient, name: str) -> dict[str, Any]:
+    """``device`` for the id of a drive, else ``node-name``."""
+    found = await ask(qmp, "query-block")
+    is_drive = any(drive["device"] == name for drive in found)
+    return {"device": name} if is_drive else {"node-name": name}
+
+
+async def resize(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``resize``."""
+    await ask(qmp, "block_resize", await _device(qmp, args.device) | {"size": args.size})
+    show(args, {"size": args.size}, f"{args.device} has {human(args.size)}")
+    return 0
+
+
+def _job_verb(command: str, done: str) -> Handler:
+    async def run(qmp: QMPClient, args: argparse.Namespace) -> int:
+        arguments: dict[str, Any] = {"device": args.job}
+        if getattr(args, "force", False):
+            arguments["force"] = True
+        if command == "block-job-set-speed":
+            arguments["speed"] = args.speed
+        await ask(qmp, command, arguments)
+        show(args, {}, f"job {args.job} {done}")
+        return 0
+
+    return run
+
+
+async def exports(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``export list|add|del|start|stop``."""
+    match args.action:
+        case "list":
+            found = await ask(qmp, "query-block-exports")
+            rows = [(e["id"], e["type"], e["node-name"]) for e in found]
+            show(args, found, table(rows, ("EXPORT", "TYPE", "NODE")))
+        case "start":
+            await ask(qmp, "nbd-server-start", {"addr": _address(args.address)})
+            show(args, {}, f"NBD server listens on {args.address}")
+        case "stop":
+            await ask(qmp, "nbd-server-stop")
+            show(args, {}, "NBD server stopped")
+        case "add":
+            node = await _device(qmp, args.node)
+            if "device" in node:
+                found = await ask(qmp, "query-block")
+                drive = next(d for d in found if d["device"] == args.node)
+                node = {"node-name": drive["inserted"]["node-name"]}
+            arguments = {"type": "nbd", "id": args.id or args.node, **node}
+            arguments |= {"name": args.name or args.node, "writable": args.writable}
+            await ask(qmp, "block-export-add", arguments)
+            show(args, arguments, f"{args.node} is exported as {arguments['name']}")
+        case "del":
+            mode = "hard" if args.force else "safe"
+            await ask(qmp, "block-export-del", {"id": args.id, "mode": mode})
+            show(args, {}, f"export {args.id} removed")
+    return 0
+
+
+def _address(text: str) -> dict[str, Any]:
+    host, colon, port = text.rpartition(":")
+    if "/" in text or not colon:
+        path = text.removeprefix("unix:")
+        return {"type": "unix", "data": {"path": os.path.abspath(path)}}
+    return {"type": "inet", "data": {"host": host.strip("[]"), "port": port}}
+
+
+async def raw_qmp(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``qmp``: any command; the answer is always JSON."""
+    print(json.dumps(await ask(qmp, args.name, _members(args.members)), indent=2))
+    return 0
+
+
+def _members(words: Sequence[str]) -> dict[str, Any]:
+    """A JSON object, or ``key=value`` words where dots nest and values are JSON if they can be."""
+    if len(words) == 1 and words[0].lstrip().startswith("{"):
+        try:
+            value = json.loads(words[0])
+        except ValueError as exc:
+            raise ControlError(f"bad JSON: {exc}", USAGE) from exc
+        assert isinstance(value, dict)
+        return value
+    result: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ControlError(f"{word}: key=value expected", USAGE)
+        *path, last = key.split(".")
+        here = result
+        for part in path:
+            here = here.setdefault(part, {})
+        try:
+            here[last] = json.loads(text)
+        except ValueError:
+            here[last] = text
+    return result
+
+
+async def hmp(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``hmp``: a line of the human monitor."""
+    line = {"command-line": " ".join(args.words)}
+    text = await ask(qmp, "human-monitor-command", line)
+    sys.stdout.write(text.replace("\r\n", "\n"))
+    return REFUSED if text.startswith("Error: ") else 0
+
+
+async def events(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``events``: one JSON line each, until the daemon ends or ``--count`` are seen."""
+    with qmp.listener(args.names or None) as listener:
+        broken = asyncio.create_task(_broken(qmp))
+        seen = 0
+        while args.count is None or seen < args.count:
+            event = asyncio.create_task(listener.get())
+            await asyncio.wait((event, broken), return_when=asyncio.FIRST_COMPLETED)
+            if not event.done():
+                event.cancel()
+                return NO_CONNECTION
+            print(json.dumps(dict(event.result())), flush=True)
+            seen += 1
+        broken.cancel()
+    return 0
+
+
+async def quit_(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``quit``."""
+    await ask(qmp, "quit")
+    show(args, {}, "liveblockd ends")
+    return 0
+
+
+# -- command line
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size") from exc
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="liveblockctl", description="Control a running liveblockd.")
+    default = os.environ.get("LIVEBLOCKD_SOCKET", DEFAULT_SOCKET)
+    top.add_argument(
+        "-s", "--socket", default=default, help="QMP socket: a path or HOST:PORT (%(default)s)"
+    )
+    top.add_argument("--json", action="store_true", help="print what the daemon says as JSON")
+    top.add_argument("--version", action="version", version=f"liveblockctl {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def verb(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(handler=handler)
+        return added
+
+    verb("status", status, "version, and how much there is")
+    verb("drives", drives, "drives and what is in them")
+    verb("nodes", nodes, "all block nodes")
+    verb("jobs", jobs, "running jobs")
+
+    one = verb("stream", stream, "copy the backing chain (above a base) into the active image")
+    one.add_argument("device", help="drive or node")
+    one.add_argument("--base", help="file name of the image to keep as backing file")
+    one.add_argument("--base-node", help="the same, as a node name")
+    one.add_argument("--speed", type=_size, help="limit in bytes per second (10M)")
+    one.add_argument("--job-id", help="default: the name of the device")
+    one.add_argument("--on-error", choices=("report", "ignore", "enospc", "stop"))
+    one.add_argument("--wait", action="store_true", help="show progress until it is done")
+
+    one = verb("wait", wait, "show the progress of a job until it is over")
+    one.add_argument("job")
+
+    one = verb("snapshot", snapshot, "put a new overlay on a device; the old image stays as it is")
+    one.add_argument("device", help="drive or node")
+    one.add_argument("file", type=os.path.abspath, help="the new image")
+    one.add_argument("--format", default="qcow2")
+    one.add_argument("--node-name", help="name of the overlay's node")
+    one.add_argument("--existing", action="store_true", help="the new image is there already")
+
+    one = verb("resize", resize, "change the virtual size of a device")
+    one.add_argument("device")
+    one.add_argument("size", type=_size)
+    _job_verbs(verb)
+    _export_verbs(verb)
+
+    one = verb("qmp", raw_qmp, "run any QMP command")
+    one.add_argument("name")
+    one.add_argument("members", nargs="*", metavar="KEY=VALUE|JSON")
+    one = verb("hmp", hmp, "run a line of the human monitor")
+    one.add_argument("words", nargs=argparse.REMAINDER)
+    one = verb("events", events, "print events as they come, one JSON object a line")
+    one.add_argument("names", nargs="*", help="only these")
+    one.add_argument("--count", type=int, help="end after so many")
+    verb("quit", quit_, "end the daemon; running jobs are cancelled")
+    return top
+
+
+def _job_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) -> None:
+    for name, done, text in (
+        ("pause", "is paused", "halt a job"),
+        ("resume", "goes on", "let a paused job go on"),
+        ("cancel", "is cancelled", "stop a job; the image stays valid"),
+        ("complete", "completes", "end a job that is ready"),
+        ("set-speed", "has its new limit", "limit the speed of a job"),
+    ):
+        one = verb(name, _job_verb(f"block-job-{name}", done), text)
+        one.add_argument("job")
+        if name == "cancel":
+            one.add_argument("--force", action="store_true", help="also when it is paused")
+        if name == "set-speed":
+            one.add_argument("speed", type=_size, help="bytes per second (10M); 0: no limit")
+
+
+def _export_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) -> None:
+    actions = verb("export", exports, "NBD exports").add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="what is exported")
+    one = actions.add_parser("start", help="start the NBD server")
+    one.add_argument("address", help="PATH or HOST:PORT")
+    actions.add_parser("stop", help="stop it and remove its exports")
+    one = actions.add_parser("add", help="export a drive or node")
+    one.add_argument("node")
+    one.add_argument("--id", help="default: the name of the node")
+    one.add_argument("--name", help="export name for clients; default: the name of the node")
+    one.add_argument("--writable", action="store_true")
+    one = actions.add_parser("del", help="remove an export")
+    one.add_argument("id")
+    one.add_argument("--force", action="store_true", help="also while clients are connected")
+
+
+async def _run(args: argparse.Namespace) -> int:
+    client = QMPClient("liveblockctl")
+    address: str | tuple[str, int] = args.socket
+    host, colon, port = args.socket.rpartition(":")
+    if "/" not in args.socket and colon and port.isdigit():
+        address = (host.strip("[]"), int(port))
+    try:
+        await client.connect(address)
+    except (QMPError, OSError) as exc:
+        cause = getattr(exc, "exc", None) or exc
+        raise ControlError(f"{args.socket}: {cause}", NO_CONNECTION) from exc
+    try:
+        handler: Handler = args.handler
+        return await handler(client, args)
+    except ExecuteError as exc:
+        raise ControlError(str(exc)) from exc
+    except (QMPError, OSError) as exc:
+        raise ControlError(f"the connection broke: {exc}", NO_CONNECTION) from exc
+    finally:
+        with contextlib.suppress(QMPError, OSError, EOFError):  # after `quit` the daemon has gone
+            await client.disconnect()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        return asyncio.run(_run(args))
+    except ControlError as exc:
+        print(f"liveblockctl: {exc}", file=sys.stderr)
+        return exc.status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
