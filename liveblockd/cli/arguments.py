@@ -21,14 +21,9 @@ class Action:
     """One option: ``value`` is nested members; ``typed`` if they come from JSON or TOML."""
 
     option: str
-    text: str  # as it was given, for error messages
+    where: str  # how messages name it: ``--drive file=x``, or its place in the configuration
     value: dict[str, Any]
     typed: bool = False
-
-    @property
-    def where(self) -> str:
-        """How messages name the option: ``--drive file=x``, or its place in the configuration."""
-        return f"--{self.option} {self.text}" if not self.text.startswith("\0") else self.text[1:]
 
 
 @dataclass(slots=True)
@@ -54,7 +49,8 @@ _OBJECTS: Final = {
 _FLAT: Final = {"chardev": "backend", "monitor": "chardev"}
 _VALUED: Final = {*_OBJECTS, *_FLAT, "drive", "qmp", "config", "pidfile", "trace"}
 
-_DRIVE_NESTED: Final = frozenset({"throttling"})  # dotted keys that stay flat
+#: dotted keys of ``--drive`` that stay flat
+_DRIVE_NESTED: Final = frozenset({"throttling"})
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -105,19 +101,19 @@ def _next_option(words: list[str]) -> tuple[str, str]:
 
 
 def _action(name: str, text: str) -> Action:
+    where = f"--{name} {text}"
     try:
         if name in _OBJECTS:
-            value, typed = parse_option_object(text, _OBJECTS[name])
-            return Action(name, text, value, typed)
+            return Action(name, where, *parse_option_object(text, _OBJECTS[name]))
         if name in _FLAT:
-            return Action(name, text, dict(parse_opts(text, _FLAT[name])))
+            return Action(name, where, dict(parse_opts(text, _FLAT[name])))
         if name == "drive":
-            return Action(name, text, dict(nest(parse_opts(text, "file"), _DRIVE_NESTED)))
+            return Action(name, where, dict(nest(parse_opts(text, "file"), _DRIVE_NESTED)))
         if name == "qmp":
-            return Action(name, text, monitor_address(text))
-        return Action(name, text, {"file": text})  # config
+            return Action(name, where, dict(monitor_address(text)))
+        return Action(name, where, {"file": text})  # config
     except ConfigError as exc:
-        raise ConfigError(f"--{name} {text}: {exc}") from exc
+        raise ConfigError(f"{where}: {exc}") from exc
 
 
 def monitor_address(text: str) -> dict[str, str]:
