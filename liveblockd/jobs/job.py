@@ -1,0 +1,232 @@
+"""What every job is: identity, progress, the points where it can be paused, slowed or cancelled.
+
+Specification: qapi/job.json, qapi/block-core.json (BlockJobInfo). Runs on the event loop; the work
+of a job runs in one task that the ``Scheduler`` owns.
+
+Invariants:
+
+* Only the scheduler changes ``status``. A job asks for it through ``checkpoint``.
+* A job is never killed: a cancel is a flag that ``checkpoint`` turns into ``JobCancelled``, so a
+  chunk that is under way ends before the job does, and nothing is left half-changed.
+* Whatever waits inside ``run`` for longer than a chunk waits by ``wait``: pause, resume, speed and
+  cancel end the wait at once.
+
+Errors that escape: ``JobCancelled`` from ``checkpoint``; OSError and BlockError from ``run`` and
+``prepare`` make the job fail. ``commit``, ``abort``, ``clean`` and ``free`` must not raise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+from errno import ECANCELED, EIO, ENOSPC
+from typing import TYPE_CHECKING, ClassVar
+
+from liveblockd.errors import BlockError
+from liveblockd.jobs.ratelimit import RateLimit
+from liveblockd.jobs.transitions import JobStatus
+
+if TYPE_CHECKING:
+    from liveblockd.jobs.scheduler import Scheduler, Transaction
+
+
+class JobCancelled(Exception):  # noqa: N818 (no error)
+    """The job was asked to end; only the scheduler catches this."""
+
+
+class JobType(enum.StrEnum):
+    """Kinds of jobs, as QMP names them (qapi/job.json)."""
+
+    COMMIT = "commit"
+    STREAM = "stream"
+    MIRROR = "mirror"
+    BACKUP = "backup"
+    CREATE = "create"
+    AMEND = "amend"
+    SNAPSHOT_LOAD = "snapshot-load"
+    SNAPSHOT_SAVE = "snapshot-save"
+    SNAPSHOT_DELETE = "snapshot-delete"
+
+
+class BlockdevOnError(enum.StrEnum):
+    """What a job does about an I/O error (qapi/block-core.json)."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    ENOSPC = "enospc"
+    STOP = "stop"
+    AUTO = "auto"
+
+
+class ErrorAction(enum.StrEnum):
+    """What comes of it for one error."""
+
+    IGNORE = "ignore"
+    REPORT = "report"
+    STOP = "stop"
+
+
+class BlockDeviceIoStatus(enum.StrEnum):
+    """Whether an error stopped the job."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NOSPACE = "nospace"
+
+
+class Job:
+    """Base of all jobs; a subclass has ``type`` and ``run`` and what else it needs of the hooks."""
+
+    type: ClassVar[JobType]
+    #: whether it is listed by query-block-jobs and announced by BLOCK_JOB_* events
+    is_block_job: ClassVar[bool] = True
+    #: how many pieces of work it keeps in flight when it is alone
+    parallel: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        job_id: str,
+        *,
+        speed: int = 0,
+        on_error: BlockdevOnError = BlockdevOnError.REPORT,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> None:
+        self.id = job_id
+        self.status = JobStatus.UNDEFINED
+        self.on_error = on_error
+        self.auto_finalize = auto_finalize
+        self.auto_dismiss = auto_dismiss
+        self.offset = 0  # bytes done
+        self.length = 0  # bytes in all
+        self.io_status = BlockDeviceIoStatus.OK
+        self.error: BlockError | None = None
+        self.busy = False
+        #: nothing to do: the whole life comes before the return of the command
+        self.immediate = False
+        self.pause_count = 0
+        self.user_paused = False
+        self.cancel_requested = False
+        self.cancelled = False  # ended because of that
+        self.started = False
+        self.dismissing = False
+        self.limit = RateLimit(speed)
+        # Set by the scheduler.
+        self.scheduler: Scheduler = None  # type: ignore[assignment]
+        self.transaction: Transaction = None  # type: ignore[assignment]
+        self._wake = asyncio.Event()
+
+    # -- what a subclass is about
+
+    async def run(self) -> None:
+        """The work. Calls ``checkpoint`` between chunks; OSError and BlockError make it fail."""
+        raise NotImplementedError
+
+    async def prepare(self) -> None:
+        """Last step that may fail; what it does must be durable when it returns."""
+
+    async def commit(self) -> None:
+        """The job (and all of its transaction) succeeded."""
+
+    async def abort(self) -> None:
+        """It failed or was cancelled; called instead of ``commit``."""
+
+    async def clean(self) -> None:
+        """After ``commit`` or ``abort``: give back what the work needed."""
+
+    async def free(self) -> None:
+        """The job is dismissed: give back the nodes that it was allowed to hold until now."""
+
+    async def settle(self) -> None:
+        """Return when nothing is in flight: the job is about to stand still."""
+
+    def complete(self) -> None:
+        """job-complete of a ready job."""
+        raise BlockError(f"The active block job '{self.id}' cannot be completed")
+
+    def cancel_is_forced(self, force: bool) -> bool:  # noqa: ARG002
+        """Whether a cancel ends the job as cancelled; a ready mirror ends as completed."""
+        return True
+
+    # -- where it stands
+
+    @property
+    def speed(self) -> int:
+        """Bytes per second, 0 without a limit."""
+        return self.limit.speed
+
+    @property
+    def ready(self) -> bool:
+        """Whether the job is in step with its source."""
+        return self.status in (JobStatus.READY, JobStatus.STANDBY)
+
+    def fail(self, error: OSError | BlockError) -> None:
+        """Remember the first reason for which the job fails."""
+        if self.error is not None:
+            return
+        if isinstance(error, OSError):
+            code = error.errno or EIO
+            error = BlockError(error.strerror or os.strerror(code), errno=code)
+        self.error = error
+
+    def fail_as_cancelled(self) -> None:
+        """The result of a cancelled job, as query-jobs shows it."""
+        if self.error is None:
+            self.cancelled = True
+            self.error = BlockError(os.strerror(ECANCELED), errno=ECANCELED)
+
+    # -- what the work calls
+
+    async def checkpoint(self) -> None:
+        """Stand still while paused; raises JobCancelled once the job was asked to end."""
+        if self.pause_count and not self.cancel_requested:
+            await self.settle()
+            await self.scheduler.stand_still(self)
+        if self.cancel_requested:
+            raise JobCancelled
+
+    def wake(self) -> None:
+        """Something changed: end the wait of the job's task, now or when it begins."""
+        self._wake.set()
+
+    async def wait(self, seconds: float | None = None) -> None:
+        """Sleep until ``wake``, at most ``seconds``. The caller looks at everything again."""
+        timer = None
+        if seconds is not None and not self._wake.is_set():
+            timer = asyncio.create_task(self._alarm(seconds))
+        try:
+            await self._wake.wait()
+        finally:
+            self._wake.clear()
+            if timer is not None:
+                timer.cancel()
+
+    async def _alarm(self, seconds: float) -> None:
+        await self.scheduler.clock.sleep(seconds)
+        self._wake.set()
+
+    def rate_delay(self) -> float:
+        """Seconds until the next chunk may start."""
+        return self.limit.delay(self.scheduler.clock.monotonic())
+
+    def account(self, count: int) -> None:
+        """``count`` bytes start to move."""
+        self.limit.account(self.scheduler.clock.monotonic(), count)
+
+    def action_on(self, operation: str, code: int) -> ErrorAction:
+        """Announce an I/O error (``operation`` read or write) and say what to do about it.
+
+        STOP has paused the job already: the caller goes to ``checkpoint`` and tries again after.
+        """
+        match self.on_error:
+            case BlockdevOnError.STOP:
+                action = ErrorAction.STOP
+            case BlockdevOnError.IGNORE:
+                action = ErrorAction.IGNORE
+            case BlockdevOnError.ENOSPC | BlockdevOnError.AUTO if code == ENOSPC:
+                action = ErrorAction.STOP
+            case _:
+                action = ErrorAction.REPORT
+        self.scheduler.io_error(self, operation, code, action)
+        return action

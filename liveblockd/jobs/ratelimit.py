@@ -1,0 +1,63 @@
+"""How long a job has to wait so that it keeps its speed.
+
+Bytes are accounted in slices of 100 ms. A chunk may always start when nothing is owed, however
+slow the job is meant to be (a speed of 1 B/s still moves one chunk); once a slice holds more than
+its share, the job owes the time that its bytes take at this speed. Nothing is saved up: a job that was idle does not
+catch up later.
+
+Pure: seconds of a monotonic clock are arguments. Raises nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SLICE: Final = 0.1  # seconds
+
+
+class RateLimit:
+    """A speed in bytes/s (0: no limit) and what was moved since the current slice began."""
+
+    __slots__ = ("_dispatched", "_slice_start", "_speed")
+
+    def __init__(self, speed: int = 0) -> None:
+        self._speed = speed
+        self._slice_start = float("-inf")
+        self._dispatched: float = 0
+
+    @property
+    def speed(self) -> int:
+        """Bytes per second; 0 means no limit."""
+        return self._speed
+
+    def set_speed(self, speed: int, now: float) -> None:
+        """Change the speed; what is owed is owed at whichever of the two speeds pays it sooner.
+
+        A job that moved much while it was fast must not stand still for minutes when it is slowed
+        down, nor wait out a long debt when it is set free.
+        """
+        owed = max(self.delay(now), 0.0)
+        self._speed = speed
+        if owed <= 0:
+            self._dispatched = 0
+        elif self.delay(now) > owed:
+            self._slice_start = now + owed - SLICE
+            self._dispatched = speed * SLICE
+
+    def account(self, now: float, count: int) -> None:
+        """``count`` bytes start to move at ``now``."""
+        if not self._speed:
+            return
+        if self.delay(now) <= 0 and now - self._slice_start >= SLICE:
+            self._slice_start = now
+            self._dispatched = 0
+        self._dispatched += count
+
+    def delay(self, now: float) -> float:
+        """Seconds until the next chunk may start; 0 or less: now."""
+        if not self._speed or not self._dispatched:
+            return 0.0
+        quota = self._speed * SLICE
+        if self._dispatched < quota:
+            return 0.0
+        return self._slice_start + self._dispatched / self._speed - now
