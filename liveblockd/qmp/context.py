@@ -1,7 +1,7 @@
 """What a QMP command is given of the daemon.
 
 The composition root makes one ``Context`` and hands it to every monitor. Runs on the event loop;
-raises nothing itself.
+errors are those of ``stop_work``, which lets out none.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Context:
     exports: ExportRegistry
     workers: WorkerPool
     publisher: Publisher
-    #: ends the daemon; returns at once, the work is done after the reply (``daemon.py``)
+    #: ends the daemon; returns at once (``daemon.py``)
     on_quit: Callable[[str], None]
+    #: removes exports and cancels jobs, with their events: done before ``quit`` is answered
+    stop_work: Callable[[], Awaitable[None]] | None = None
     #: prints what QEMU prints on stdout ("Formatting ..."), flushed on return
     console: Callable[[str], None] = print
     #: what a package keeps for the daemon's life (object registry, job defaults), by its name
@@ -41,16 +43,17 @@ class Context:
     sessions: set[Session] = field(default_factory=set)
     #: held by the one command that runs; queries do not take it
     command_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: the end has begun: no further command is run
     quitting: bool = False
+    _quit_called: bool = False
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
-        """End the daemon after the reply that is under way; no session answers more commands."""
-        if not self.quitting:
-            self.quitting = True
+        """End the daemon. Once only: a second call does nothing."""
+        self.quitting = True
+        if not self._quit_called:
+            self._quit_called = True
             self.on_quit(reason)
 
 
 #: the session whose command runs, for the few commands that ask (``x-liveblock-*``)
 asking_session: ContextVar[Session | None] = ContextVar("asking_session", default=None)
-
-__all__ = ["Awaitable", "Context", "asking_session"]

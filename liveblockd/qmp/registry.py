@@ -102,5 +102,7 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
         returned = await found.function(context, parsed)
     else:
         async with context.command_lock:
+            if context.quitting:
+                raise BlockError("The daemon is shutting down")
             returned = await found.function(context, parsed)
     return {} if returned is None else returned
