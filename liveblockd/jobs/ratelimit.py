@@ -2,8 +2,8 @@
 
 Bytes are accounted in slices of 100 ms. A chunk may always start when nothing is owed, however
 slow the job is meant to be (a speed of 1 B/s still moves one chunk); once a slice holds more than
-its share, the job owes the time that its bytes take at this speed. Nothing is saved up: a job that was idle does not
-catch up later.
+its share, the job owes the time that its bytes take at this speed. Nothing is saved up: a job that
+was idle does not catch up later.
 
 Pure: seconds of a monotonic clock are arguments. Raises nothing.
 """

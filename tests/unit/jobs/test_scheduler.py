@@ -7,7 +7,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
-from liveblockd.jobs.job import BlockdevOnError, BlockDeviceIoStatus, ErrorAction, Job, JobType
+from liveblockd.jobs.job import BlockDeviceIoStatus, BlockdevOnError, ErrorAction, Job, JobType
 from liveblockd.jobs.scheduler import Scheduler, Transaction
 from liveblockd.jobs.transitions import OBEYED, JobStatus, JobVerb
 from tests.support.clock import ManualClock
@@ -127,7 +127,7 @@ class Bench:
 
     async def until(self, job, status):
         async with asyncio.timeout(5):
-            while job.status != status:
+            while job.status != status:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
 

@@ -53,7 +53,9 @@ def test_verb(verb, status, obeyed):
         return
     with pytest.raises(BlockError) as caught:
         check_verb("s", JobStatus(status), JobVerb(verb))
-    assert caught.value.message == f"Job 's' in state '{status}' cannot accept command verb '{verb}'"
+    assert (
+        caught.value.message == f"Job 's' in state '{status}' cannot accept command verb '{verb}'"
+    )
 
 
 def test_every_status_leads_to_null():
