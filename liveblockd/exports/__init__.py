@@ -1,1 +1,1 @@
-"""Ways in for a guest: exports and the NBD server."""
+"""Exports: how clients outside reach a node of the graph."""

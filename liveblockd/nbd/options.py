@@ -45,6 +45,9 @@ _EXPORT: Final = struct.Struct(">QH")
 _INFO_EXPORT: Final = struct.Struct(">HQH")
 _INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")
 
+#: bytes of answers after which ``feed`` takes a rest
+_MAX_ANSWER: Final = 64 << 10
+
 _SERVER_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 GREETING: Final = _GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, _SERVER_FLAGS)
 
@@ -121,6 +124,8 @@ class Negotiation:
         #: names of the contexts agreed on; the id of each is its index
         self.contexts: tuple[str, ...] = ()
         self.problem = ""  # why the connection is to be closed; "" after ABORT
+        #: options that can be done wait in the input: call ``feed`` again, with nothing
+        self.more = False
         self._directory = directory
         self._input = bytearray()
         self._skip = 0  # bytes of a refused option that are still to come
@@ -134,11 +139,18 @@ class Negotiation:
         return bytes(self._input)
 
     def feed(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Take the next bytes of the client; what is to be sent to it now."""
+        """Take the next bytes of the client; what is to be sent to it now.
+
+        Stops with ``more`` set when the answers get long, for a client may never read them.
+        """
         self._input += data
+        self.more = False
         out = bytearray()
         step = True
         while step and self.phase in (Phase.FLAGS, Phase.OPTIONS):
+            if len(out) > _MAX_ANSWER:
+                self.more = True
+                break
             step = self._flags() if self.phase is Phase.FLAGS else self._option(out)
         if self.phase is Phase.CLOSED:
             self._input.clear()

@@ -1,0 +1,475 @@
+"""One client of the NBD server: bytes in, requests to the backend, replies out.
+
+Specification: NBD doc/proto.md, "Transmission"; the rules are in ``nbd/``, this is the shell.
+
+Runs on the loop, on the request path: no coroutine, no copy and no call that waits where the
+backend answers at once. What comes in one wake-up is done in one round and answered with one
+``writelines``; the rest becomes tasks.
+
+* The payload of a large WRITE is read from the socket into the buffer that is handed to the
+  backend. A small one is handed over where it stands (``write_nowait``) or copied into a task.
+* At most ``MAX_REQUESTS`` requests and ``MAX_BYTES`` bytes are in flight; then, and while the
+  client does not read its replies, nothing more is read from it.
+* A request that was begun is ended whatever becomes of the client; the connection leaves the
+  clients of its export only after that. No task of a request is ever cancelled from here.
+
+Errors: none escape; an ``OSError`` of the backend is answered, any other exception is logged and
+answered with EIO, a client out of step is disconnected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, cast
+
+from liveblockd.exports.backend import Buffer
+from liveblockd.exports.nbd_commands import HANDLERS, Session, read_reply
+from liveblockd.nbd.constants import REQUEST_MAGIC, Command, CommandFlag
+from liveblockd.nbd.errno import NbdError, nbd_error
+from liveblockd.nbd.options import GREETING, Negotiation, Phase
+from liveblockd.nbd.transmission import (
+    REQUEST,
+    REQUEST_SIZE,
+    Request,
+    data_chunk,
+    error_chunk,
+    refusal,
+    simple_reply,
+)
+
+if TYPE_CHECKING:
+    from liveblockd.exports.nbd_server import NbdServer
+
+log = logging.getLogger(__name__)
+
+BUFFER_SIZE: Final = 256 << 10
+#: bytes of one wake-up while a client negotiates
+NEGOTIATION_READ: Final = 64 << 10
+#: a payload up to this size waits in the buffer until it is complete; bytes
+SMALL_WRITE: Final = 64 << 10
+#: reads up to this size are done on the loop when they need no wait; bytes
+INLINE_READ: Final = 256 << 10
+#: in flight for one client
+MAX_REQUESTS: Final = 128
+MAX_BYTES: Final = 64 << 20
+#: of one wake-up, so that one client does not keep the loop from the others
+ROUND_REQUESTS: Final = 128
+ROUND_BYTES: Final = 2 << 20
+#: replies that wait for the client before nothing more is done for it; bytes
+WRITE_HIGH: Final = 1 << 20
+
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_FUA: Final = int(CommandFlag.FUA)
+
+
+class NbdConnection(asyncio.BufferedProtocol):
+    """The protocol object of one connection."""
+
+    def __init__(self, server: NbdServer) -> None:
+        self.server = server
+        self.session: Session | None = None  # None while it negotiates
+        self._loop = asyncio.get_running_loop()
+        self._negotiation = Negotiation(server)
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        # bytes received and not yet used are at [_start, _end)
+        self._buffer = bytearray(BUFFER_SIZE)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        # a large WRITE whose payload is coming in
+        self._payload: bytearray | None = None
+        self._payload_view = self._view[:0]
+        self._payload_request: Request | None = None
+        self._received = 0
+        self._unwanted = 0  # bytes of a refused WRITE that are still to come
+        # replies to be sent at the end of this round
+        self._out: list[Buffer] = []
+        self._flush_due = False
+        # requests that wait
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes = 0
+        self._stalled = False  # complete requests may be in the buffer; nothing is read
+        self._round_due = False
+        self._write_paused = False  # the client does not read its replies
+        self._closing = False  # no more requests are taken
+        self._lost = False
+
+    # -- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        self._transport = cast(asyncio.Transport, transport)
+        if self._closing:  # aborted before it began
+            self._transport.abort()
+            return
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH)
+        seconds = self.server.handshake_seconds
+        if seconds:
+            self._deadline = self._loop.call_later(seconds, self._too_late)
+        self._transport.write(GREETING)
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        if self._payload is not None:
+            return self._payload_view[self._received :]
+        if self.session is None:
+            return self._view[:NEGOTIATION_READ]
+        return self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Use them."""
+        if self._closing:
+            return
+        if self._payload is not None:
+            self._received += nbytes
+            if self._received == len(self._payload):
+                self._end_payload()
+            return
+        if self.session is None:
+            self._negotiate(self._view[:nbytes])
+        else:
+            self._end += nbytes
+            self._round()
+
+    def eof_received(self) -> bool:
+        """The client sends no more; answer what it asked for."""
+        self._finish()
+        return True
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._write_paused = False
+        self._unstall()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Let go, now or when the last request in flight has ended."""
+        self._lost = self._closing = True
+        self._payload = None
+        self._payload_view = self._view[:0]
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._out.clear()
+        self.server.disconnected(self)
+        self._let_go()
+
+    # -- ends
+
+    def abort(self) -> None:
+        """Disconnect without waiting for the client."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _too_late(self) -> None:
+        if self.session is None:
+            log.info("NBD client dropped: negotiation took too long")
+            self.abort()
+
+    def _broken(self, problem: str) -> None:
+        log.info("NBD client dropped: %s", problem)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Take no more requests; close when those in flight are answered."""
+        if not self._closing:
+            self._closing = True
+            assert self._transport is not None
+            self._transport.pause_reading()
+        self._flush()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._tasks:
+            return
+        if not self._lost:
+            assert self._transport is not None
+            self._transport.close()
+        elif self.session is not None:
+            self.session.export.client_gone(self)
+
+    # -- negotiation
+
+    def _negotiate(self, data: Buffer = b"") -> None:
+        negotiation, transport = self._negotiation, self._transport
+        assert transport is not None
+        while True:
+            out = negotiation.feed(data)
+            if out:
+                transport.write(out)
+            if not negotiation.more:
+                break
+            if self._write_paused:  # it asks for more than it reads
+                self._stall()
+                return
+            data = b""
+        if negotiation.phase is Phase.CLOSED:
+            if negotiation.problem:
+                log.info("NBD client dropped: %s", negotiation.problem)
+            self._finish()
+        elif negotiation.phase is Phase.TRANSMISSION:
+            self._begin_transmission(negotiation)
+
+    def _begin_transmission(self, negotiation: Negotiation) -> None:
+        assert negotiation.export is not None
+        export = self.server.exports[negotiation.export.name]
+        self.session = Session(export, negotiation.structured, negotiation.contexts)
+        export.clients.add(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        rest = negotiation.rest
+        assert len(rest) <= NEGOTIATION_READ
+        self._view[: len(rest)] = rest
+        self._end = len(rest)
+        self._round()
+
+    # -- requests
+
+    def _full(self) -> bool:
+        return self._write_paused or len(self._tasks) >= MAX_REQUESTS or self._bytes >= MAX_BYTES
+
+    def _round(self) -> None:
+        """Do the complete requests in the buffer, or as many as a round may have."""
+        self._skip_unwanted()
+        if self._full():
+            self._stall()
+            return
+        going = self._requests()
+        self._flush()
+        if self._closing:
+            return
+        self._make_room()
+        if not going:
+            self._stall()
+            if not self._full() and not self._round_due:
+                self._round_due = True
+                self._loop.call_soon(self._next_round)
+
+    def _requests(self) -> bool:
+        """False when the round ended before the requests did."""
+        session = self.session
+        assert session is not None
+        export = session.export
+        read_nowait = export.backend.read_nowait
+        size = export.backend.length
+        structured = session.structured
+        buffer, end, out = self._buffer, self._end, self._out
+        unpack = REQUEST.unpack_from
+        position = self._start
+        left, left_bytes = ROUND_REQUESTS, ROUND_BYTES
+        while end - position >= REQUEST_SIZE:
+            if left <= 0 or left_bytes <= 0:
+                self._start = position
+                return False
+            left -= 1
+            magic, flags, command, cookie, offset, length = unpack(buffer, position)
+            if magic != REQUEST_MAGIC:
+                self._broken(f"request magic {magic:#x}")
+                return True
+            if (
+                command == _READ
+                and not flags
+                and 0 < length <= INLINE_READ
+                and offset + length <= size
+            ):
+                position += REQUEST_SIZE
+                try:
+                    data = read_nowait(offset, length)
+                except Exception as error:
+                    out.append(self._failed(Request(flags, command, cookie, offset, length), error))
+                    continue
+                if data is None:
+                    self._serve(Request(flags, command, cookie, offset, length))
+                    if self._full():
+                        self._start = position
+                        return False
+                elif length < 65536 and structured:
+                    out += (data_chunk(cookie, offset, length), data)
+                    left_bytes -= length
+                else:
+                    out += read_reply(
+                        session, Request(flags, command, cookie, offset, length), data
+                    )
+                    left_bytes -= length
+                continue
+            used = self._other(Request(flags, command, cookie, offset, length), position)
+            if not used:  # the payload is not all here
+                break
+            position += used
+            if self._closing:
+                return True
+            if self._payload is not None or self._full():
+                self._start = position
+                return self._payload is not None
+        self._start = position
+        return True
+
+    def _other(self, request: Request, position: int) -> int:
+        """Any request; bytes of the buffer that it used up, 0 when more must come first."""
+        session = self.session
+        assert session is not None
+        if request.command == _DISC:
+            self._finish()
+            return REQUEST_SIZE
+        export = session.export
+        refused = refusal(
+            request,
+            size=export.backend.length,
+            read_only=export.read_only,
+            structured=session.structured,
+            contexts=bool(session.contexts),
+        )
+        if refused is not None:
+            self._out.append(self._error(request, refused.error, refused.message))
+        if request.command == _WRITE:
+            return self._write(session, request, position, refused=refused is not None)
+        if refused is None:
+            self._serve(request)
+        return REQUEST_SIZE
+
+    def _write(self, session: Session, request: Request, position: int, *, refused: bool) -> int:
+        length = request.length
+        start = position + REQUEST_SIZE
+        available = min(self._end - start, length)
+        if refused:
+            self._unwanted = length - available
+        elif available == length:
+            self._small_write(session, request, self._view[start : start + length])
+        elif length <= SMALL_WRITE:
+            return 0
+        else:
+            self._payload = bytearray(length)
+            self._payload_view = memoryview(self._payload)
+            self._payload_view[:available] = self._view[start : start + available]
+            self._payload_request = request
+            self._received = available
+            self._bytes += length
+        return REQUEST_SIZE + available
+
+    def _small_write(self, session: Session, request: Request, payload: memoryview) -> None:
+        """A WRITE whose payload stands in the buffer, which will be used again."""
+        export = session.export
+        if 0 < request.length <= SMALL_WRITE and not request.flags and not export.writethrough:
+            try:
+                done = export.backend.write_nowait(request.offset, payload)
+            except Exception as error:
+                self._out.append(self._failed(request, error))
+                return
+            if done:
+                self._out.append(simple_reply(request.cookie))
+                return
+        self._bytes += request.length
+        self._serve(request, bytes(payload))
+
+    def _end_payload(self) -> None:
+        request, payload = self._payload_request, self._payload
+        assert request is not None and payload is not None
+        self._payload = self._payload_request = None
+        self._payload_view = self._view[:0]
+        self._serve(request, payload)
+        if self._full():
+            self._stall()
+
+    def _skip_unwanted(self) -> None:
+        if self._unwanted:
+            part = min(self._unwanted, self._end - self._start)
+            self._unwanted -= part
+            self._start += part
+
+    def _make_room(self) -> None:
+        """Keep room behind ``_end`` for the largest request that is waited for in the buffer."""
+        start, end = self._start, self._end
+        if start == end:
+            self._start = self._end = 0
+        elif start and BUFFER_SIZE - start < SMALL_WRITE + REQUEST_SIZE:
+            self._view[: end - start] = bytes(self._view[start:end])
+            self._start, self._end = 0, end - start
+
+    # -- the flow
+
+    def _stall(self) -> None:
+        if not self._stalled and not self._closing:
+            self._stalled = True
+            assert self._transport is not None
+            self._transport.pause_reading()
+
+    def _next_round(self) -> None:
+        self._round_due = False
+        self._unstall()
+
+    def _unstall(self) -> None:
+        """Go on after a stall if nothing stands against it."""
+        if not self._stalled or self._closing or self._full():
+            return
+        self._stalled = False
+        if self.session is None:
+            self._negotiate()
+        elif self._payload is None:
+            self._round()
+        if not self._stalled and not self._closing:
+            assert self._transport is not None
+            self._transport.resume_reading()
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        out = self._out
+        if out:
+            self._out = []
+            if not self._lost:
+                assert self._transport is not None
+                self._transport.writelines(out)
+
+    def _serve(self, request: Request, payload: Buffer = b"") -> None:
+        """Make a task of a request; of a WRITE ``_bytes`` counts the payload already."""
+        if request.command == _READ:
+            self._bytes += request.length
+        task = self._loop.create_task(self._served(request, payload))
+        self._tasks.add(task)
+
+    async def _served(self, request: Request, payload: Buffer) -> None:
+        session = self.session
+        assert session is not None
+        try:
+            reply = await HANDLERS[request.command](session, request, payload)
+            self._out.extend(reply)
+        except Exception as error:
+            self._out.append(self._failed(request, error))
+        finally:
+            if request.command in (_READ, _WRITE):
+                self._bytes -= request.length
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.discard(task)
+            self._answered()
+
+    def _answered(self) -> None:
+        if self._closing:
+            if not self._tasks:
+                self._flush()
+                self._let_go()
+        elif self._stalled and not self._round_due:
+            self._round_due = True
+            self._loop.call_soon(self._next_round)
+        if self._out and not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    # -- errors
+
+    def _failed(self, request: Request, error: Exception) -> bytes:
+        if isinstance(error, OSError):
+            return self._error(request, nbd_error(error.errno), error.strerror or str(error))
+        log.error("NBD %s failed by a defect", Command(request.command).name, exc_info=error)
+        return self._error(request, NbdError.EIO, "internal error")
+
+    def _error(self, request: Request, error: NbdError, message: str) -> bytes:
+        assert self.session is not None
+        if self.session.structured:
+            return error_chunk(request.cookie, error, message)
+        return simple_reply(request.cookie, error)
