@@ -1,0 +1,24 @@
+"""The running daemon: its process, its start from the command line, its orderly end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from liveblockd.cli import CommandLine
+from liveblockd.daemon.process import Background, go_to_background
+
+
+def run_daemon(prog: str, line: CommandLine) -> int:
+    """Run until somebody asks for the end; the exit status."""
+    background = go_to_background() if line.daemonize else Background()
+    # imported after the fork: nothing of it shall run in the process that only waits
+    from liveblockd.daemon.core import Daemon
+    from liveblockd.runtime.loop import run
+
+    logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING, stream=sys.stderr)
+
+    async def serve() -> int:
+        return await Daemon(prog, line, background).run()
+
+    return run(serve())

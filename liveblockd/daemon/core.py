@@ -1,0 +1,180 @@
+"""The composition root: makes the parts of the daemon, starts them, and ends them in order.
+
+Runs on the event loop. The end, whatever asked for it:
+
+1. the command under way ends, none is begun any more, no client is let in;
+2. exports are removed and jobs cancelled, with their events (``quit`` is answered after this);
+3. every image is flushed and closed, top down, and its locks are gone;
+4. the monitors' clients are sent what waits for them and are disconnected;
+5. PID file and sockets are removed.
+
+Every step is taken whatever became of the one before; a step that fails makes the exit status 1.
+A second signal changes nothing. Escaping: nothing; errors of the start are printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Sequence
+
+from liveblockd.cli import Action, CommandLine
+from liveblockd.config import load
+from liveblockd.daemon.backends import GraphBackends
+from liveblockd.daemon.monitors import Monitors
+from liveblockd.daemon.process import Background, Notifier, PidFile
+from liveblockd.daemon.startup import Startup
+from liveblockd.errors import BlockError, ConfigError
+from liveblockd.events import Publisher, Shutdown
+from liveblockd.exports.registry import ExportRegistry
+from liveblockd.formats import load_formats
+from liveblockd.graph.graph import Graph
+from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.qmp import registry
+from liveblockd.qmp.context import Context
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage.registry import Environment, load_drivers
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PATIENCE = 5.0  # seconds a stop waits for the command under way before it says so
+
+
+class Daemon:
+    """One run of the daemon; ``run`` is all of it."""
+
+    def __init__(self, prog: str, line: CommandLine, background: Background) -> None:
+        self._prog = prog
+        self._line = line
+        self._background = background
+        self._notifier = Notifier()
+        self._pidfile: PidFile | None = None
+        self._status = 0
+        self._stop = asyncio.Event()
+        self._reason = "host-signal"
+        self._watchdog: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Start, serve until somebody asks for the end, end; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._request_stop, "host-signal")
+        self._make_parts()
+        try:
+            await self._start(self._line.actions)
+            await self._stop.wait()
+        except ConfigError as exc:
+            print(f"{self._prog}: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+            self._status = 1
+        finally:
+            await self._end()
+        return self._status
+
+    def _make_parts(self) -> None:
+        load_drivers()
+        load_formats()
+        registry.load()
+        self._publisher = Publisher()
+        self._workers = WorkerPool()
+        environment = Environment(workers=self._workers, publisher=self._publisher)
+        self._graph = Graph(environment)
+        self._scheduler = Scheduler(self._publisher)
+        self._exports = ExportRegistry(self._publisher, GraphBackends(self._graph))
+        self._context = Context(
+            graph=self._graph,
+            scheduler=self._scheduler,
+            exports=self._exports,
+            workers=self._workers,
+            publisher=self._publisher,
+            on_quit=self._request_stop,
+            stop_work=self._stop_work,
+            console=console,
+        )
+        self._monitors = Monitors(self._context)
+
+    def _request_stop(self, reason: str) -> None:
+        if not self._stop.is_set():
+            self._reason = reason
+            self._stop.set()
+
+    # -- start
+
+    async def _start(self, actions: Sequence[Action]) -> None:
+        pidfile = self._line.pidfile
+        for action in actions:
+            if action.option == "config":
+                pidfile = pidfile or load(action.value["file"]).pidfile
+        startup = Startup(self._context, self._monitors)
+        for action in actions:
+            await startup.act(action)
+            if self._stop.is_set():
+                return
+        # Clients are let in only now: they must not see a daemon that is half there.
+        if not await self._monitors.start(self._stop):
+            return
+        if pidfile is not None:
+            self._pidfile = PidFile(pidfile)
+        self._background.ready()
+        nodes, exports = len(self._graph.nodes), len(self._exports.exports)
+        self._notifier.send("READY=1", f"STATUS={nodes} block nodes, {exports} exports")
+        if interval := self._notifier.watchdog_interval:
+            self._watchdog = asyncio.create_task(self._watch(interval))
+
+    async def _watch(self, interval: float) -> None:
+        """Tell systemd that the event loop runs; that it does is what is being watched."""
+        while True:
+            self._notifier.send("WATCHDOG=1")
+            await asyncio.sleep(interval)
+
+    # -- end
+
+    async def _stop_work(self) -> None:
+        """Exports first, so that no guest writes while its jobs are undone."""
+        await self._step("removing the exports", self._exports.close())
+        await self._step("cancelling the jobs", self._scheduler.cancel_all())
+
+    async def _end(self) -> None:
+        self._notifier.send("STOPPING=1", "STATUS=closing the images")
+        self._monitors.stop_listening()
+        await self._lock_commands()
+        await self._stop_work()
+        if self._graph.drives:
+            # QEMU with drives says this; qemu-storage-daemon, which has none, does not
+            self._publisher.publish(Shutdown(guest=False, reason=self._reason))
+        await self._step("closing the images", self._graph.close())
+        await self._step("disconnecting the monitors", self._monitors.close())
+        await self._step("waiting for the workers", self._workers.idle())
+        self._workers.close()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._pidfile is not None:
+            self._pidfile.remove()
+
+    async def _lock_commands(self) -> None:
+        """Let the command under way come to its end; the lock is never given back."""
+        self._context.quitting = True
+        lock = asyncio.ensure_future(self._context.command_lock.acquire())
+        await asyncio.wait((lock,), timeout=_PATIENCE)
+        if not lock.done():
+            log.warning("waiting for a command to end before the images are closed")
+            await lock
+
+    async def _step(self, what: str, work: Awaitable[object]) -> None:
+        try:
+            await work
+        except (BlockError, OSError) as exc:
+            log.error("%s: %s", what, exc)
+            self._status = 1
+        except Exception:
+            log.exception("%s", what)
+            self._status = 1
+
+
+def console(text: str) -> None:
+    """Print a line on stdout; a stdout that nobody reads any more is no reason to fail."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)  # noqa: T201

@@ -1,0 +1,147 @@
+"""Does what the command line asks for, option by option, in the order they were given.
+
+Runs on the event loop. An option that fails ends the start with ``ConfigError``, worded
+``--option text: message``; what earlier options opened is closed by the daemon's usual end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from liveblockd.cli import Action
+from liveblockd.cli.arguments import monitor_address
+from liveblockd.config import Configuration, load
+from liveblockd.daemon.process import inherited_fd
+from liveblockd.errors import BlockError, ConfigError
+from liveblockd.qapi import QapiModel, parse
+from liveblockd.qmp.commands.chardev import ChardevOptions, chardev_registry, parse_chardev
+from liveblockd.qmp.commands.objects import ObjectOptions, object_registry
+from liveblockd.qmp.context import Context
+
+if TYPE_CHECKING:
+    from liveblockd.daemon.monitors import Monitors
+
+
+class MonitorOptions(QapiModel):
+    """``--monitor``."""
+
+    id: str | None = None
+    mode: str = "control"
+    pretty: bool = False
+    chardev: str
+
+
+class Startup:
+    """One start; ``act`` is called for each option."""
+
+    def __init__(self, context: Context, monitors: Monitors) -> None:
+        self._context = context
+        self._monitors = monitors
+        self._count = 0  # of monitors without a chardev of their own
+
+    async def act(self, action: Action) -> None:
+        """Do what one option asks for."""
+        name = action.option.replace("-", "_")
+        handler: Callable[[Action], Awaitable[None]] = getattr(self, f"_{name}")
+        try:
+            await handler(action)
+        except BlockError as exc:
+            raise ConfigError(f"{action.where}: {exc.message}") from exc
+        except OSError as exc:
+            raise ConfigError(f"{action.where}: {exc.strerror or exc}") from exc
+
+    async def _blockdev(self, action: Action) -> None:
+        from liveblockd.storage.options import BlockdevOptions
+
+        options = parse(BlockdevOptions, action.value, keyval=not action.typed)
+        if options.node_name is None:
+            raise BlockError("'node-name' must be specified for the root node")
+        await self._context.graph.open(options)
+
+    async def _drive(self, action: Action) -> None:
+        from liveblockd.graph.drives import DriveOptions, open_drive
+
+        options = parse(DriveOptions, action.value, keyval=not action.typed)
+        await open_drive(self._context.graph, options)
+
+    async def _object(self, action: Action) -> None:
+        options = parse(ObjectOptions, action.value, keyval=not action.typed)
+        object_registry(self._context).add(options)
+
+    async def _nbd_server(self, action: Action) -> None:
+        from liveblockd.qmp.commands.exports import NbdServerOptions
+
+        value = action.value
+        address = value.get("addr")
+        if isinstance(address, dict) and isinstance(address.get("str"), str):
+            value = value | {"addr": address | {"str": inherited_fd(address["str"])}}
+        options = parse(NbdServerOptions, value, keyval=not action.typed)
+        await self._context.exports.nbd_server.start(
+            options.addr.plain(),
+            max_connections=options.max_connections,
+            handshake_seconds=options.handshake_max_seconds,
+            tls_creds=options.tls_creds,
+            tls_authz=options.tls_authz,
+        )
+
+    async def _export(self, action: Action) -> None:
+        from liveblockd.exports.options import BlockExportOptions
+
+        options = parse(BlockExportOptions, action.value, keyval=not action.typed)
+        await self._context.exports.add(options)
+
+    async def _chardev(self, action: Action) -> None:
+        self._add_chardev(action.value, keyval=not action.typed)
+
+    def _add_chardev(self, value: dict[str, Any], *, keyval: bool) -> ChardevOptions:
+        if isinstance(value.get("fd"), str):
+            value = value | {"fd": inherited_fd(value["fd"])}
+        options = parse_chardev(value, keyval=keyval)
+        chardev_registry(self._context).add(options)
+        return options
+
+    async def _monitor(self, action: Action) -> None:
+        options = parse(MonitorOptions, action.value, keyval=not action.typed)
+        if options.mode not in ("control", "readline"):
+            raise BlockError(f"Parameter 'mode' does not accept value '{options.mode}'")
+        chardev = chardev_registry(self._context).take(options.chardev)
+        await self._monitors.add(chardev, mode=options.mode, pretty=options.pretty)
+
+    async def _qmp(self, action: Action, mode: str = "control") -> None:
+        name = f"compat_monitor{self._count}"
+        self._count += 1
+        value = {"id": name, **action.value}
+        pretty = value.pop("pretty", "off")
+        self._add_chardev(value, keyval=True)
+        chosen = {"chardev": name, "mode": value.pop("mode", mode), "pretty": pretty}
+        await self._monitor(Action("monitor", action.where, chosen))
+
+    async def _hmp(self, action: Action) -> None:
+        await self._qmp(action, "readline")
+
+    async def _config(self, action: Action) -> None:
+        for each in configured(load(action.value["file"]), action.value["file"]):
+            await self.act(each)
+
+
+def configured(configuration: Configuration, path: str) -> Iterable[Action]:
+    """The options of a configuration file as actions."""
+    table = functools.partial(_tables, path)
+    yield from table("object", configuration.object_)
+    yield from table("blockdev", configuration.blockdev)
+    yield from table("drive", configuration.drive)
+    if configuration.nbd_server is not None:
+        yield Action("nbd-server", f"{path}: nbd-server", configuration.nbd_server, typed=True)
+    yield from table("export", configuration.export)
+    yield from table("chardev", configuration.chardev)
+    yield from table("monitor", configuration.monitor)
+    for option, texts in (("qmp", configuration.qmp), ("hmp", configuration.hmp)):
+        for text in texts:
+            yield Action(option, f"{path}: {option} {text}", dict(monitor_address(text)))
+
+
+def _tables(path: str, option: str, tables: list[dict[str, Any]]) -> Iterable[Action]:
+    for index, value in enumerate(tables):
+        yield Action(option, f"{path}: {option}[{index}]", value, typed=True)
