@@ -4,10 +4,13 @@ Runs on: ``submit``, ``run``, ``idle`` and ``close`` on the event loop; the jobs
 
 Invariants:
 
-* A job that was submitted runs, once and to its end. Cancelling the coroutine or the future that
-  waits for it only means that nobody looks at the result: the system call cannot be taken back.
-  Whoever owns a descriptor or a buffer that jobs use submits them through a ``JobGroup`` and waits
-  for ``group.idle()`` before closing or reusing it.
+* A job that was submitted runs, once and to its end: a system call cannot be taken back. So its
+  future cannot be cancelled either: a task that is cancelled while it awaits a job gets its
+  CancelledError when the job has ended. A write that a cancelled job started can therefore not land
+  later on, in clusters that belong to somebody else by then, and buffers and descriptors outlive
+  the system calls on them.
+* Whoever submits without awaiting does so through a ``JobGroup`` and awaits ``group.idle()`` before
+  it closes the descriptor.
 * A job is self-contained: it gets descriptors, offsets and buffers, and touches no state that the
   event loop changes.
 * Results reach the loop in the order in which the jobs ended.
@@ -29,8 +32,20 @@ Ts = TypeVarTuple("Ts")
 
 DEFAULT_THREADS = 4
 
+
+class JobFuture(asyncio.Future[T]):
+    """The result of a job; ``cancel`` is refused, see the module."""
+
+    unwanted = False
+
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002
+        """Note that whoever waits was cancelled; it learns of that when the job has ended."""
+        self.unwanted = True
+        return False
+
+
 # (future, function, arguments, group); None ends a thread
-_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], "JobGroup | None"]
+_Job = tuple[JobFuture[Any], Callable[..., Any], tuple[Any, ...], "JobGroup | None"]
 
 
 class WorkerPool:
@@ -56,7 +71,7 @@ class WorkerPool:
         """Jobs submitted and not yet delivered."""
         return self._outstanding
 
-    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
         return self._submit(fn, args, None)
 
@@ -91,13 +106,13 @@ class WorkerPool:
 
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
-    ) -> asyncio.Future[T]:
+    ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: JobFuture[T] = JobFuture(loop=loop)
         self._outstanding += 1
         if self._outstanding > len(self._threads) < self._limit:
             self._start_thread()
@@ -150,13 +165,14 @@ class WorkerPool:
             except IndexError:
                 break
             self._outstanding -= 1
-            if not future.done():  # else: cancelled, nobody wants to know
-                if error is None:
-                    future.set_result(result)
-                elif isinstance(error, StopIteration):  # a future refuses this one
-                    future.set_exception(RuntimeError(f"a job raised {error!r}"))
-                else:
-                    future.set_exception(error)
+            if error is None:
+                future.set_result(result)
+            else:
+                if isinstance(error, StopIteration):  # a future refuses this one
+                    error = RuntimeError(f"a job raised {error!r}")
+                future.set_exception(error)
+                if future.unwanted:
+                    future.exception()  # or asyncio complains that nobody looked
             if group is not None:
                 group.job_ended()
         if not self._outstanding and self._idle_waiters:
@@ -176,7 +192,7 @@ class JobGroup:
         """Jobs of this group that have not ended."""
         return self._count
 
-    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """As ``WorkerPool.submit``; the job counts until it has ended, waited for or not."""
         future = self._pool._submit(fn, args, self)
         self._count += 1

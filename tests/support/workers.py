@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from liveblockd.runtime.workers import JobGroup, WorkerPool
+from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
 
 T = TypeVar("T")
 
@@ -20,11 +20,9 @@ def _finish(future: asyncio.Future[Any], fn: Callable[..., Any], args: tuple[Any
     try:
         result = fn(*args)
     except Exception as error:
-        if not future.done():
-            future.set_exception(error)
+        future.set_exception(error)
     else:
-        if not future.done():
-            future.set_result(result)
+        future.set_result(result)
 
 
 class InlineWorkers(WorkerPool):
@@ -32,10 +30,10 @@ class InlineWorkers(WorkerPool):
 
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
-    ) -> asyncio.Future[T]:
+    ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        future: JobFuture[T] = JobFuture(loop=asyncio.get_running_loop())
         _finish(future, fn, args)
         if group is not None:
             asyncio.get_running_loop().call_soon(group.job_ended)
@@ -49,15 +47,15 @@ class SeededWorkers(WorkerPool):
         super().__init__()
         self.random = random.Random(seed)
         self.automatic = automatic
-        self.queued: list[tuple[asyncio.Future[Any], Any, tuple[Any, ...], JobGroup | None]] = []
+        self.queued: list[tuple[JobFuture[Any], Any, tuple[Any, ...], JobGroup | None]] = []
 
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
-    ) -> asyncio.Future[T]:
+    ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: JobFuture[T] = JobFuture(loop=loop)
         self._outstanding += 1
         self.queued.append((future, fn, args, group))
         if self.automatic:

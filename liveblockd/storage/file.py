@@ -1,0 +1,460 @@
+"""The drivers ``file`` and ``host_device``: a regular file or a block device of the host.
+
+Specification: qapi/block-core.json, BlockdevOptionsFile; docs of the calls in ``hostcalls``.
+
+Runs on: the event loop; everything that may wait for a disk is a job for a worker. ``read_nowait``
+is answered by the page cache (RWF_NOWAIT, or plain preadv where memory is all there is).
+
+Invariants:
+
+* The descriptor's number never changes while the node is open: a change between read-only and
+  read-write replaces what it refers to (dup2), so jobs that hold the number go on.
+* The size is asked of the host each time, never kept: jobs grow the file past this driver.
+* No coroutine here returns, cancelled or not, while its system call is under way.
+* After a failed flush all later ones fail: which pages the kernel dropped nobody knows.
+
+Errors: ``OSError`` (I/O), ``BlockError`` (open, locks, changing to read-write).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import stat
+from dataclasses import dataclass
+from errno import EACCES, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM, EROFS
+from functools import partial
+from typing import Self
+
+from liveblockd.errors import BlockError
+from liveblockd.qapi import UInt64
+from liveblockd.runtime.workers import JobFuture
+from liveblockd.storage import hostcalls
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, Permission
+from liveblockd.storage.locks import ImageLocks
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import Environment, register_driver
+from liveblockd.storage.serialise import Section, Serialiser
+
+#: bytes that a nowait call copies at most: some hundred microseconds of the loop's time
+NOWAIT_LIMIT = 1 << 20
+#: extents that one ``map`` finds out: two system calls each
+MAP_LIMIT = 1024
+
+_READ_ONLY_REASONS = (EACCES, EPERM, EROFS)
+
+
+class OnOffAuto(enum.StrEnum):
+    """qapi/common.json."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class BlockdevAioOptions(enum.StrEnum):
+    """How QEMU does its I/O; accepted, since here workers do it all."""
+
+    THREADS = "threads"
+    NATIVE = "native"
+    IO_URING = "io_uring"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """What opening found out; ``HostFile`` for jobs."""
+
+    fd: int
+    direct: bool
+    read_only: bool
+    alignment: int
+    read_flags: int | None  # of preadv in read_nowait; None: it always declines
+    write_flags: int | None
+
+
+class FileOptions(BlockdevOptions):
+    """Members of ``blockdev-add``."""
+
+    filename: str
+    locking: OnOffAuto | None = None
+    aio: BlockdevAioOptions | None = None
+    aio_max_batch: UInt64 | None = None
+    drop_cache: bool | None = None
+
+
+@register_driver
+class FileDriver(BlockDriver):
+    """A regular file; block devices are welcome too."""
+
+    driver_name = "file"
+    Options = FileOptions
+
+    def __init__(self, options: FileOptions, environment: Environment, opened: OpenFile) -> None:
+        self.children: dict[str, BlockIO] = {}
+        self.filename = options.filename
+        self.read_only = opened.read_only
+        self.request_alignment = opened.alignment
+        self._jobs = environment.workers.group()
+        self._opened = opened
+        self._fd = opened.fd
+        self._direct = opened.direct
+        self._read_flags = opened.read_flags
+        self._write_flags = opened.write_flags
+        self._unmaps = options.unmaps
+        self._no_flush = options.cache_no_flush
+        self._can_map = True
+        self._locks = ImageLocks(
+            opened.fd,
+            options.filename,
+            enabled=options.locking is not OnOffAuto.OFF and not options.force_share,
+            required=options.locking is OnOffAuto.ON,
+        )
+        self._serialiser = Serialiser()
+        self._flush_job: JobFuture[None] | None = None
+        self._flush_next: JobFuture[None] | None = None
+        self._flush_error: OSError | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls, options: FileOptions, children: dict[str, BlockIO], environment: Environment
+    ) -> Self:
+        """Open the file; no lock is taken before ``set_permissions``. Raises BlockError."""
+        assert not children
+        read_only = bool(options.read_only)
+        if options.force_share and not read_only:
+            raise BlockError("force-share=on can only be used with read-only images")
+        if options.aio is BlockdevAioOptions.NATIVE and not options.cache_direct:
+            raise BlockError(
+                "aio=native was specified, but it requires cache.direct=on, "
+                "which was not specified."
+            )
+        job = environment.workers.submit(cls._open_file, options)
+        try:
+            opened = await job
+        except OSError as error:
+            raise BlockError.from_os_error(f"Could not open '{options.filename}'", error) from error
+        except asyncio.CancelledError:
+            if job.exception() is None:
+                os.close(job.result().fd)
+            raise
+        return cls(options, environment, opened)
+
+    @classmethod
+    def _open_file(cls, options: FileOptions) -> OpenFile:
+        """On a worker."""
+        filename, direct = options.filename, options.cache_direct
+        mode = os.stat(filename).st_mode
+        cls._check_type(filename, mode)  # before open: that of a FIFO would not return
+        read_only = bool(options.read_only)
+        try:
+            fd = _open_fd(filename, read_only, direct)
+        except OSError as error:
+            if not (options.auto_read_only and error.errno in _READ_ONLY_REASONS) or read_only:
+                raise
+            read_only = True
+            fd = _open_fd(filename, read_only, direct)
+        try:
+            cls._check_type(filename, os.fstat(fd).st_mode)
+            hostcalls.file_size(fd)
+            return _probe(fd, read_only, direct)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _check_type(cls, filename: str, mode: int) -> None:
+        if stat.S_ISDIR(mode):
+            raise OSError(EISDIR, os.strerror(EISDIR))
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise BlockError(
+                f"'{cls.driver_name}' driver requires '{filename}' to be a regular file"
+            )
+
+    @property
+    def length(self) -> int:
+        """Bytes, as the host says now."""
+        return hostcalls.file_size(self._fd)
+
+    # -- guest I/O
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """What the page cache has."""
+        flags = self._read_flags
+        if flags is None or length > NOWAIT_LIMIT:
+            return None
+        buffer = hostcalls.new_buffer(length)
+        try:
+            count = os.preadv(self._fd, (buffer,), offset, flags)
+        except BlockingIOError:
+            return None
+        if count != length:
+            # Either the end of the file, or the rest is not in the cache.
+            if offset + count < hostcalls.file_size(self._fd):
+                return None
+            hostcalls.fill_zeroes(buffer, count)
+        return buffer
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Into the page cache, where the file system can tell that this needs no wait."""
+        flags = self._write_flags
+        if flags is None or len(data) > NOWAIT_LIMIT:
+            return False
+        try:
+            return os.pwritev(self._fd, (data,), offset, flags) == len(data)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (EOPNOTSUPP, EINVAL):
+                raise
+            self._write_flags = None
+            return False
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes; zeros past the end."""
+        if self._direct:
+            return await self._jobs.run(
+                hostcalls.read_direct, self._fd, offset, length, self.request_alignment
+            )
+        data = self.read_nowait(offset, length)  # not all callers ask first, and it is cheap
+        if data is None:
+            data = await self._jobs.run(hostcalls.read, self._fd, offset, length)
+        return data
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Store all of it; past the end the file grows."""
+        self._check_writable()
+        if self._direct:
+            await self._write_direct(offset, data)
+        elif not self.write_nowait(offset, data):
+            await self._jobs.run(hostcalls.write, self._fd, offset, data)
+
+    async def _write_direct(self, offset: int, data: Buffer) -> None:
+        alignment = self.request_alignment
+        length = memoryview(data).nbytes
+        if not length:
+            return
+        start, end = offset - offset % alignment, -(-(offset + length) // alignment) * alignment
+        whole = start == offset and end == offset + length
+        section = await self._serialiser.enter(start, end, exclusive=not whole)
+        try:
+            call = hostcalls.write_direct if whole else hostcalls.write_unaligned
+            await self._jobs.run(call, self._fd, offset, data, alignment)
+        finally:
+            self._serialiser.leave(section)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        """By fallocate; by writing zeros where there is no such call."""
+        self._check_writable()
+        if not length:
+            return
+        section = await self._enter_blocks(offset, length)
+        try:
+            unmap = may_unmap and self._unmaps
+            if await self._jobs.run(hostcalls.zero_range, self._fd, offset, length, unmap):
+                return
+            if fast_only:
+                raise OSError(ENOTSUP, os.strerror(ENOTSUP))
+            if not self._direct:
+                await self._jobs.run(hostcalls.write_zeroes, self._fd, offset, length)
+                return
+        finally:
+            self._serialiser.leave(section)
+        position, end = offset, offset + length
+        while position < end:
+            # Up to a boundary of pieces, so that all but the edges are whole blocks.
+            part = min(hostcalls.PIECE - position % hostcalls.PIECE, end - position)
+            await self._write_direct(position, hostcalls.zeroes(part))
+            position += part
+
+    async def discard(self, offset: int, length: int) -> None:
+        """A hole with discard=unmap, nothing without."""
+        self._check_writable()
+        if not length or not self._unmaps:
+            return
+        section = await self._enter_blocks(offset, length)
+        try:
+            await self._jobs.run(hostcalls.punch_hole, self._fd, offset, length)
+        except OSError as error:
+            if error.errno not in hostcalls.UNSUPPORTED:
+                raise
+            # A discard that cannot be done has been done: the old bytes may stay.
+        finally:
+            self._serialiser.leave(section)
+
+    async def _enter_blocks(self, offset: int, length: int) -> Section:
+        """Keep read-modify-writes out of the blocks that the range touches."""
+        alignment = self.request_alignment
+        start, end = offset - offset % alignment, -(-(offset + length) // alignment) * alignment
+        return await self._serialiser.enter(start, end, exclusive=self._direct)
+
+    async def flush(self) -> None:
+        """fdatasync; calls that come while one is under way share the next one."""
+        if self._no_flush or self.read_only:
+            return
+        if self._flush_error is not None:
+            raise self._again(self._flush_error)
+        if self._flush_job is None:
+            await self._start_flush()
+            return
+        # The one under way began before writes that this call is to make durable.
+        if self._flush_next is None:
+            self._flush_next = JobFuture(loop=asyncio.get_running_loop())
+        await self._flush_next
+
+    def _start_flush(self) -> JobFuture[None]:
+        job = self._jobs.submit(os.fdatasync, self._fd)
+        self._flush_job = job
+        job.add_done_callback(self._flush_ended)
+        return job
+
+    def _flush_ended(self, job: asyncio.Future[None]) -> None:
+        self._flush_job = None
+        error = job.exception()
+        if isinstance(error, OSError) and not self._direct:
+            self._flush_error = error
+        waiting, self._flush_next = self._flush_next, None
+        if waiting is None:
+            return
+        if self._flush_error is not None:
+            waiting.set_exception(self._again(self._flush_error))
+            return
+        try:
+            self._start_flush().add_done_callback(partial(_hand_on, waiting))
+        except RuntimeError as closed:  # the pool is gone
+            waiting.set_exception(OSError(EIO, str(closed)))
+
+    @staticmethod
+    def _again(error: OSError) -> OSError:
+        return OSError(error.errno, error.strerror)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Holes by SEEK_DATA and SEEK_HOLE; at most ``MAP_LIMIT`` extents."""
+        if self._can_map:
+            found = await self._jobs.run(hostcalls.map_extents, self._fd, offset, length, MAP_LIMIT)
+            if found is not None:
+                return found
+            self._can_map = False
+        return [Extent(length, ExtentKind.DATA, offset)]
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise OSError(EPERM, os.strerror(EPERM))
+
+    # -- management
+
+    async def truncate(self, length: int) -> None:
+        """Set the size of a regular file, durable on return."""
+        self._check_writable()
+        if stat.S_ISBLK(os.fstat(self._fd).st_mode):
+            if length > self.length:
+                raise BlockError("Cannot grow device files")
+            return
+        section = await self._serialiser.enter(0, 1 << 63, exclusive=True)
+        try:
+            await self._jobs.run(os.ftruncate, self._fd, length)
+            if not self._no_flush:
+                await self._jobs.run(os.fsync, self._fd)
+        finally:
+            self._serialiser.leave(section)
+
+    async def close(self) -> None:
+        """Wait for what is under way, then let go of locks and descriptor. Twice is harmless."""
+        if self._closing is None:
+            self._read_flags = self._write_flags = None
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        # A caller that is cancelled does not leave a descriptor behind.
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        await self._jobs.idle()
+        await self._jobs.run(self._release)
+
+    def _release(self) -> None:
+        self._locks.release()
+        os.close(self._fd)
+
+    async def set_permissions(self, used: Permission, shared: Permission) -> None:
+        """Take and look for the image locks; BlockError when somebody else has the image."""
+        if (used, shared) != (self._locks.used, self._locks.shared):
+            await self._jobs.run(self._locks.acquire, used, shared)
+
+    async def set_read_only(self, read_only: bool) -> None:
+        """Reopen the same file; flushed before it becomes read-only. BlockError on failure."""
+        if read_only == self.read_only:
+            return
+        try:
+            if read_only:
+                await self.flush()
+            await self._jobs.run(self._reopen, read_only)
+        except OSError as error:
+            raise BlockError.from_os_error(f"Could not reopen '{self.filename}'", error) from error
+        self.read_only = read_only
+
+    def _reopen(self, read_only: bool) -> None:
+        """On a worker. Through /proc, since the name may mean another file by now."""
+        fd = _open_fd(f"/proc/self/fd/{self._fd}", read_only, self._direct)
+        try:
+            self._locks.copy_to(fd)
+            os.dup2(fd, self._fd, inheritable=False)
+        finally:
+            os.close(fd)
+
+    def host_file(self) -> OpenFile:
+        """This file, for jobs that a worker does with the descriptor alone."""
+        return self._opened
+
+    def actual_size(self) -> int:
+        """Bytes on the host's disk."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def limits(self) -> dict[str, int]:
+        """As the base, with the memory alignment of O_DIRECT."""
+        memory = hostcalls.MEMORY_ALIGNMENT if self._direct else 1
+        return super().limits() | {"min-mem-alignment": memory}
+
+
+@register_driver
+class HostDevice(FileDriver):
+    """A block device."""
+
+    driver_name = "host_device"
+
+    @classmethod
+    def _check_type(cls, filename: str, mode: int) -> None:
+        if not stat.S_ISBLK(mode):
+            raise BlockError(
+                f"'{cls.driver_name}' driver requires '{filename}' "
+                "to be either a character or block device"
+            )
+
+
+def _open_fd(filename: str, read_only: bool, direct: bool) -> int:
+    flags = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        return os.open(filename, flags | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+    except OSError as error:
+        if direct and error.errno == EINVAL:
+            raise OSError(EINVAL, "the file system does not support O_DIRECT") from error
+        raise
+
+
+def _probe(fd: int, read_only: bool, direct: bool) -> OpenFile:
+    if direct:
+        return OpenFile(fd, direct, read_only, hostcalls.probe_alignment(fd), None, None)
+    if hostcalls.filesystem_type(fd) in (hostcalls.TMPFS_MAGIC, hostcalls.RAMFS_MAGIC):
+        return OpenFile(fd, direct, read_only, 1, 0, None if read_only else 0)
+    nowait = os.RWF_NOWAIT if hostcalls.probe_nowait(fd) else None
+    # Writes cannot be tried before there is something to write: the first one tells.
+    return OpenFile(fd, direct, read_only, 1, nowait, None if read_only else nowait)
+
+
+def _hand_on(waiting: JobFuture[None], job: asyncio.Future[None]) -> None:
+    error = job.exception()
+    if error is None:
+        waiting.set_result(None)
+    else:
+        waiting.set_exception(error)
