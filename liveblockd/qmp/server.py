@@ -47,7 +47,7 @@ class Chardev(QapiModel):
     port: str | None = None
     server: bool = False
     wait: bool = True  # of a server: do not go on before the first client is there
-    reconnect: int = 0  # of a client: seconds between attempts, 0 for a single one
+    reconnect: float = 0  # of a client: seconds between attempts, 0 for a single one
     mode: str | None = None  # permissions of the socket file, octal
 
 
@@ -80,6 +80,7 @@ class Monitor:
         self._connected = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sessions: set[Session] = set()
+        self._clients = 0
         self._closing = False
 
     async def start(self) -> None:
@@ -101,16 +102,25 @@ class Monitor:
             await self._connected.wait()
 
     async def close(self) -> None:
-        """Take no more clients, send what is under way to those that are here, remove the file."""
+        """``stop_listening``, then send what is under way to the clients and disconnect them."""
+        self.stop_listening()
+        await asyncio.gather(*(session.close() for session in tuple(self._sessions)))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def stop_listening(self) -> None:
+        """Take no more clients, connect to none, remove the socket file."""
         self._closing = True
         if self._server is not None:
             self._server.close()
         if self._file is not None:
             self._file.remove()
-        await asyncio.gather(*(session.close() for session in tuple(self._sessions)))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a client is connected."""
+        return self._clients > 0
 
     # -- listening
 
@@ -209,9 +219,16 @@ class Monitor:
         if self._closing:
             streams.writer.close()
             return
-        if self._make_readline is not None:
-            await self._make_readline(self._context).run(*streams)
-            return
+        self._clients += 1
+        try:
+            if self._make_readline is not None:
+                await self._make_readline(self._context).run(*streams)
+            else:
+                await self._serve_control(streams)
+        finally:
+            self._clients -= 1
+
+    async def _serve_control(self, streams: Streams) -> None:
         session = Session(self._context, pretty=self._pretty)
         self._sessions.add(session)
         try:

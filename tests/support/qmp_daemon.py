@@ -1,15 +1,17 @@
 """A daemon of monitors only, for tests of the QMP wire: ``python -m tests.support.qmp_daemon``.
 
-Takes ``--chardev`` and ``--monitor`` of the simplest form; other options are ignored. Commands that
-the rooms above have not registered are stood in for by ones that answer with nothing.
+Takes ``--chardev`` and ``--monitor`` of the simplest form; other options are ignored. Commands of
+the rooms above are stood in for by ones that answer with nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import itertools
 import signal
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from liveblockd.events import JobStatusChange, Publisher
 from liveblockd.qapi import QapiModel
@@ -22,7 +24,7 @@ class BlockStream(QapiModel):
     job_id: str | None = None
     device: str
     speed: int = 0
-    on_error: str = "report"
+    on_error: Literal["report", "stop"] = "report"
     auto_dismiss: bool = True
 
 
@@ -68,7 +70,7 @@ class Fail(QapiModel):
 
 
 def register_stand_ins() -> None:
-    registry.load()
+    importlib.import_module("liveblockd.qmp.commands.protocol")  # and none of the rooms above
     stand_ins: list[tuple[str, Any, Any]] = [
         ("block-stream", BlockStream, nothing),
         ("block-job-set-speed", BlockJobSetSpeed, nothing),
@@ -101,7 +103,7 @@ async def serve(arguments: list[str]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     chardevs: dict[str, Chardev] = {}
     monitors: list[Monitor] = []
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         if option == "--chardev":
             found = options(value)
             backend = found.pop("")
