@@ -24,8 +24,8 @@ import logging
 from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.exports.backend import Buffer
-from liveblockd.exports.nbd_commands import HANDLERS, Session, read_reply
-from liveblockd.nbd.constants import REQUEST_MAGIC, Command, CommandFlag
+from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
+from liveblockd.nbd.constants import REQUEST_MAGIC, Command
 from liveblockd.nbd.errno import NbdError, nbd_error
 from liveblockd.nbd.options import GREETING, Negotiation, Phase
 from liveblockd.nbd.transmission import (
@@ -62,7 +62,7 @@ WRITE_HIGH: Final = 1 << 20
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
-_FUA: Final = int(CommandFlag.FUA)
+_WITH_DATA: Final = frozenset((_READ, _WRITE))
 
 
 class NbdConnection(asyncio.BufferedProtocol):
@@ -84,10 +84,14 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._payload_view = self._view[:0]
         self._payload_request: Request | None = None
         self._received = 0
-        self._unwanted = 0  # bytes of a refused WRITE that are still to come
+        # a refused WRITE: bytes still to come, and the reply for when they have (a client need
+        # not expect an answer to a request that it is still sending)
+        self._unwanted = 0
+        self._refusal = b""
         # replies to be sent at the end of this round
         self._out: list[Buffer] = []
         self._flush_due = False
+        self._round_bytes = 0  # of replies that this round may still make
         # requests that wait
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
@@ -256,59 +260,75 @@ class NbdConnection(asyncio.BufferedProtocol):
         session = self.session
         assert session is not None
         export = session.export
-        read_nowait = export.backend.read_nowait
         size = export.backend.length
-        structured = session.structured
-        buffer, end, out = self._buffer, self._end, self._out
+        # a write that is done on the loop: nothing to flush after it, nothing against it
+        inline_write = 0 if export.read_only or export.writethrough else SMALL_WRITE
+        buffer, end = self._buffer, self._end
         unpack = REQUEST.unpack_from
         position = self._start
-        left, left_bytes = ROUND_REQUESTS, ROUND_BYTES
+        left = ROUND_REQUESTS
+        self._round_bytes = ROUND_BYTES
         while end - position >= REQUEST_SIZE:
-            if left <= 0 or left_bytes <= 0:
-                self._start = position
-                return False
-            left -= 1
             magic, flags, command, cookie, offset, length = unpack(buffer, position)
             if magic != REQUEST_MAGIC:
                 self._broken(f"request magic {magic:#x}")
                 return True
-            if (
-                command == _READ
-                and not flags
-                and 0 < length <= INLINE_READ
-                and offset + length <= size
+            inside = not flags and length and offset + length <= size
+            if command == _READ and inside and length <= INLINE_READ:
+                self._read(session, cookie, offset, length)
+                used = REQUEST_SIZE
+            elif (
+                command == _WRITE
+                and inside
+                and length <= inline_write
+                and length <= end - position - REQUEST_SIZE
             ):
-                position += REQUEST_SIZE
-                try:
-                    data = read_nowait(offset, length)
-                except Exception as error:
-                    out.append(self._failed(Request(flags, command, cookie, offset, length), error))
-                    continue
-                if data is None:
-                    self._serve(Request(flags, command, cookie, offset, length))
-                    if self._full():
-                        self._start = position
-                        return False
-                elif length < 65536 and structured:
-                    out += (data_chunk(cookie, offset, length), data)
-                    left_bytes -= length
-                else:
-                    out += read_reply(
-                        session, Request(flags, command, cookie, offset, length), data
-                    )
-                    left_bytes -= length
-                continue
-            used = self._other(Request(flags, command, cookie, offset, length), position)
-            if not used:  # the payload is not all here
-                break
+                used = REQUEST_SIZE + length
+                self._small_write(
+                    session, cookie, offset, self._view[position + REQUEST_SIZE : position + used]
+                )
+            else:
+                used = self._other(Request(flags, command, cookie, offset, length), position)
+                if not used:  # the payload is not all here
+                    break
+                if self._closing:
+                    return True
             position += used
-            if self._closing:
-                return True
-            if self._payload is not None or self._full():
+            left -= 1
+            if left <= 0 or self._round_bytes <= 0 or self._full():
                 self._start = position
                 return self._payload is not None
         self._start = position
         return True
+
+    def _read(self, session: Session, cookie: int, offset: int, length: int) -> None:
+        """A READ that may be answered at once."""
+        try:
+            data = session.export.backend.read_nowait(offset, length)
+        except Exception as error:
+            self._out.append(self._failed(Request(0, _READ, cookie, offset, length), error))
+            return
+        if data is None:
+            self._serve(Request(0, _READ, cookie, offset, length))
+            return
+        self._round_bytes -= length
+        if length < HOLE_MINIMUM and session.structured:
+            self._out += (data_chunk(cookie, offset, length), data)
+        else:
+            self._out += read_reply(session, Request(0, _READ, cookie, offset, length), data)
+
+    def _small_write(self, session: Session, cookie: int, offset: int, payload: memoryview) -> None:
+        """A WRITE that may be done at once; its payload stands where more will be received."""
+        try:
+            done = session.export.backend.write_nowait(offset, payload)
+        except Exception as error:
+            request = Request(0, _WRITE, cookie, offset, len(payload))
+            self._out.append(self._failed(request, error))
+            return
+        if done:
+            self._out.append(simple_reply(cookie))
+        else:
+            self._serve(Request(0, _WRITE, cookie, offset, len(payload)), bytes(payload))
 
     def _other(self, request: Request, position: int) -> int:
         """Any request; bytes of the buffer that it used up, 0 when more must come first."""
@@ -325,22 +345,27 @@ class NbdConnection(asyncio.BufferedProtocol):
             structured=session.structured,
             contexts=bool(session.contexts),
         )
-        if refused is not None:
-            self._out.append(self._error(request, refused.error, refused.message))
+        reply = b"" if refused is None else self._error(request, refused.error, refused.message)
         if request.command == _WRITE:
-            return self._write(session, request, position, refused=refused is not None)
-        if refused is None:
+            return self._write(request, position, reply)
+        if reply:
+            self._out.append(reply)
+        else:
             self._serve(request)
         return REQUEST_SIZE
 
-    def _write(self, session: Session, request: Request, position: int, *, refused: bool) -> int:
+    def _write(self, request: Request, position: int, refused: bytes) -> int:
         length = request.length
         start = position + REQUEST_SIZE
         available = min(self._end - start, length)
         if refused:
             self._unwanted = length - available
+            if self._unwanted:
+                self._refusal = refused
+            else:
+                self._out.append(refused)
         elif available == length:
-            self._small_write(session, request, self._view[start : start + length])
+            self._serve(request, bytes(self._view[start : start + length]))
         elif length <= SMALL_WRITE:
             return 0
         else:
@@ -349,23 +374,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._payload_view[:available] = self._view[start : start + available]
             self._payload_request = request
             self._received = available
-            self._bytes += length
         return REQUEST_SIZE + available
-
-    def _small_write(self, session: Session, request: Request, payload: memoryview) -> None:
-        """A WRITE whose payload stands in the buffer, which will be used again."""
-        export = session.export
-        if 0 < request.length <= SMALL_WRITE and not request.flags and not export.writethrough:
-            try:
-                done = export.backend.write_nowait(request.offset, payload)
-            except Exception as error:
-                self._out.append(self._failed(request, error))
-                return
-            if done:
-                self._out.append(simple_reply(request.cookie))
-                return
-        self._bytes += request.length
-        self._serve(request, bytes(payload))
 
     def _end_payload(self) -> None:
         request, payload = self._payload_request, self._payload
@@ -381,6 +390,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             part = min(self._unwanted, self._end - self._start)
             self._unwanted -= part
             self._start += part
+            if not self._unwanted:
+                self._out.append(self._refusal)
 
     def _make_room(self) -> None:
         """Keep room behind ``_end`` for the largest request that is waited for in the buffer."""
@@ -426,8 +437,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._transport.writelines(out)
 
     def _serve(self, request: Request, payload: Buffer = b"") -> None:
-        """Make a task of a request; of a WRITE ``_bytes`` counts the payload already."""
-        if request.command == _READ:
+        """Make a task of a request."""
+        if request.command in _WITH_DATA:
             self._bytes += request.length
         task = self._loop.create_task(self._served(request, payload))
         self._tasks.add(task)
@@ -441,7 +452,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         except Exception as error:
             self._out.append(self._failed(request, error))
         finally:
-            if request.command in (_READ, _WRITE):
+            if request.command in _WITH_DATA:
                 self._bytes -= request.length
             task = asyncio.current_task()
             assert task is not None
