@@ -12,12 +12,11 @@ from live_merge import stream
 from qemu.qmp import ExecuteError, QMPClient
 
 
-async def main() -> None:
-    socket, device, image = sys.argv[1:]
+async def main(socket: str, device: str, image: str) -> None:
     qmp = QMPClient("live-copy")
     await qmp.connect(socket)
     try:
-        overlay = {"device": device, "snapshot-file": os.path.abspath(image), "format": "qcow2"}
+        overlay = {"device": device, "snapshot-file": image, "format": "qcow2"}
         await qmp.execute("blockdev-snapshot-sync", overlay)
         await stream(qmp, device)
         print(f"{device}: lives in {image} now")
@@ -27,6 +26,6 @@ async def main() -> None:
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main())
+        asyncio.run(main(sys.argv[1], sys.argv[2], os.path.abspath(sys.argv[3])))
     except (ExecuteError, RuntimeError) as exc:
         sys.exit(f"live_copy: {exc}")

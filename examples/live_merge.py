@@ -21,7 +21,7 @@ async def stream(qmp: QMPClient, device: str, base: str | None = None) -> None:
         while True:
             try:
                 event = await asyncio.wait_for(ends.get(), timeout=1)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 for job in await qmp.execute("query-block-jobs"):
                     print(f"{job['device']}: {job['offset']} of {job['len']} bytes", flush=True)
                 continue

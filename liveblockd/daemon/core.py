@@ -2,7 +2,7 @@
 
 Runs on the event loop. The end, whatever asked for it:
 
-1. the command under way ends, none is begun any more, no client is let in;
+1. the command under way ends, and none is begun any more;
 2. exports are removed and jobs cancelled, with their events (``quit`` is answered after this);
 3. every image is flushed and closed, top down, and its locks are gone;
 4. the monitors' clients are sent what waits for them and are disconnected;
@@ -139,8 +139,7 @@ class Daemon:
 
     async def _end(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=closing the images")
-        self._monitors.stop_listening()
-        await self._lock_commands()
+        await self._last_command()
         await self._stop_work()
         if self._graph.drives:
             # QEMU with drives says this; qemu-storage-daemon, which has none, does not
@@ -154,14 +153,16 @@ class Daemon:
         if self._pidfile is not None:
             self._pidfile.remove()
 
-    async def _lock_commands(self) -> None:
-        """Let the command under way come to its end; the lock is never given back."""
+    async def _last_command(self) -> None:
+        """Let the command under way come to its end; those behind it are refused."""
         self._context.quitting = True
-        lock = asyncio.ensure_future(self._context.command_lock.acquire())
-        await asyncio.wait((lock,), timeout=_PATIENCE)
-        if not lock.done():
+        lock = self._context.command_lock
+        acquired = asyncio.ensure_future(lock.acquire())
+        await asyncio.wait((acquired,), timeout=_PATIENCE)
+        if not acquired.done():
             log.warning("waiting for a command to end before the images are closed")
-            await lock
+            await acquired
+        lock.release()
 
     async def _step(self, what: str, work: Awaitable[object]) -> None:
         try:

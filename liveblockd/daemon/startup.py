@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from liveblockd.cli import Action
 from liveblockd.cli.arguments import monitor_address
@@ -28,7 +28,7 @@ class MonitorOptions(QapiModel):
     """``--monitor``."""
 
     id: str | None = None
-    mode: str = "control"
+    mode: Literal["control", "readline"] = "control"
     pretty: bool = False
     chardev: str
 
@@ -71,20 +71,14 @@ class Startup:
         object_registry(self._context).add(options)
 
     async def _nbd_server(self, action: Action) -> None:
-        from liveblockd.qmp.commands.exports import NbdServerOptions
+        from liveblockd.qmp.commands.exports import NbdServerOptions, start_nbd_server
 
         value = action.value
         address = value.get("addr")
         if isinstance(address, dict) and isinstance(address.get("str"), str):
             value = value | {"addr": address | {"str": inherited_fd(address["str"])}}
         options = parse(NbdServerOptions, value, keyval=not action.typed)
-        await self._context.exports.nbd_server.start(
-            options.addr.plain(),
-            max_connections=options.max_connections,
-            handshake_seconds=options.handshake_max_seconds,
-            tls_creds=options.tls_creds,
-            tls_authz=options.tls_authz,
-        )
+        await start_nbd_server(self._context.exports, options)
 
     async def _export(self, action: Action) -> None:
         from liveblockd.exports.options import BlockExportOptions
@@ -104,18 +98,15 @@ class Startup:
 
     async def _monitor(self, action: Action) -> None:
         options = parse(MonitorOptions, action.value, keyval=not action.typed)
-        if options.mode not in ("control", "readline"):
-            raise BlockError(f"Parameter 'mode' does not accept value '{options.mode}'")
         chardev = chardev_registry(self._context).take(options.chardev)
-        await self._monitors.add(chardev, mode=options.mode, pretty=options.pretty)
+        self._monitors.add(action.where, chardev, mode=options.mode, pretty=options.pretty)
 
     async def _qmp(self, action: Action, mode: str = "control") -> None:
         name = f"compat_monitor{self._count}"
         self._count += 1
         value = {"id": name, **action.value}
-        pretty = value.pop("pretty", "off")
+        chosen = {"chardev": name, "mode": mode, "pretty": value.pop("pretty", "off")}
         self._add_chardev(value, keyval=True)
-        chosen = {"chardev": name, "mode": value.pop("mode", mode), "pretty": pretty}
         await self._monitor(Action("monitor", action.where, chosen))
 
     async def _hmp(self, action: Action) -> None:

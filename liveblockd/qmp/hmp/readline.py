@@ -257,6 +257,8 @@ class ReadlineSession:
     async def _run(self, line: str) -> str:
         """One command at a time over all monitors, and to its end also when the client leaves."""
         async with self._context.command_lock:
+            if self._context.quitting:
+                return ""
             return await run_line(self._context, line)
 
     async def _write(self, writer: asyncio.StreamWriter, text: str) -> None:
