@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from typing import Final
 
 from liveblockd.errors import BlockError
@@ -42,8 +43,10 @@ class ExportRegistry:
         self._publisher = publisher
         self._removals: dict[str, asyncio.Task[None]] = {}
 
-    async def add(self, options: BlockExportOptions) -> None:
-        """``block-export-add``."""
+    async def add(
+        self, options: BlockExportOptions, *, is_iothread: Callable[[str], bool] | None = None
+    ) -> None:
+        """``block-export-add``. The loop serves all exports: iothreads must exist, that is all."""
         if not _ID.fullmatch(options.id):
             raise BlockError("Invalid block export id")
         if options.id in self.exports:
@@ -51,6 +54,7 @@ class ExportRegistry:
         cls = export_type(options.type)
         backend = await self.source.attach(options.node_name, writable=options.writable)
         try:
+            _check_iothreads(options, is_iothread)
             if options.id in self.exports:  # somebody was faster
                 raise BlockError(f"Block export id '{options.id}' is already in use")
             self.exports[options.id] = await cls.create(self, options, backend)
@@ -114,3 +118,12 @@ class ExportRegistry:
         del self.exports[export.id]
         del self._removals[export.id]
         self._publisher.publish(BlockExportDeleted(id=export.id))
+
+
+def _check_iothreads(
+    options: BlockExportOptions, is_iothread: Callable[[str], bool] | None
+) -> None:
+    named = options.iothread
+    for name in [named] if isinstance(named, str) else named or []:
+        if is_iothread is None or not is_iothread(name):
+            raise BlockError(f'iothread "{name}" not found')

@@ -16,6 +16,7 @@ from liveblockd.exports.nbd_server import DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX
 from liveblockd.exports.options import BlockExportOptions, BlockExportRemoveMode
 from liveblockd.exports.registry import ExportRegistry
 from liveblockd.qapi import QapiModel, UInt32, parse
+from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import NoArguments, command
 
@@ -130,7 +131,10 @@ async def nbd_server_remove(context: Context, arguments: NbdServerRemove) -> Non
 
 async def add_export(context: Context, options: BlockExportOptions) -> None:
     """Add an export for a command or for the command line."""
-    await context.exports.add(options)
+    objects = object_registry(context)
+    await context.exports.add(
+        options, is_iothread=lambda name: objects.get(name, "iothread") is not None
+    )
 
 
 @command("block-export-add", args=BlockExportOptions)
