@@ -199,7 +199,7 @@ class FileDriver(BlockDriver):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Into the page cache, where the file system can tell that this needs no wait."""
         flags = self._write_flags
-        if flags is None or len(data) > NOWAIT_LIMIT:
+        if flags is None or self.read_only or len(data) > NOWAIT_LIMIT:
             return False
         try:
             return os.pwritev(self._fd, (data,), offset, flags) == len(data)
@@ -446,10 +446,10 @@ def _probe(fd: int, read_only: bool, direct: bool) -> OpenFile:
     if direct:
         return OpenFile(fd, direct, read_only, hostcalls.probe_alignment(fd), None, None)
     if hostcalls.filesystem_type(fd) in (hostcalls.TMPFS_MAGIC, hostcalls.RAMFS_MAGIC):
-        return OpenFile(fd, direct, read_only, 1, 0, None if read_only else 0)
+        return OpenFile(fd, direct, read_only, 1, 0, 0)
     nowait = os.RWF_NOWAIT if hostcalls.probe_nowait(fd) else None
     # Writes cannot be tried before there is something to write: the first one tells.
-    return OpenFile(fd, direct, read_only, 1, nowait, None if read_only else nowait)
+    return OpenFile(fd, direct, read_only, 1, nowait, nowait)
 
 
 def _hand_on(waiting: JobFuture[None], job: asyncio.Future[None]) -> None:

@@ -1,0 +1,173 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from liveblockd.runtime.workers import WorkerPool
+from tests.support.workers import InlineWorkers, SeededWorkers
+
+
+@pytest.fixture
+async def pool():
+    pool = WorkerPool(2)
+    yield pool
+    await pool.idle()
+    pool.close()
+
+
+def boom():
+    raise OSError(28, "No space left on device")
+
+
+async def test_results_and_errors_come_through(pool):
+    assert await pool.run(lambda a, b: a + b, 2, 3) == 5
+    with pytest.raises(OSError, match="No space") as caught:
+        await pool.run(boom)
+    assert caught.value.errno == 28
+
+
+async def test_a_stop_iteration_does_not_hang_the_waiter(pool):
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(pool.run(next, iter(())), 5)
+
+
+async def test_runs_off_the_loop_and_starts_threads_lazily(pool):
+    assert pool._threads == []
+    assert await pool.run(threading.get_ident) != threading.get_ident()
+    assert len(pool._threads) == 1
+    gate = threading.Event()
+    jobs = [pool.submit(gate.wait, 5) for _ in range(6)]
+    assert len(pool._threads) == 2
+    gate.set()
+    await asyncio.gather(*jobs)
+
+
+async def test_many_completions_share_a_wake_up(pool, monkeypatch):
+    loop = asyncio.get_running_loop()
+    await pool.run(int)
+    wakes = []
+    real = loop.call_soon_threadsafe
+
+    def counting(*args, **kwargs):
+        wakes.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    jobs = [pool.submit(int, i) for i in range(200)]
+    while len(pool._done) < 200:
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop is kept busy: nothing is handed out
+    assert await asyncio.gather(*jobs) == list(range(200))
+    assert len(wakes) <= 2
+
+
+async def test_a_cancelled_waiter_learns_of_it_when_the_job_has_ended(pool):
+    gate, ended = threading.Event(), []
+
+    def job():
+        gate.wait(5)
+        ended.append(True)
+
+    task = asyncio.create_task(pool.run(job))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.sleep(0.02)
+    assert not task.done() and not ended
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended == [True]
+
+
+async def test_a_queued_job_runs_although_its_waiter_is_cancelled(pool):
+    gate, ran = threading.Event(), []
+    blockers = [pool.submit(gate.wait, 5) for _ in range(2)]
+    task = asyncio.create_task(pool.run(ran.append, 1))
+    await asyncio.sleep(0)
+    task.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ran == [1]
+    await asyncio.gather(*blockers)
+
+
+async def test_the_error_of_an_unwanted_job_is_not_logged(pool, caplog):
+    gate = threading.Event()
+
+    def job():
+        gate.wait(5)
+        boom()
+
+    task = asyncio.create_task(pool.run(job))
+    await asyncio.sleep(0)
+    task.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    await asyncio.sleep(0)
+    assert "never retrieved" not in caplog.text
+
+
+async def test_idle_of_a_group_does_not_wait_for_others(pool):
+    gate = threading.Event()
+    other = pool.submit(gate.wait, 5)
+    group = pool.group()
+    job = group.submit(int)
+    await asyncio.wait_for(group.idle(), 5)
+    assert job.done() and not other.done() and group.count == 0
+    assert pool.outstanding == 1
+    gate.set()
+    await asyncio.wait_for(pool.idle(), 5)
+    assert other.done()
+
+
+async def test_close_joins_and_hands_out_what_is_left():
+    pool = WorkerPool(1)
+    jobs = [pool.submit(int, i) for i in range(10)]
+    pool.close()
+    assert [job.result() for job in jobs] == list(range(10))
+    assert not [t for t in threading.enumerate() if t.name.startswith("worker-")]
+    with pytest.raises(RuntimeError):
+        pool.submit(int)
+    pool.close()
+
+
+async def test_nothing_of_a_job_stays_alive_in_the_thread(pool):
+    import gc
+    import weakref
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    await pool.run(lambda _: None, thing)
+    await asyncio.sleep(0.01)
+    del thing
+    gc.collect()
+    assert gone() is None
+
+
+async def test_inline_double():
+    pool = InlineWorkers()
+    group = pool.group()
+    job = group.submit(int, 7)
+    assert job.done() and await job == 7
+    await asyncio.wait_for(group.idle(), 1)
+    with pytest.raises(OSError):
+        await pool.run(boom)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_seeded_double_repeats_its_order(seed):
+    async def order():
+        pool, seen = SeededWorkers(seed), []
+        await asyncio.gather(*(pool.run(seen.append, i) for i in range(20)))
+        await asyncio.wait_for(pool.idle(), 1)
+        return seen
+
+    first = await order()
+    assert first == await order()
+    assert first != sorted(first)
