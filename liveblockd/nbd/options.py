@@ -48,7 +48,7 @@ _INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")
 #: bytes of answers after which ``feed`` takes a rest
 _MAX_ANSWER: Final = 64 << 10
 
-_SERVER_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+_SERVER_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 GREETING: Final = _GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, _SERVER_FLAGS)
 
 

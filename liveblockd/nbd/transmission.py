@@ -79,15 +79,16 @@ class Refusal(NamedTuple):
     message: str
 
 
-_VALID_FLAGS: Final = {
+# plain integers: ``~`` of an IntFlag keeps to the flags it knows and would let others through
+_VALID_FLAGS: Final[dict[Command, int]] = {
     # every command takes FUA where the export offers it, even those that write nothing
-    Command.READ: CommandFlag.FUA,
-    Command.WRITE: CommandFlag.FUA,
-    Command.FLUSH: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.CACHE: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+    Command.READ: int(CommandFlag.FUA),
+    Command.WRITE: int(CommandFlag.FUA),
+    Command.FLUSH: int(CommandFlag.FUA),
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.CACHE: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
 _CHANGING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _LIMITED: Final = frozenset((Command.READ, Command.WRITE, Command.CACHE))
@@ -114,9 +115,9 @@ def refusal(
         writes = kind is Command.WRITE or kind is Command.WRITE_ZEROES
         error = NbdError.ENOSPC if writes else NbdError.EINVAL
         return Refusal(error, f"{kind.name} at {offset} of {length} bytes is past the end, {size}")
-    valid: int = _VALID_FLAGS[kind]
+    valid = _VALID_FLAGS[kind]
     if kind is Command.READ and structured:
-        valid |= CommandFlag.DF
+        valid |= int(CommandFlag.DF)
     if flags & ~valid:
         return Refusal(NbdError.EINVAL, f"unsupported flags {flags:#x} for {kind.name}")
     if kind is Command.BLOCK_STATUS:
