@@ -1,0 +1,205 @@
+"""A job whose work is many pieces of data to move: keeps a few in flight, at the speed asked for.
+
+Runs on the event loop; what a piece costs is done by workers and by the drivers below.
+
+Invariants:
+
+* ``offset`` only grows: it is what was looked at less what is still to be done of it, so that
+  ranges with nothing to copy count at once.
+* Nothing is in flight when ``run`` returns or raises, when the job is paused, or when an error is
+  judged: a failed piece is tried again, given up or reported by the on-error policy.
+* Memory: at most ``parallel`` chunks, and the plan of one stretch.
+
+Errors: OSError of a piece under the policy ``report``, or, in the end, the first one ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from errno import EIO
+from typing import ClassVar, Final, NamedTuple
+
+from liveblockd.jobs.job import ErrorAction, Job
+from liveblockd.jobs.pieces import Run
+from liveblockd.storage.driver import ExtentKind
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+#: what may start at once under a speed limit; also what is moved before the first pause
+LIMITED_CHUNK: Final = 512 * KIB
+#: what is read through the chain at a time: it is held in memory
+READ_CHUNK: Final = 2 * MIB
+#: What a worker copies by itself grows and shrinks so that a chunk takes a few milliseconds: a
+#: clone of many MiB is one system call, and on a slow disk a pause must not wait for long.
+LEAST_CHUNK: Final = MIB
+MOST_CHUNK: Final = 64 * MIB
+SOON: Final = 0.005  # seconds
+LATE: Final = 0.025
+#: zeros are metadata only
+ZERO_CHUNK: Final = 64 * MIB
+
+
+class PieceFailedError(Exception):
+    """Moving a piece failed while it did ``operation`` (read or write)."""
+
+    def __init__(self, operation: str, error: OSError) -> None:
+        super().__init__(operation, error)
+        self.operation = operation
+        self.error = error
+
+
+class _Failure(NamedTuple):
+    piece: Run
+    operation: str
+    error: OSError
+
+
+class CopyJob(Job):
+    """Subclasses say what there is to do (``plan``) and do a piece of it (``move``)."""
+
+    parallel: ClassVar[int] = 3
+    #: bytes; pieces are cut at multiples of it
+    granularity: int = 1
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._planned = 0  # bytes looked at
+        self._to_do = 0  # bytes of those in pieces that are not done
+        self._pieces: deque[Run] = deque()
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._failures: list[_Failure] = []
+        self._ignored: OSError | None = None
+        self._copy_chunk = 2 * MIB
+
+    async def plan(self, offset: int) -> tuple[list[Run], int]:
+        """Pieces from ``offset`` on, and the offset up to which they are all; raises OSError."""
+        raise NotImplementedError
+
+    async def move(self, piece: Run) -> None:
+        """Do one piece; raises PieceFailedError."""
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        """Move everything."""
+        try:
+            await self._move_all()
+        finally:
+            await self.settle()
+        if self._ignored is not None:
+            raise self._ignored
+
+    async def settle(self) -> None:
+        """Wait for the pieces in flight."""
+        while self._in_flight:
+            await asyncio.wait(self._in_flight)
+
+    # -- inside
+
+    async def _move_all(self) -> None:
+        while True:
+            await self.checkpoint()
+            if self._failures:
+                await self._judge()
+            elif len(self._in_flight) >= self.scheduler.share(self):
+                await self.wait()
+            elif (delay := self.rate_delay()) > 0:
+                await self.wait(delay)
+            elif self._pieces:
+                self._begin(self._next_chunk())
+            elif self._planned < self.length:
+                await self._look_ahead()
+            elif self._in_flight:
+                await self.wait()
+            else:
+                return
+
+    async def _look_ahead(self) -> None:
+        try:
+            pieces, end = await self.plan(self._planned)
+        except OSError as error:
+            await self._judge_plan(error)
+            return
+        assert self._planned < end <= self.length
+        self._pieces.extend(pieces)
+        self._to_do += sum(piece.length for piece in pieces)
+        self._planned = end
+        self._update_offset()
+
+    def _next_chunk(self) -> Run:
+        piece = self._pieces.popleft()
+        if piece.kind is ExtentKind.ZERO:
+            size = ZERO_CHUNK
+        elif self.speed:
+            size = LIMITED_CHUNK
+        else:
+            size = self._copy_chunk if piece.kind is ExtentKind.DATA else READ_CHUNK
+        size = max(size // self.granularity, 1) * self.granularity
+        if piece.length <= size:
+            return piece
+        middle = piece.offset + size
+        self._pieces.appendleft(piece.part(middle, piece.end))
+        return piece.part(piece.offset, middle)
+
+    def _begin(self, piece: Run) -> None:
+        if piece.kind is not ExtentKind.ZERO:
+            self.account(piece.length)
+        task = asyncio.create_task(self._carry(piece))
+        self._in_flight.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        self.wake()
+
+    async def _carry(self, piece: Run) -> None:
+        started = self.scheduler.clock.monotonic()
+        try:
+            await self.move(piece)
+        except PieceFailedError as failure:
+            self._failures.append(_Failure(piece, failure.operation, failure.error))
+        except Exception as error:
+            # A defect: the piece was not moved, so the job must not succeed.
+            defect = OSError(EIO, f"Internal error: {error!r}")
+            self._failures.append(_Failure(piece, "write", defect))
+        else:
+            self._done(piece)
+            if piece.kind is ExtentKind.DATA and not self.speed:
+                self._adapt(piece.length, self.scheduler.clock.monotonic() - started)
+
+    def _adapt(self, length: int, seconds: float) -> None:
+        if seconds > LATE:
+            self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
+        elif seconds < SOON and length >= self._copy_chunk:
+            self._copy_chunk = min(MOST_CHUNK, self._copy_chunk * 2)
+
+    def _done(self, piece: Run) -> None:
+        self._to_do -= piece.length
+        self._update_offset()
+
+    def _update_offset(self) -> None:
+        self.offset = self._planned - self._to_do
+
+    async def _judge(self) -> None:
+        """Ask the policy about what failed, once everything else in flight has ended."""
+        await self.settle()
+        failures, self._failures = self._failures, []
+        failures.sort(key=lambda failure: failure.piece.offset)
+        stopped = False
+        for piece, operation, error in failures:
+            action = ErrorAction.STOP if stopped else self.action_on(operation, error.errno or EIO)
+            if action is ErrorAction.STOP:
+                stopped = True
+                self._pieces.append(piece)
+            elif action is ErrorAction.REPORT:
+                raise error
+            else:
+                self._ignored = self._ignored or error
+                self._done(piece)
+
+    async def _judge_plan(self, error: OSError) -> None:
+        """What there is to do cannot be found out: stop, or fail; nothing can be left out."""
+        await self.settle()
+        if self.action_on("read", error.errno or EIO) is not ErrorAction.STOP:
+            raise error

@@ -1,0 +1,301 @@
+"""Many pieces in flight: bounds, progress, pauses, errors and speeds, without any disk."""
+
+import asyncio
+import random
+from errno import EIO, ENOSPC
+
+import pytest
+
+from liveblockd.events import Publisher
+from liveblockd.jobs.copying import (
+    LIMITED_CHUNK,
+    MIB,
+    MOST_CHUNK,
+    READ_CHUNK,
+    CopyJob,
+    PieceFailedError,
+)
+from liveblockd.jobs.job import BlockdevOnError, JobType
+from liveblockd.jobs.pieces import Run
+from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.storage.driver import ExtentKind
+from tests.support.clock import ManualClock
+
+DATA, READ, ZERO = ExtentKind.DATA, ExtentKind.COMPRESSED, ExtentKind.ZERO
+CLUSTER = 64 * 1024
+
+
+class Moves(CopyJob):
+    """Pieces from a list of (length, kind or None); keeps account of what was moved when."""
+
+    type = JobType.STREAM
+    granularity = CLUSTER
+
+    def __init__(self, layout, *, windows=1 << 40, **options):
+        super().__init__("s", **options)
+        self.layout = [(i, *part) for i, part in zip(offsets(layout), layout, strict=True)]
+        self.length = sum(length for length, _ in layout)
+        self.windows = windows
+        self.moved: list[Run] = []
+        self.now = self.most = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.errors: list = []  # of what to raise, by call
+        self.plan_errors: list = []
+        self.seconds = 0.0
+        self.progress = []
+
+    async def plan(self, offset):
+        if self.plan_errors:
+            raise self.plan_errors.pop()
+        end = min(self.length, offset + self.windows)
+        pieces = []
+        for start, length, kind in self.layout:
+            a, b = max(start, offset), min(start + length, end)
+            if a < b and kind is not None:
+                pieces.append(Run(a, b - a, kind, "layer", a))
+        await asyncio.sleep(0)
+        return pieces, end
+
+    async def move(self, piece):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(0)
+            if self.seconds:
+                await self.scheduler.clock.sleep(self.seconds)
+            await self.gate.wait()
+            if self.errors and (error := self.errors.pop(0)):
+                raise error
+            self.moved.append(piece)
+            self.progress.append(self.offset)
+        finally:
+            self.now -= 1
+
+
+def offsets(layout):
+    position = 0
+    for length, _ in layout:
+        yield position
+        position += length
+
+
+class Bench:
+    def __init__(self):
+        self.events = []
+        publisher = Publisher()
+        publisher.subscribe(lambda e: self.events.append((e.name, e.data())))
+        self.clock = ManualClock()
+        self.scheduler = Scheduler(publisher, clock=self.clock)
+
+    async def start(self, job):
+        self.scheduler.create(job)
+        await self.scheduler.start(job)
+        return job
+
+    async def turn(self, n=50):
+        for _ in range(n):
+            await asyncio.sleep(0)
+
+    async def end(self, job):
+        for _ in range(200_000):
+            if job.status == "null":
+                return
+            await asyncio.sleep(0)
+        raise AssertionError(job.status)
+
+    def errors(self):
+        return [data["action"] for name, data in self.events if name == "BLOCK_JOB_ERROR"]
+
+
+def covered(job):
+    """The moved pieces, joined and in order."""
+    found = []
+    for piece in sorted(job.moved, key=lambda p: p.offset):
+        if found and found[-1][1] == piece.offset and found[-1][2] is piece.kind:
+            found[-1][1] = piece.end
+        else:
+            assert not found or found[-1][1] <= piece.offset, "moved twice"
+            found.append([piece.offset, piece.end, piece.kind])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_everything_once(seed):
+    rng = random.Random(seed)
+    layout = []
+    for _ in range(rng.randrange(1, 12)):
+        kind = rng.choice((DATA, READ, ZERO, None))
+        if layout and layout[-1][1] is kind:
+            continue
+        layout.append((rng.randrange(1, 200) * CLUSTER, kind))
+    layout[-1] = (layout[-1][0] - rng.choice((0, 512, 100)), layout[-1][1])
+    bench = Bench()
+    job = await bench.start(Moves(layout, windows=rng.choice((1 << 40, 10 * CLUSTER))))
+    await bench.end(job)
+    wanted = [[s, s + n, k] for s, (n, k) in zip(offsets(layout), layout, strict=True) if k]
+    assert covered(job) == wanted, seed
+    assert job.offset == job.length and job.error is None
+    assert job.progress == sorted(job.progress), "progress never goes back"
+    assert job.most <= job.parallel
+
+
+async def test_a_few_in_flight_and_no_more():
+    bench = Bench()
+    job = Moves([(64 * MIB, READ)])
+    job.gate.clear()
+    await bench.start(job)
+    await bench.turn()
+    assert job.now == 3
+    job.gate.set()
+    await bench.end(job)
+    assert job.most == 3
+    assert max(piece.length for piece in job.moved) == READ_CHUNK
+
+
+async def test_holes_count_at_once():
+    bench = Bench()
+    job = Moves([(1 << 40, None), (MIB, READ)])
+    job.gate.clear()
+    await bench.start(job)
+    await bench.turn()
+    assert job.offset == 1 << 40
+    job.gate.set()
+    await bench.end(job)
+
+
+async def test_paused_means_nothing_in_flight():
+    bench = Bench()
+    job = Moves([(64 * MIB, READ)])
+    job.gate.clear()
+    await bench.start(job)
+    await bench.turn()
+    bench.scheduler.pause(job)
+    await bench.turn()
+    assert job.status == "running"
+    job.gate.set()
+    await bench.turn()
+    assert job.status == "paused" and job.now == 0
+    done = len(job.moved)
+    await bench.turn()
+    assert len(job.moved) == done == 3
+    bench.scheduler.resume(job)
+    await bench.end(job)
+
+
+async def test_cancelled_means_nothing_in_flight():
+    bench = Bench()
+    job = Moves([(64 * MIB, READ)])
+    job.gate.clear()
+    await bench.start(job)
+    await bench.turn()
+    bench.scheduler.cancel(job)
+    await bench.turn()
+    assert job.status == "running" and job.now == 3
+    job.gate.set()
+    await bench.end(job)
+    assert len(job.moved) == 3
+
+
+async def test_a_speed_means_one_chunk_and_a_wait():
+    bench = Bench()
+    job = await bench.start(Moves([(8 * MIB, DATA)], speed=1))
+    await bench.turn()
+    assert job.offset == LIMITED_CHUNK
+    await bench.clock.advance(1000)
+    assert job.offset == LIMITED_CHUNK
+    bench.scheduler.set_speed(job, MIB)
+    await bench.turn()
+    await bench.clock.advance(2.05)
+    assert job.offset == pytest.approx(3 * MIB, abs=LIMITED_CHUNK)
+    bench.scheduler.pause(job)
+    await bench.turn()
+    assert job.status == "paused"
+    bench.scheduler.set_speed(job, 0)
+    bench.scheduler.resume(job)
+    await bench.end(job)
+    assert bench.clock.now == pytest.approx(2002.05)
+
+
+async def test_chunks_of_a_worker_fit_the_disk():
+    bench = Bench()
+    job = await bench.start(Moves([(4096 * MIB, DATA)]))
+    await bench.end(job)
+    assert max(piece.length for piece in job.moved) == MOST_CHUNK
+    bench = Bench()
+    job = Moves([(64 * MIB, DATA)])
+    job.seconds = 0.05
+    await bench.start(job)
+    for _ in range(40):
+        await bench.turn(10)
+        await bench.clock.advance(0.05)
+    await bench.end(job)
+    assert job.moved[-1].length == MIB
+
+
+def eio(code=EIO):
+    return PieceFailedError("write", OSError(code, "injected"))
+
+
+async def test_report():
+    bench = Bench()
+    job = Moves([(64 * MIB, READ)])
+    job.errors = [None, eio()]
+    await bench.start(job)
+    await bench.end(job)
+    assert bench.errors() == ["report"]
+    assert bench.events[-4][0] == "JOB_STATUS_CHANGE"
+    assert bench.events[-3][1]["error"] == "injected"
+    assert job.now == 0 and job.offset < job.length
+
+
+async def test_ignore():
+    bench = Bench()
+    job = Moves([(16 * MIB, READ)], on_error=BlockdevOnError.IGNORE)
+    job.errors = [None, eio(), None, eio()]
+    await bench.start(job)
+    await bench.end(job)
+    assert bench.errors() == ["ignore", "ignore"]
+    assert job.offset == job.length
+    assert job.error.message == "injected", "or the header would lose what was not copied"
+
+
+@pytest.mark.parametrize("code", [EIO, ENOSPC])
+async def test_stop_and_try_again(code):
+    bench = Bench()
+    job = Moves([(16 * MIB, READ)], on_error=BlockdevOnError.STOP)
+    job.errors = [eio(code)] * 3 + [None, eio(code)]
+    await bench.start(job)
+    for _ in range(2):
+        await bench.turn()
+        assert job.status == "paused" and job.now == 0
+        assert job.io_status == ("nospace" if code == ENOSPC else "failed")
+        bench.scheduler.resume(job)
+    await bench.end(job)
+    assert bench.errors() == ["stop", "stop"], "one event a stop, however many pieces failed"
+    assert covered(job) == [[0, 16 * MIB, READ]]
+    assert job.error is None
+
+
+async def test_a_plan_that_fails():
+    for policy, errors in (("stop", ["stop"]), ("ignore", ["ignore"]), ("report", ["report"])):
+        bench = Bench()
+        job = Moves([(16 * MIB, READ)], on_error=BlockdevOnError(policy))
+        job.plan_errors = [OSError(EIO, "no map")]
+        await bench.start(job)
+        await bench.turn()
+        if policy == "stop":
+            assert job.status == "paused"
+            bench.scheduler.resume(job)
+        await bench.end(job)
+        assert bench.errors() == errors
+        assert (job.error is None) == (policy == "stop")
+
+
+async def test_a_defect_in_a_piece_fails_the_job():
+    bench = Bench()
+    job = Moves([(16 * MIB, READ)])
+    job.errors = [ZeroDivisionError()]
+    await bench.start(job)
+    await bench.end(job)
+    assert "ZeroDivisionError" in job.error.message
