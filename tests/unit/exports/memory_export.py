@@ -150,7 +150,7 @@ async def _serve(arguments):
         options("ro", "ro", name="ro", description="hello"),
     ]
     async with served(arguments.socket, disk, ram, read_only, exports=exports):
-        print("ready", flush=True)
+        print("ready", flush=True)  # noqa: T201
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 

@@ -290,7 +290,7 @@ def test_many_answers_come_in_portions():
 
 def test_any_bytes_are_answered_or_end_it():
     seed = random.randrange(1 << 32)
-    print("seed", seed)
+    print("seed", seed)  # noqa: T201
     chance = random.Random(seed)
     for _ in range(300):
         client = Client(flags=chance.choice((3, 1, 0)))
