@@ -2,11 +2,11 @@
 
 Runs on the event loop. The end, whatever asked for it:
 
-1. the command under way ends, and none is begun any more;
+1. nobody is let in any more; the command under way ends, and none is begun;
 2. exports are removed and jobs cancelled, with their events (``quit`` is answered after this);
 3. every image is flushed and closed, top down, and its locks are gone;
 4. the monitors' clients are sent what waits for them and are disconnected;
-5. PID file and sockets are removed.
+5. the PID file is removed.
 
 Every step is taken whatever became of the one before; a step that fails makes the exit status 1.
 A second signal changes nothing. Escaping: nothing; errors of the start are printed.
@@ -139,6 +139,7 @@ class Daemon:
 
     async def _end(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=closing the images")
+        self._monitors.stop_listening()
         await self._last_command()
         await self._stop_work()
         if self._graph.drives:

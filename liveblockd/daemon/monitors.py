@@ -46,7 +46,7 @@ class Monitors:
             pretty=pretty,
             make_readline=ReadlineSession,
         )
-        chardev.is_open = lambda: monitor.connected
+        chardev.is_open = lambda: monitor.is_open
         self._waiting.append(_Waiting(where, monitor))
 
     async def start(self, stop: asyncio.Event) -> bool:
@@ -70,8 +70,13 @@ class Monitors:
             stopped.cancel()
         return not stop.is_set()
 
+    def stop_listening(self) -> None:
+        """Let nobody in any more; those who are there stay."""
+        for monitor in self._started:
+            monitor.stop_listening()
+
     async def close(self) -> None:
-        """Send clients what waits for them, disconnect them, remove socket files."""
+        """Send clients what waits for them, disconnect them."""
         await asyncio.gather(*(monitor.close() for monitor in self._started))
 
 

@@ -83,11 +83,6 @@ class Monitor:
         self._clients = 0
         self._closing = False
 
-    @property
-    def connected(self) -> bool:
-        """Whether a client is being served (query-chardev)."""
-        return bool(self._tasks)
-
     async def start(self) -> None:
         """Listen or connect. With ``wait=on`` returns when the first client is connected.
 

@@ -1,0 +1,190 @@
+"""liveblockctl and the examples against a running daemon."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DaemonProcess
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-utils is not installed"
+)
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    """A <- B <- C <- D of the first recipe, each with a piece of its own."""
+    below = ""
+    for index, name in enumerate("ABCD"):
+        backing = ["-b", below, "-F", "qcow2"] if below else []
+        for command in (
+            ["qemu-img", "create", "-q", "-f", "qcow2", *backing, name, "8M"],
+            ["qemu-io", "-f", "qcow2", "-c", f"write -P {index + 1} {index}M 2M", name],
+        ):
+            subprocess.run(command, check=True, cwd=tmp_path, timeout=20,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+        below = name
+    shutil.copy(tmp_path / "D", tmp_path / "D.orig")
+    with DaemonProcess(tmp_path, "--drive", "file=D,format=qcow2,id=virtio0,node-name=d") as daemon:
+        yield daemon
+
+
+def environment(bin_dir):
+    """PATH with liveblockctl and qmp-shell of this Python, wherever it is installed."""
+    bin_dir.mkdir(exist_ok=True)
+    for name, module in (("liveblockctl", "liveblockd.ctl"), ("qmp-shell", "qemu.qmp.qmp_shell")):
+        script = bin_dir / name
+        script.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
+        )
+        script.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(bin_dir),
+    }
+
+
+def ctl(daemon, *words, status=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", *words], cwd=daemon.directory,
+        capture_output=True, text=True, timeout=30, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr + done.stdout
+    return done.stdout if status == 0 else done.stderr
+
+
+def backing(daemon):
+    (drive,) = daemon.qmp()("query-block")
+    return drive["inserted"]["file"], drive["inserted"].get("backing_file")
+
+
+def compare(daemon, image):
+    daemon.stop()
+    subprocess.run(["qemu-img", "compare", "-q", image, "D.orig"], cwd=daemon.directory,
+                   check=True, timeout=20)  # fmt: skip
+    subprocess.run(["qemu-img", "check", "-q", image], cwd=daemon.directory, check=True, timeout=20)
+
+
+def test_merge_and_looking_around(daemon):
+    assert "drives: 1, nodes: " in ctl(daemon, "status")
+    assert json.loads(ctl(daemon, "--json", "status"))["jobs"] == []
+    assert ctl(daemon, "drives").splitlines()[1].split()[:2] == ["virtio0", "d"]
+    assert "d" in [line.split()[0] for line in ctl(daemon, "nodes").splitlines()[1:]]
+    assert ctl(daemon, "jobs") == "No active jobs\n"
+    assert ctl(daemon, "stream", "virtio0", "--base", "A", "--wait").startswith(
+        "job virtio0 completed"
+    )
+    assert backing(daemon) == ("D", "A")
+    compare(daemon, "D")
+
+
+def test_a_job_is_steered(daemon):
+    ctl(daemon, "stream", "virtio0", "--speed", "64k")
+    assert "stream" in ctl(daemon, "jobs")
+    ctl(daemon, "pause", "virtio0")
+    ctl(daemon, "set-speed", "virtio0", "1M")
+    ctl(daemon, "resume", "virtio0")
+    ctl(daemon, "cancel", "virtio0")
+    assert ctl(daemon, "cancel", "nosuch", status=1) == (
+        "liveblockctl: Block job 'nosuch' not found\n"
+    )
+    assert ctl(daemon, "wait", "nosuch", status=1) == "liveblockctl: Job 'nosuch' not found\n"
+
+
+def test_waiting_for_a_job_that_is_cancelled(daemon):
+    with subprocess.Popen(
+        [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "stream", "virtio0", "--speed",
+         "64k", "--wait"], cwd=daemon.directory, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as waiting:  # fmt: skip
+        client = daemon.qmp()
+        client.wait("JOB_STATUS_CHANGE", id="virtio0", status="running")
+        client("block-job-cancel", device="virtio0")
+        assert waiting.wait(20) == 4
+        assert waiting.stderr.read() == "liveblockctl: job virtio0 was cancelled\n"
+
+
+def test_snapshot_export_resize_raw(daemon):
+    ctl(daemon, "snapshot", "virtio0", "new.qcow2")
+    assert backing(daemon)[0].endswith("new.qcow2")
+    ctl(daemon, "export", "start", "n.sock")
+    ctl(daemon, "export", "add", "virtio0", "--name", "disk")
+    assert "virtio0" in ctl(daemon, "export", "list")
+    ctl(daemon, "export", "del", "virtio0")
+    ctl(daemon, "export", "stop")
+    ctl(daemon, "resize", "virtio0", "16M")
+    assert json.loads(ctl(daemon, "qmp", "query-block"))[0]["inserted"]["image"][
+        "virtual-size"] == 16 << 20  # fmt: skip
+    assert ctl(daemon, "hmp", "info", "block-jobs") == "No active jobs\n"
+    assert ctl(daemon, "qmp", "nosuch", status=1) == (
+        "liveblockctl: The command nosuch has not been found\n"
+    )
+    assert "'x'" in ctl(daemon, "qmp", "block_resize", "x=1", "size=1", status=1)
+
+
+def test_exit_statuses(daemon):
+    ctl(daemon, "-s", "nosuch.sock", "status", status=3)
+    ctl(daemon, "nosuchverb", status=2)
+    ctl(daemon, "stream", "virtio0", "--speed", "x", status=2)
+    ctl(daemon, "snapshot", "d", "x.qcow2", status=2)
+    ctl(daemon, "quit")
+    assert daemon.wait() == 0
+
+
+def test_events(daemon):
+    with subprocess.Popen(
+        [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "events", "BLOCK_JOB_COMPLETED",
+         "--count", "1"], cwd=daemon.directory, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as events:  # fmt: skip
+        client = daemon.qmp()
+        while events.poll() is None:
+            client("block-stream", device="virtio0", job_id="j")
+            client.wait("JOB_STATUS_CHANGE", id="j", status="null")
+            client.events.clear()
+            try:
+                events.wait(0.3)
+            except subprocess.TimeoutExpired:
+                continue
+        assert json.loads(events.stdout.readline())["data"]["device"] == "j"
+        assert events.returncode == 0
+
+
+@pytest.mark.parametrize("script", ["live-merge.sh", "live-merge-qmp-shell.sh", "live_merge.py"])
+def test_live_merge_example(daemon, tmp_path, script):
+    subprocess.run([*_command(script), "qmp.sock", "virtio0", "A"], cwd=tmp_path, check=True,
+                   timeout=60, env=environment(tmp_path / "bin"))  # fmt: skip
+    assert backing(daemon) == ("D", "A")
+    compare(daemon, "D")
+
+
+@pytest.mark.parametrize("script", ["live-copy.sh", "live-copy-qmp-shell.sh", "live_copy.py"])
+def test_live_copy_example(daemon, tmp_path, script):
+    image = str(tmp_path / "disk.img")
+    subprocess.run([*_command(script), "qmp.sock", "virtio0", image], cwd=tmp_path, check=True,
+                   timeout=60, env=environment(tmp_path / "bin"))  # fmt: skip
+    assert backing(daemon) == (image, None)
+    compare(daemon, image)
+
+
+@pytest.mark.parametrize(
+    "script", ["live-merge.sh", "live-merge-qmp-shell.sh", "live_merge.py",
+               "live-copy.sh", "live-copy-qmp-shell.sh", "live_copy.py"])  # fmt: skip
+def test_examples_say_when_it_fails(daemon, tmp_path, script):
+    done = subprocess.run([*_command(script), "qmp.sock", "nosuch", "x"], cwd=tmp_path, timeout=60,
+                          env=environment(tmp_path / "bin"), capture_output=True, check=False)  # fmt: skip
+    assert done.returncode != 0
+
+
+def _command(script):
+    path = str(EXAMPLES / script)
+    return [sys.executable, path] if script.endswith(".py") else [path]

@@ -1,0 +1,313 @@
+"""The daemon as a process: start, wrong options, signals, the background, systemd."""
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DaemonProcess, QmpError
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+needs_images = pytest.mark.skipif(
+    not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-utils is not installed"
+)
+
+
+def run(tmp_path, *options, **more):
+    return subprocess.run([sys.executable, "-m", "liveblockd", *options], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=20, check=False, env=ENVIRONMENT, **more)  # fmt: skip
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """base.qcow2 (4 MiB of 3) <- top.qcow2."""
+    for command in (
+        "qemu-img create -q -f qcow2 base.qcow2 4M",
+        "qemu-io -f qcow2 -c 'write -P 3 0 4M' base.qcow2",
+        "qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2",
+    ):
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=20,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+    return tmp_path
+
+
+TOP = "qcow2,node-name=top,file.driver=file,file.filename=top.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nosuch"], "unrecognized option '--nosuch'"),
+        (["--blockdev", "file,node-name=f,filename=missing.qcow2"],
+         "--blockdev file,node-name=f,filename=missing.qcow2: "
+         "Could not open 'missing.qcow2': No such file or directory"),
+        (["--blockdev", "null-co,size=1"],
+         "--blockdev null-co,size=1: 'node-name' must be specified for the root node"),
+        (["--blockdev", "null-co,node-name=n,size=1Q"],
+         "--blockdev null-co,node-name=n,size=1Q: Parameter 'size' expects integer"),
+        (["--blockdev", "null-co,node-name=n,bogus=1"],
+         "--blockdev null-co,node-name=n,bogus=1: Parameter 'bogus' is unexpected"),
+        (["--monitor", "chardev=zz"], '--monitor chardev=zz: chardev "zz" not found'),
+        (["--chardev", "null,id=c", "--monitor", "c,mode=foo"],
+         "--monitor c,mode=foo: Parameter 'mode' does not accept value 'foo'"),
+        (["--chardev", "bogus,id=c"],
+         "--chardev bogus,id=c: 'bogus' is not a valid char driver name"),
+        (["--object", "foo,id=x"],
+         "--object foo,id=x: Parameter 'qom-type' does not accept value 'foo'"),
+        (["--object", "iothread"], "--object iothread: Parameter 'id' is missing"),
+        (["--export", "nbd,id=e,node-name=n"],
+         "--export nbd,id=e,node-name=n: Cannot find device='' nor node-name='n'"),
+        (["--nbd-server", "addr.type=unix"],
+         "--nbd-server addr.type=unix: Parameter 'addr.path' is missing"),
+        (["--pidfile", "/nonexistent/x"], "cannot create PID file: "
+         "Could not create '/nonexistent/x': No such file or directory"),
+        (["--config", "nosuch.toml"],
+         "--config nosuch.toml: Could not open 'nosuch.toml': No such file or directory"),
+        (["--qmp", "no/such/dir/q"],
+         "--qmp no/such/dir/q: Failed to bind socket to no/such/dir/q: No such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_options_end_with_one_line_and_status_1(tmp_path, options, message):
+    done = run(tmp_path, *options)
+    assert (done.returncode, done.stderr) == (1, f"liveblockd: {message}\n")
+    assert done.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_option_leaves_nothing_behind(tmp_path):
+    done = run(tmp_path, "--nbd-server", "addr.type=unix,addr.path=n.sock", "--qmp", "q.sock",
+               "--blockdev", "file,node-name=f,filename=missing")  # fmt: skip
+    assert done.returncode == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_version_formats(tmp_path):
+    assert run(tmp_path, "--help").stdout.startswith("Usage: liveblockd [options]\n")
+    assert run(tmp_path, "-V").stdout.startswith("liveblockd version ")
+    formats = run(tmp_path, "--drive", "format=help")
+    assert formats.returncode == 0
+    assert {"qcow2", "raw"} <= set(formats.stdout.removeprefix("Supported formats: ").split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_cleanly(tmp_path, number):
+    with DaemonProcess(tmp_path, "--nbd-server", "addr.type=unix,addr.path=n.sock") as daemon:
+        assert daemon.pidfile.read_text() == f"{daemon.process.pid}\n"
+        assert {"n.sock", "qmp.sock"} <= set(os.listdir(tmp_path))
+        client = daemon.qmp()
+        assert daemon.stop(number) == 0
+        assert client.rest() == []
+    assert daemon.errors == b""
+    assert os.listdir(tmp_path) == []
+
+
+@needs_images
+def test_a_signal_cancels_jobs_and_removes_exports(chain):
+    with DaemonProcess(chain, "--blockdev", TOP, "--nbd-server", "addr.type=unix,addr.path=n.sock",
+                       "--export", "nbd,id=e,node-name=top,writable=on") as daemon:  # fmt: skip
+        client = daemon.qmp()
+        client("block-stream", device="top", job_id="s", speed=65536)
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.send_signal(signal.SIGTERM)  # a second one changes nothing
+        assert daemon.wait() == 0
+        events = [(e["event"], e["data"].get("status")) for e in client.rest()]
+    assert daemon.errors == b""
+    assert events[-5:] == [
+        ("BLOCK_EXPORT_DELETED", None),
+        ("JOB_STATUS_CHANGE", "aborting"),
+        ("BLOCK_JOB_CANCELLED", None),
+        ("JOB_STATUS_CHANGE", "concluded"),
+        ("JOB_STATUS_CHANGE", "null"),
+    ]
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
+
+
+@needs_images
+def test_quit_is_answered_after_the_events(chain):
+    with DaemonProcess(chain, "--blockdev", TOP) as daemon:
+        client = daemon.qmp()
+        client("block-stream", device="top", job_id="s", speed=65536)
+        assert client("quit") == {}
+        assert client.events[-1]["data"] == {"id": "s", "status": "null"}
+        assert client.rest() == []
+        assert daemon.wait() == 0
+    assert sorted(os.listdir(chain)) == ["base.qcow2", "top.qcow2"]
+
+
+@needs_images
+def test_locks_are_gone_at_the_end_and_held_before(chain):
+    write = ["qemu-io", "-f", "qcow2", "-c", "write 0 512", "top.qcow2"]
+    with DaemonProcess(chain, "--blockdev", TOP) as daemon:
+        refused = subprocess.run(
+            write, cwd=chain, capture_output=True, text=True, timeout=20, check=False
+        )
+        assert refused.returncode != 0 and "lock" in refused.stderr
+        assert daemon.stop() == 0
+    subprocess.run(write, cwd=chain, check=True, timeout=20, stdout=subprocess.DEVNULL)
+
+
+@needs_images
+def test_drive(chain):
+    with DaemonProcess(chain, "--drive", "file=top.qcow2,id=virtio0") as daemon:
+        client = daemon.qmp()
+        (drive,) = client("query-block")
+        assert drive["device"] == "virtio0" and drive["inserted"]["file"] == "top.qcow2"
+        client("block_stream", device="virtio0")
+        client.wait("JOB_STATUS_CHANGE", id="virtio0", status="null")
+        (drive,) = client("query-block")
+        assert "backing_file" not in drive["inserted"]
+        daemon.process.terminate()
+        assert client.rest()[-1]["event"] == "SHUTDOWN"
+    done = run(chain, "--drive", "file=nosuch.img,id=d")
+    assert done.stderr == ("liveblockd: --drive file=nosuch.img,id=d: "
+                           "Could not open 'nosuch.img': No such file or directory\n")  # fmt: skip
+
+
+def test_background(tmp_path):
+    done = run(tmp_path, "--daemonize", "--qmp", "q.sock", "--pidfile", "p")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pid = int((tmp_path / "p").read_text())  # everything is up when the parent returns
+    assert os.getsid(pid) != os.getsid(0)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "q.sock"))
+        assert b'"QMP"' in client.recv(1000)
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while os.listdir(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_background_reports_a_failed_start(tmp_path):
+    done = run(tmp_path, "--daemonize", "--pidfile", "p", "--blockdev", "null-co")
+    assert done.returncode == 1
+    assert done.stderr == ("liveblockd: --blockdev null-co: "
+                           "'node-name' must be specified for the root node\n")  # fmt: skip
+    assert os.listdir(tmp_path) == []
+
+
+def test_systemd_is_told(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+        with DaemonProcess(tmp_path, environment=environment) as daemon:
+            assert manager.recv(200).startswith(b"READY=1\nSTATUS=")
+            assert [manager.recv(200) for _ in range(2)] == [b"WATCHDOG=1"] * 2
+            assert daemon.stop() == 0
+        said = []
+        while not said or said[-1] == b"WATCHDOG=1":
+            said.append(manager.recv(200))
+        assert said[-1].startswith(b"STOPPING=1\n")
+
+
+def test_inherited_sockets(tmp_path):
+    """A connected one by its number, and one that listens as systemd passes it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "l.sock"))
+        listener.listen()
+        connected = fcntl.fcntl(theirs, fcntl.F_DUPFD, 20)
+        code = (
+            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); "
+            f"os.dup2({listener.fileno()}, 3); "
+            "os.execv(sys.executable, [sys.executable, '-m', 'liveblockd', *sys.argv[1:]])"
+        )
+        options = (
+            *("--chardev", f"socket,id=a,fd={connected}", "--monitor", "a"),
+            *("--chardev", "socket,id=b,fd=systemd:qmp,server=on,wait=off", "--monitor", "b"),
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *options],
+            pass_fds=(connected, listener.fileno()),
+            env={**ENVIRONMENT, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "qmp"},
+            cwd=tmp_path,
+        )
+        os.close(connected)
+        try:
+            ours.settimeout(10)
+            assert b'"QMP"' in ours.recv(1000)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(10)
+                client.connect(str(tmp_path / "l.sock"))
+                assert b'"QMP"' in client.recv(1000)
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+
+
+def test_wait_on_holds_the_start_back(tmp_path):
+    daemon = DaemonProcess(
+        tmp_path, "--chardev", "socket,id=m,path=qmp.sock,server=on", "--monitor", "m")  # fmt: skip
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "qmp.sock").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert not daemon.pidfile.exists()
+    client = daemon.qmp()
+    with daemon:
+        assert client("query-name") == {}
+    # and a signal ends the wait
+    daemon = DaemonProcess(
+        tmp_path, "--chardev", "socket,id=m,path=qmp.sock,server=on", "--monitor", "m")  # fmt: skip
+    while not (tmp_path / "qmp.sock").exists():
+        time.sleep(0.01)
+    assert daemon.stop() == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_stdio_monitor(tmp_path):
+    with DaemonProcess(tmp_path, "--chardev", "stdio,id=m", "--monitor", "m,pretty=on") as daemon:
+        daemon.process.stdin.write(b'{"execute": "qmp_capabilities"}{"execute": "quit"}')
+        daemon.process.stdin.flush()
+        assert daemon.wait() == 0
+        assert daemon.output.count(b'"return": {\r\n    }') == 2
+
+
+def test_configuration_file(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        'qmp = ["q.sock"]\n[[blockdev]]\ndriver = "null-co"\nnode-name = "n"\nsize = 1048576\n'
+        '[nbd-server]\naddr = { type = "unix", path = "n.sock" }\n'
+        '[[export]]\ntype = "nbd"\nid = "e"\nnode-name = "n"\n'
+    )
+    with DaemonProcess(tmp_path, "--config", "c.toml") as daemon:
+        assert daemon.qmp("q.sock")("query-block-exports")[0]["id"] == "e"
+    (tmp_path / "d.toml").write_text('[[blockdev]]\ndriver = "null-co"\nsize = "x"\nnode-name="n"')
+    done = run(tmp_path, "--config", "d.toml")
+    assert done.stderr == ("liveblockd: d.toml: blockdev[0]: "
+                           "Invalid parameter type for 'size', expected: integer\n")  # fmt: skip
+
+
+def test_objects(tmp_path):
+    with DaemonProcess(tmp_path, "--object", "throttle-group,id=g,x-bps-total=1048576") as daemon:
+        client = daemon.qmp()
+        with pytest.raises(QmpError, match="attempt to add duplicate property 'g'"):
+            client("object-add", qom_type="throttle-group", id="g")
+        assert client("qom-get", path="/objects/g", property="x-bps-total") == 1048576
+        client("object-del", id="g")
+        with pytest.raises(QmpError, match="object 'g' not found"):
+            client("object-del", id="g")
+        client("object-add", qom_type="secret", id="s", data="hidden")
+        with pytest.raises(QmpError, match="Property 'secret.data' not found"):
+            client("qom-get", path="s", property="data")
+
+
+@needs_images
+def test_start_is_quick_and_small(chain):
+    """0.5 s and 60 MiB are what is promised; the test allows for a loaded machine."""
+    start = time.monotonic()
+    with DaemonProcess(chain, "--drive", "file=top.qcow2,id=d") as daemon:
+        took = time.monotonic() - start
+        daemon.qmp()("query-block")
+        assert daemon.memory() < 80 << 20
+    assert took < 5
