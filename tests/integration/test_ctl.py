@@ -55,9 +55,14 @@ def environment(bin_dir):
 
 def ctl(daemon, *words, status=0):
     done = subprocess.run(
-        [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", *words], cwd=daemon.directory,
-        capture_output=True, text=True, timeout=30, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", *words],
+        cwd=daemon.directory,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == status, done.stderr + done.stdout
     return done.stdout if status == 0 else done.stderr
 
@@ -180,8 +185,14 @@ def test_live_copy_example(daemon, tmp_path, script):
     "script", ["live-merge.sh", "live-merge-qmp-shell.sh", "live_merge.py",
                "live-copy.sh", "live-copy-qmp-shell.sh", "live_copy.py"])  # fmt: skip
 def test_examples_say_when_it_fails(daemon, tmp_path, script):
-    done = subprocess.run([*_command(script), "qmp.sock", "nosuch", "x"], cwd=tmp_path, timeout=60,
-                          env=environment(tmp_path / "bin"), capture_output=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*_command(script), "qmp.sock", "nosuch", "x"],
+        cwd=tmp_path,
+        timeout=60,
+        env=environment(tmp_path / "bin"),
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode != 0
 
 

@@ -22,8 +22,16 @@ needs_images = pytest.mark.skipif(
 
 
 def run(tmp_path, *options, **more):
-    return subprocess.run([sys.executable, "-m", "liveblockd", *options], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=20, check=False, env=ENVIRONMENT, **more)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "liveblockd", *options],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=20,
+        check=False,
+        env=ENVIRONMENT,
+        **more,
+    )
 
 
 @pytest.fixture
@@ -298,7 +306,7 @@ def test_objects(tmp_path):
         with pytest.raises(QmpError, match="object 'g' not found"):
             client("object-del", id="g")
         client("object-add", qom_type="secret", id="s", data="hidden")
-        with pytest.raises(QmpError, match="Property 'secret.data' not found"):
+        with pytest.raises(QmpError, match=r"Property 'secret\.data' not found"):
             client("qom-get", path="s", property="data")
 
 
