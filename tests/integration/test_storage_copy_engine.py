@@ -1,0 +1,221 @@
+"""Copies by descriptor between real files, with every means the host may lack."""
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+
+from liveblockd.storage import copy_engine
+from liveblockd.storage.copy_engine import CopyMethod, copy_extent, copy_nonzero, is_zero
+
+CLUSTER = 65536
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    copy_engine._unsupported.clear()
+    yield
+    copy_engine._unsupported.clear()
+
+
+@pytest.fixture
+def make(tmp_path):
+    fds, shm = [], []
+
+    def one(content=b"", *, tmpfs=False, flags=0):
+        directory = str(tmp_path)
+        if tmpfs:
+            if not os.access("/dev/shm", os.W_OK):
+                pytest.skip("no /dev/shm")
+            directory = tempfile.mkdtemp(dir="/dev/shm")
+            shm.append(directory)
+        path = os.path.join(directory, f"file{len(fds)}")
+        with open(path, "wb") as file:
+            file.write(content)
+        fds.append(os.open(path, os.O_RDWR | flags))
+        return fds[-1]
+
+    yield one
+    for fd in fds:
+        os.close(fd)
+    for directory in shm:
+        shutil.rmtree(directory)
+
+
+def content(fd):
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def without(monkeypatch, *methods, number=errno.EOPNOTSUPP):
+    def unsupported(*_, **__):
+        raise OSError(number, "no")
+
+    if "clone" in methods:
+        monkeypatch.setattr(fcntl, "ioctl", unsupported)
+    if "range" in methods:
+        monkeypatch.setattr(os, "copy_file_range", unsupported)
+
+
+@pytest.mark.parametrize("missing", [(), ("clone",), ("clone", "range")])
+@pytest.mark.parametrize("tmpfs", [False, True])
+@pytest.mark.parametrize(
+    ("source_at", "target_at", "length"),
+    [(0, 0, 1 << 20), (4096, 65536, 3 << 20), (5, 777, 100001), (0, 0, 0), (1 << 20, 0, 4096)],
+)
+def test_copies(make, monkeypatch, missing, tmpfs, source_at, target_at, length):
+    without(monkeypatch, *missing)
+    data = random.Random(3).randbytes(4 << 20)
+    source, target = make(data), make(b"T" * 100, tmpfs=tmpfs)
+    method = copy_extent(source, source_at, target, target_at, length)
+    if len(missing) == 2:
+        assert method is CopyMethod.READ_WRITE
+    want = bytearray(b"T" * 100)
+    if length:
+        want += bytes(max(target_at + length - 100, 0))
+        want[target_at : target_at + length] = data[source_at : source_at + length]
+    assert content(target) == bytes(want)
+
+
+@pytest.mark.parametrize("missing", [(), ("clone", "range")])
+def test_past_the_end_of_the_source_there_are_zeros(make, monkeypatch, missing):
+    without(monkeypatch, *missing)
+    source, target = make(b"S" * 5000), make(b"T" * 16384)
+    copy_extent(source, 0, target, 0, 12288)
+    assert content(target) == b"S" * 5000 + bytes(7288) + b"T" * 4096
+
+
+def test_holes_are_copied_as_zeros(make):
+    source, target = make(), make(b"T" * (1 << 20))
+    os.ftruncate(source, 1 << 20)
+    os.pwrite(source, b"S" * 4096, 8192)
+    copy_extent(source, 0, target, 0, 1 << 20)
+    assert content(target) == bytes(8192) + b"S" * 4096 + bytes((1 << 20) - 12288)
+
+
+def test_within_one_file(make):
+    fd = make(b"S" * 65536)
+    copy_extent(fd, 0, fd, 65536, 65536)
+    assert content(fd) == b"S" * 131072
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.EIO])
+def test_what_goes_no_further_is_taken_over(make, monkeypatch, number):
+    """copy_file_range does one and a half blocks, then fails."""
+    real = os.copy_file_range
+    calls = []
+
+    def short(source, target, count, at, to):
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(number, "no")
+        return real(source, target, 6000, at, to)
+
+    without(monkeypatch, "clone")
+    monkeypatch.setattr(os, "copy_file_range", short)
+    data = os.urandom(300000)
+    source, target = make(data), make()
+    assert copy_extent(source, 0, target, 0, len(data)) is CopyMethod.READ_WRITE
+    assert content(target) == data
+
+
+def test_a_means_that_is_never_there_is_tried_once(make, monkeypatch):
+    calls = []
+
+    def refusing(*_):
+        calls.append(1)
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(fcntl, "ioctl", refusing)
+    source, target = make(b"S" * 8192), make()
+    for _ in range(3):
+        copy_extent(source, 0, target, 0, 8192)
+    assert len(calls) == 1
+
+
+def test_short_transfers_are_continued(make, monkeypatch):
+    without(monkeypatch, "clone", "range")
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:4097], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:5001]], at))
+    data = os.urandom(100000)
+    source, target = make(data), make()
+    copy_extent(source, 0, target, 0, 100000)
+    monkeypatch.undo()
+    assert content(target) == data
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_errors_surface(make, monkeypatch, number):
+    def failing(*_):
+        raise OSError(number, "injected")
+
+    without(monkeypatch, "clone", "range", number=number)
+    monkeypatch.setattr(os, "pwrite", failing)
+    source, target = make(b"S" * 8192), make()
+    for call in (
+        lambda: copy_extent(source, 0, target, 0, 8192),
+        lambda: copy_nonzero(source, 0, target, 0, 8192, 4096),
+    ):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("cluster", [512, 4096, CLUSTER, 2 << 20, 4 << 20])
+@pytest.mark.parametrize("tail", [0, 5, 700])
+def test_copy_nonzero(make, cluster, tail):
+    seed = cluster + tail
+    choose = random.Random(seed)
+    clusters = max((6 << 20) // cluster // (1 if cluster > 4096 else 4), 3)
+    data = bytearray(clusters * cluster + tail)
+    want = []
+    for i in range(-(-len(data) // cluster)):
+        size = min(cluster, len(data) - i * cluster)
+        filled = choose.random() < 0.5
+        if filled:  # one byte anywhere decides
+            data[i * cluster + choose.choice([0, size - 1, choose.randrange(size)])] = 1
+        want.append(not filled)
+    source, target = make(b"#" * 4096 + data), make(b"T" * (8192 + len(data)))
+    got = copy_nonzero(source, 4096, target, 8192, len(data), cluster)
+    assert got.dtype == np.bool_ and got.tolist() == want, seed
+    expected = bytearray(b"T" * (8192 + len(data)))
+    for i, zero in enumerate(want):
+        if not zero:
+            part = data[i * cluster : (i + 1) * cluster]
+            expected[8192 + i * cluster : 8192 + i * cluster + len(part)] = part
+    assert content(target) == expected, seed
+
+
+def test_copy_nonzero_past_the_end_and_of_nothing(make):
+    source, target = make(b"S" * 100), make()
+    assert copy_nonzero(source, 0, target, 0, 3 * 4096, 4096).tolist() == [False, True, True]
+    assert content(target) == b"S" * 100 + bytes(3996)
+    assert copy_nonzero(source, 0, target, 0, 0, 4096).tolist() == []
+
+
+def test_direct_descriptors(make):
+    try:
+        data = bytes(CLUSTER) + os.urandom(CLUSTER) + bytes(CLUSTER)
+        source, target = make(data, flags=os.O_DIRECT), make(flags=os.O_DIRECT)
+    except OSError:
+        pytest.skip("no O_DIRECT here")
+    assert copy_nonzero(source, 0, target, 0, len(data), CLUSTER).tolist() == [True, False, True]
+    copy_engine._read_write(source, CLUSTER, target, 0, CLUSTER)
+    buffer = copy_engine.hostcalls.aligned_buffer(CLUSTER)
+    os.preadv(target, [buffer], 0)
+    assert buffer == data[CLUSTER : 2 * CLUSTER]
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 4096, 65536, 65543])
+def test_is_zero(length):
+    data = bytearray(length)
+    assert is_zero(data) and is_zero(bytes(data)) and is_zero(memoryview(data))
+    for at in {0, length // 2, length - 1} if length else ():
+        data[at] = 0x80
+        assert not is_zero(data)
+        data[at] = 0

@@ -1,0 +1,629 @@
+"""The file driver on real files: the default file system and tmpfs, cached and O_DIRECT."""
+
+import asyncio
+import errno
+import os
+import random
+import resource
+import shutil
+import subprocess
+import tempfile
+import threading
+
+import pytest
+
+from liveblockd.errors import BlockError
+from liveblockd.qapi import parse
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage import file as file_module
+from liveblockd.storage import hostcalls
+from liveblockd.storage.driver import ExtentKind
+from liveblockd.storage.file import FileDriver, HostDevice
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import Environment
+
+SHM = "/dev/shm"
+
+
+@pytest.fixture
+async def environment():
+    workers = WorkerPool()
+    yield Environment(workers)
+    await workers.idle()
+    workers.close()
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def directory(request, tmp_path):
+    if request.param == "disk":
+        yield str(tmp_path)
+        return
+    if not os.access(SHM, os.W_OK):
+        pytest.skip("no /dev/shm")
+    path = tempfile.mkdtemp(dir=SHM)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(params=[False, True], ids=["cached", "direct"])
+def direct(request):
+    return request.param
+
+
+async def open_file(environment, path, **members):
+    cls = FileDriver if members.get("driver", "file") == "file" else HostDevice
+    value = {"driver": "file", "filename": str(path), **members}
+    try:
+        return await cls.open(parse(BlockdevOptions, value), {}, environment)
+    except BlockError as error:
+        if "does not support O_DIRECT" in error.message:
+            pytest.skip("the file system has no O_DIRECT")
+        raise
+
+
+def make(directory, content=b""):
+    path = os.path.join(directory, "image")
+    with open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def content_of(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@pytest.fixture
+async def disk(environment, directory, direct):
+    path = make(directory, b"A" * 10000)
+    disk = await open_file(environment, path, discard="unmap", cache={"direct": direct})
+    yield disk
+    await disk.close()
+
+
+# -- reading and writing
+
+
+async def test_reads_past_the_end_are_zeros(disk):
+    assert bytes(await disk.read(9990, 20)) == b"A" * 10 + bytes(10)
+    assert bytes(await disk.read(10000, 5)) == bytes(5)
+    assert bytes(await disk.read(1 << 30, 70000)) == bytes(70000)
+    assert bytes(await disk.read(5000, 100000)) == b"A" * 5000 + bytes(95000)
+
+
+async def test_writes_past_the_end_grow_the_file(disk):
+    await disk.write(20000, b"B" * 100)
+    assert disk.length >= 20100
+    assert disk.length <= -(-20100 // disk.request_alignment) * disk.request_alignment
+    assert bytes(await disk.read(9999, 10002)) == b"A" + bytes(10000) + b"B"
+
+
+async def test_unaligned_writes_touch_nothing_else(disk):
+    await disk.write(3, b"1")
+    await disk.write(4095, b"22")
+    await disk.write(0, b"")
+    await disk.write(5000, bytearray(b"3" * 4000))
+    want = bytearray(b"A" * 10000)
+    want[3:4], want[4095:4097], want[5000:9000] = b"1", b"22", b"3" * 4000
+    assert bytes(await disk.read(0, 10000)) == want
+
+
+async def test_large_transfers_in_one_piece(disk):
+    data = os.urandom(5 << 20)
+    await disk.write(4096, data)
+    assert bytes(await disk.read(4096, len(data))) == data
+    await disk.write(4097, memoryview(data))
+    assert bytes(await disk.read(4097, len(data))) == data
+
+
+async def test_small_writes_into_one_block_at_once_all_survive(disk):
+    """With O_DIRECT each is a read-modify-write of the same block."""
+    pieces = [(i * 37, bytes([i]) * 37) for i in range(200)]
+    random.Random(7).shuffle(pieces)
+    await asyncio.gather(*(disk.write(offset, data) for offset, data in pieces))
+    assert bytes(await disk.read(0, 7400)) == b"".join(bytes([i]) * 37 for i in range(200))
+
+
+async def test_a_returned_buffer_is_never_changed(disk):
+    first = await disk.read(0, 4096)
+    await disk.write(0, b"Z" * 4096)
+    again = await disk.read(0, 4096)
+    assert bytes(first) == b"A" * 4096 and bytes(again) == b"Z" * 4096
+
+
+async def test_nowait_answers_from_the_cache(environment, directory):
+    path = make(directory, b"N" * 10000)
+    disk = await open_file(environment, path)
+    assert bytes(await disk.read(0, 10000)) == b"N" * 10000
+    assert bytes(disk.read_nowait(9000, 2000)) == b"N" * 1000 + bytes(1000)
+    assert bytes(disk.read_nowait(0, 1)) == b"N"
+    if directory.startswith(SHM):
+        assert disk.write_nowait(0, b"M")
+        assert bytes(disk.read_nowait(0, 2)) == b"MN"
+    else:
+        disk.write_nowait(0, b"N")  # may decline; may not fail
+    assert disk.read_nowait(0, file_module.NOWAIT_LIMIT + 1) is None
+    await disk.close()
+
+
+async def test_a_hole_in_the_cache_is_not_taken_for_the_end(environment, tmp_path, monkeypatch):
+    """Half of the range is cached: preadv is short, and the rest is data all the same."""
+    disk = await open_file(environment, make(tmp_path, b"D" * 20000))
+    real = os.preadv
+
+    def short(fd, buffers, offset, flags=0):
+        if flags:
+            return real(fd, [memoryview(buffers[0])[:4096]], offset, flags)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    disk._read_flags = os.RWF_NOWAIT
+    assert disk.read_nowait(0, 8192) is None
+    assert bytes(await disk.read(0, 8192)) == b"D" * 8192
+    await disk.close()
+
+
+async def test_the_size_is_that_of_now(environment, directory):
+    """A job grew the file behind this driver: what it wrote is there, not zeros."""
+    path = make(directory, b"a" * 4096)
+    disk = await open_file(environment, path)
+    fd = disk.host_file().fd
+    os.pwrite(fd, b"b" * 4096, 4096)
+    assert disk.length == 8192
+    assert bytes(await disk.read(4000, 4192)) == b"a" * 96 + b"b" * 4096
+    await disk.close()
+
+
+async def test_short_transfers_are_continued(environment, directory, monkeypatch):
+    path = make(directory)
+    disk = await open_file(environment, path)
+    disk._read_flags = disk._write_flags = None
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, into, at, flags=0: preadv(fd, [into[0][:777]], at, flags)
+    )
+    data = os.urandom(50000)
+    await disk.write(10, data)
+    assert bytes(await disk.read(10, 50000)) == data
+    await disk.close()
+
+
+async def test_short_direct_transfers_are_continued(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path), cache={"direct": True})
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:8192], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, into, at, flags=0: preadv(fd, [into[0][:4096]], at, flags)
+    )
+    data = os.urandom(100000)
+    await disk.write(10, data)
+    assert bytes(await disk.read(10, 100000)) == data
+    await disk.close()
+
+
+async def test_a_cancelled_write_has_ended_when_it_says_so(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path))
+    disk._write_flags = None
+    gate, real, ended = threading.Event(), hostcalls.write, []
+
+    def slow(*args):
+        gate.wait(10)
+        real(*args)
+        ended.append(True)
+
+    monkeypatch.setattr(hostcalls, "write", slow)
+    task = asyncio.create_task(disk.write(0, b"late"))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended
+    await disk.close()
+
+
+# -- zeros and holes
+
+
+async def test_write_zeroes_inside_across_and_past_the_end(disk):
+    await disk.write_zeroes(100, 5000)
+    await disk.write_zeroes(9000, 5000)
+    assert disk.length >= 14000
+    await disk.write_zeroes(30000, 777)
+    assert disk.length >= 30777
+    want = b"A" * 100 + bytes(5000) + b"A" * 3900
+    assert bytes(await disk.read(0, 31000)) == want + bytes(31000 - 9000)
+
+
+async def test_unmapping_gives_space_back(disk):
+    await disk.write(0, b"B" * (1 << 20))
+    await disk.flush()
+    before = disk.actual_size()
+    await disk.write_zeroes(0, 1 << 19, may_unmap=True)
+    middle = disk.actual_size()
+    assert middle <= before - (1 << 18)
+    await disk.discard(1 << 19, 1 << 18)
+    assert disk.actual_size() < middle
+    assert disk.length == 1 << 20
+    assert bytes(await disk.read(0, 1 << 20)) == bytes(3 << 18) + b"B" * (1 << 18)
+
+
+async def test_without_discard_unmap_space_is_kept(environment, directory, direct):
+    path = make(directory, b"B" * (1 << 20))
+    disk = await open_file(environment, path, cache={"direct": direct})
+    before = disk.actual_size()
+    await disk.discard(0, 1 << 20)
+    assert bytes(await disk.read(0, 4)) == b"BBBB"
+    await disk.write_zeroes(0, 1 << 20, may_unmap=True)
+    assert bytes(await disk.read(0, 4)) == bytes(4)
+    assert disk.actual_size() >= before
+    await disk.close()
+
+
+async def test_where_the_host_has_no_fallocate(environment, directory, direct, monkeypatch):
+    path = make(directory, b"A" * 10000)
+    disk = await open_file(environment, path, discard="unmap", cache={"direct": direct})
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(hostcalls, "fallocate", unsupported)
+    with pytest.raises(OSError) as caught:
+        await disk.write_zeroes(100, 5000, fast_only=True)
+    assert caught.value.errno == errno.ENOTSUP
+    assert bytes(await disk.read(0, 10000)) == b"A" * 10000
+    await disk.write_zeroes(100, 5000)
+    await disk.write_zeroes(20000, 5 << 20)
+    await disk.discard(0, 100)  # not possible is no error
+    want = b"A" * 100 + bytes(5000) + b"A" * 4900
+    assert bytes(await disk.read(0, 10000)) == want
+    assert disk.length >= 20000 + (5 << 20)
+    assert content_of(path)[10000:] == bytes(disk.length - 10000)
+    await disk.close()
+
+
+async def test_growing_never_cuts_off_what_others_wrote(tmp_path):
+    path = make(tmp_path)
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, b"x", 99999)
+    hostcalls._grow(fd, 50000)
+    assert os.fstat(fd).st_size == 100000
+    os.close(fd)
+
+
+async def test_map_tells_holes(disk):
+    await disk.truncate(0)
+    await disk.truncate(4 << 20)
+    await disk.write(1 << 20, b"D" * (1 << 16))
+    await disk.flush()
+    extents = await disk.map(0, 5 << 20)
+    assert sum(e.length for e in extents) == 5 << 20
+    position, data = 0, []
+    for extent in extents:
+        if extent.kind is ExtentKind.DATA:
+            assert extent.host_offset == position
+            data.append((position, extent.length))
+        else:
+            assert extent.kind is ExtentKind.ZERO
+        position += extent.length
+    assert data == [(1 << 20, 1 << 16)]
+    assert (await disk.map((1 << 20) + 5, 10))[0] == (10, ExtentKind.DATA, (1 << 20) + 5)
+
+
+async def test_map_is_bounded(disk, monkeypatch):
+    monkeypatch.setattr(file_module, "MAP_LIMIT", 4)
+    await disk.truncate(0)
+    for i in range(10):
+        await disk.write(i << 17, b"D" * 4096)
+    extents = await disk.map(0, 10 << 17)
+    assert len(extents) == 4 and sum(e.length for e in extents) < 10 << 17
+
+
+async def test_map_where_the_host_cannot_tell(disk, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr(os, "lseek", unsupported)
+    assert await disk.map(0, 10000) == [(10000, ExtentKind.DATA, 0)]
+
+
+async def test_truncate(disk):
+    await disk.truncate(5000)
+    assert disk.length == 5000
+    await disk.truncate(12000)
+    assert bytes(await disk.read(0, 12000)) == b"A" * 5000 + bytes(7000)
+
+
+# -- flush
+
+
+class SlowSync:
+    def __init__(self, monkeypatch):
+        self.calls, self.error, self.gate = 0, None, threading.Event()
+        monkeypatch.setattr(os, "fdatasync", self)
+
+    def __call__(self, fd):
+        self.calls += 1
+        self.gate.wait(10)
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+
+
+async def test_flushes_that_come_meanwhile_share_the_next_one(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path))
+    sync = SlowSync(monkeypatch)
+    first = asyncio.create_task(disk.flush())
+    await asyncio.sleep(0.01)
+    later = [asyncio.create_task(disk.flush()) for _ in range(20)]
+    await asyncio.sleep(0.01)
+    later[3].cancel()  # must not take the others along
+    sync.gate.set()
+    await first
+    results = await asyncio.gather(*later, return_exceptions=True)
+    assert sync.calls == 2
+    assert [type(r) for r in results].count(type(None)) >= 19
+    await disk.close()
+
+
+async def test_after_a_failed_flush_all_fail(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path))
+    sync = SlowSync(monkeypatch)
+    sync.error = errno.EIO
+    first = asyncio.create_task(disk.flush())
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(disk.flush())
+    await asyncio.sleep(0.01)
+    first.cancel()  # nobody looks at the error, yet it counts
+    sync.gate.set()
+    results = await asyncio.gather(first, second, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1].errno == errno.EIO
+    sync.error = None
+    with pytest.raises(OSError) as caught:
+        await disk.flush()
+    assert caught.value.errno == errno.EIO and sync.calls == 1
+    await disk.close()
+
+
+async def test_no_flush(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path), cache={"no-flush": True})
+    sync = SlowSync(monkeypatch)
+    await disk.flush()
+    assert sync.calls == 0
+    await disk.close()
+
+
+# -- errors of the host
+
+
+async def test_no_space_surfaces(environment, directory, direct):
+    """By RLIMIT_FSIZE: EFBIG where a full disk would say ENOSPC."""
+    disk = await open_file(environment, make(directory, b"A" * 4096), cache={"direct": direct})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            await disk.write((1 << 20) - 4096, b"B" * 8192)
+        assert caught.value.errno in (errno.EFBIG, errno.ENOSPC)
+        with pytest.raises(OSError):
+            await disk.write_zeroes(1 << 20, 4096)
+        with pytest.raises(OSError):
+            await disk.truncate(2 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert bytes(await disk.read(0, 4096)) == b"A" * 4096
+    await disk.write(1 << 20, b"B" * 4096)
+    await disk.close()
+
+
+async def test_read_only(environment, directory, direct):
+    path = make(directory, b"A" * 4096)
+    disk = await open_file(environment, path, **{"read-only": True, "cache": {"direct": direct}})
+    assert not disk.write_nowait(0, b"x")
+    for request in (
+        disk.write(0, b"x"),
+        disk.write_zeroes(0, 1),
+        disk.discard(0, 1),
+        disk.truncate(5),
+    ):
+        with pytest.raises(OSError) as caught:
+            await request
+        assert caught.value.errno == errno.EPERM
+    await disk.flush()
+    assert content_of(path) == b"A" * 4096
+    await disk.close()
+
+
+async def test_reopening_keeps_the_file_and_the_descriptor(environment, directory, direct):
+    path = make(directory, b"A" * 4096)
+    disk = await open_file(environment, path, **{"read-only": True, "cache": {"direct": direct}})
+    fd = disk.host_file().fd
+    os.rename(path, path + ".moved")
+    make(directory, b"another file")
+    await disk.set_read_only(False)
+    await disk.write(0, b"B" * 4096)
+    await disk.set_read_only(True)
+    assert disk.read_only and disk.host_file().fd == fd
+    assert not os.get_inheritable(fd)  # a child would keep the image locked
+    assert content_of(path + ".moved") == b"B" * 4096
+    assert content_of(path) == b"another file"
+    with pytest.raises(OSError):
+        await disk.write(0, b"C")
+    await disk.close()
+
+
+async def test_going_read_only_flushes_or_stays(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path))
+    sync = SlowSync(monkeypatch)
+    sync.error = errno.EIO
+    sync.gate.set()
+    with pytest.raises(BlockError):
+        await disk.set_read_only(True)
+    assert not disk.read_only
+    await disk.close()
+
+
+async def test_close_waits_for_what_is_under_way(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path))
+    sync = SlowSync(monkeypatch)
+    fd = disk.host_file().fd
+    flush = asyncio.create_task(disk.flush())
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(disk.close())
+    await asyncio.sleep(0.01)
+    closing.cancel()
+    os.fstat(fd)  # still open
+    sync.gate.set()
+    await flush
+    await disk.close()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+# -- opening
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda p: None, "Could not open '{}': No such file or directory"),
+        (os.mkdir, "Could not open '{}': Is a directory"),
+        (os.mkfifo, "'file' driver requires '{}' to be a regular file"),
+    ],
+    ids=["missing", "directory", "fifo"],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_what_cannot_be_opened(environment, tmp_path, prepare, message, read_only):
+    path = str(tmp_path / "thing")
+    prepare(path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BlockError) as caught:
+        await asyncio.wait_for(open_file(environment, path, **{"read-only": read_only}), 5)
+    assert caught.value.message == message.format(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_host_device_wants_a_device(environment, tmp_path):
+    with pytest.raises(BlockError, match="to be either a character or block device"):
+        await open_file(environment, make(tmp_path), driver="host_device")
+
+
+async def test_option_checks(environment, tmp_path):
+    path = make(tmp_path)
+    with pytest.raises(BlockError, match="aio=native was specified, but it requires"):
+        await open_file(environment, path, aio="native")
+    with pytest.raises(BlockError, match="force-share=on can only be used with read-only images"):
+        await open_file(environment, path, **{"force-share": True})
+
+
+async def test_auto_read_only(environment, tmp_path, monkeypatch):
+    path = make(tmp_path, b"A")
+    real = os.open
+
+    def refusing(name, flags, *rest):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return real(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(BlockError, match="Permission denied"):
+        await open_file(environment, path)
+    disk = await open_file(environment, path, **{"auto-read-only": True})
+    assert disk.read_only and bytes(await disk.read(0, 1)) == b"A"
+    await disk.close()
+
+
+async def test_a_cancelled_open_leaves_no_descriptor(environment, tmp_path, monkeypatch):
+    path, gate, real = make(tmp_path), threading.Event(), hostcalls.probe_nowait
+    before = len(os.listdir("/proc/self/fd"))
+    await environment.workers.run(int)
+
+    def slow(fd):
+        gate.wait(10)
+        return real(fd)
+
+    monkeypatch.setattr(hostcalls, "probe_nowait", slow)
+    task = asyncio.create_task(open_file(environment, path))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def host_command(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+
+@pytest.fixture
+def block_device(tmp_path):
+    if os.geteuid() != 0 or not shutil.which("losetup"):
+        pytest.skip("needs losetup and root")
+    (tmp_path / "backing").write_bytes(bytes(1 << 20))
+    made = host_command("losetup", "--find", "--show", str(tmp_path / "backing"))
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    host_command("losetup", "--detach", made.stdout.strip())
+
+
+@pytest.fixture
+def full_directory(tmp_path):
+    """A tmpfs of 1 MiB."""
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root to mount a small tmpfs")
+    if host_command("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)).returncode:
+        pytest.skip("may not mount")
+    yield tmp_path
+    assert host_command("umount", str(tmp_path)).returncode == 0
+
+
+async def test_block_device(environment, block_device, direct):
+    disk = await open_file(
+        environment,
+        block_device,
+        driver="host_device",
+        discard="unmap",
+        cache={"direct": direct},
+    )
+    assert disk.length == 1 << 20
+    await disk.write(1000, b"x" * 5000)
+    await disk.write_zeroes(2000, 100)
+    await disk.discard(8192, 4096)
+    await disk.flush()
+    assert bytes(await disk.read(1999, 102)) == b"x" + bytes(100) + b"x"
+    with pytest.raises(OSError) as caught:
+        await disk.write((1 << 20) - 512, bytes(1024))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(BlockError, match="Cannot grow device files"):
+        await disk.truncate(2 << 20)
+    assert sum(e.length for e in await disk.map(0, 1 << 20)) == 1 << 20
+    await disk.close()
+
+
+async def test_a_full_file_system(environment, full_directory):
+    disk = await open_file(environment, make(full_directory, b"A" * 4096))
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            await disk.write(4096, b"B" * (2 << 20))
+        assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError) as caught:
+        await disk.write_zeroes(0, 4 << 20)
+        await disk.write(0, b"B" * (2 << 20))
+    assert caught.value.errno == errno.ENOSPC
+    await disk.close()
+
+
+async def test_a_full_file_system_keeps_what_there_was(environment, full_directory):
+    disk = await open_file(environment, make(full_directory, b"A" * 4096))
+    with pytest.raises(OSError):
+        await disk.write(4096, b"B" * (2 << 20))
+    assert bytes(await disk.read(0, 4096)) == b"A" * 4096
+    await disk.truncate(4096)
+    await disk.write(4096, b"C" * 4096)
+    assert bytes(await disk.read(0, 8192)) == b"A" * 4096 + b"C" * 4096
+    await disk.close()
