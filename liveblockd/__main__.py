@@ -37,12 +37,9 @@ def _text(show: str, prog: str) -> str:
         return HELP.format(prog=prog)
     if show == "version":
         return f"{prog} version {__version__}\n"
-    from liveblockd.formats import load_formats
-    from liveblockd.storage.registry import drivers, load_drivers
+    from liveblockd.daemon.drivers import driver_names
 
-    load_drivers()
-    load_formats()
-    return f"Supported formats: {' '.join(sorted(drivers()))}\n"
+    return f"Supported formats: {' '.join(driver_names())}\n"
 
 
 if __name__ == "__main__":

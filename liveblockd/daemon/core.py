@@ -24,19 +24,19 @@ from collections.abc import Awaitable, Sequence
 from liveblockd.cli import Action, CommandLine
 from liveblockd.config import load
 from liveblockd.daemon.backends import GraphBackends
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.daemon.monitors import Monitors
 from liveblockd.daemon.process import Background, Notifier, PidFile
 from liveblockd.daemon.startup import Startup
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.events import Publisher, Shutdown
 from liveblockd.exports.registry import ExportRegistry
-from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import Environment
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class Daemon:
         return self._status
 
     def _make_parts(self) -> None:
-        load_drivers()
-        load_formats()
+        load_all_drivers()
         registry.load()
         self._publisher = Publisher()
         self._workers = WorkerPool()
