@@ -200,7 +200,7 @@ class Integer(Type):
         """The integer. QEMU reads each as int64 or uint64 first, then looks at the range."""
         if path.keyval and isinstance(value, str):
             number = parse_size(value) if self.is_size else _parse_integer(value)
-            if number is None:
+            if number is None or not self._wide_enough(number):
                 raise path.expects("a size" if self.is_size else self._json_name)
             value = number
         elif type(value) is not int or not self._wide_enough(value):

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from qemu.qmp.protocol import AsyncProtocol, ConnectError, Runstate
+from qemu.qmp.protocol import AsyncProtocol, Runstate
 
 from liveblockd import __version__
 from liveblockd.errors import BlockError, ErrorClass
@@ -92,10 +92,12 @@ class Session(AsyncProtocol[Any]):
         """Talk to the client until it leaves, or until ``close``."""
         self._context.sessions.add(self)
         try:
-            await self.connect(connection)  # type: ignore[arg-type]  # _do_connect takes both
+            # not connect(): it takes a client that is gone already for a defect
+            await self._do_connect(connection)
+            await self._establish_session()
             while self.runstate is Runstate.RUNNING:
                 await self.runstate_changed()
-        except ConnectError as error:
+        except OSError as error:
             _log.info("QMP client left before it was greeted: %s", error)
         finally:
             self._stop_events()
@@ -122,7 +124,7 @@ class Session(AsyncProtocol[Any]):
         """Let the protocol come to its end; why the connection broke is nobody's concern."""
         if self.runstate is Runstate.IDLE:
             return
-        with contextlib.suppress(EOFError, OSError, ConnectError):
+        with contextlib.suppress(EOFError, OSError):
             await self.disconnect()
 
     def _abort(self) -> None:
@@ -180,6 +182,17 @@ class Session(AsyncProtocol[Any]):
             self._waiting -= len(msg)
             if self._waiting < _PAUSE:
                 self._room.set()
+
+    async def _bh_flush_writer(self) -> None:
+        """Wait until all is written, or the writer has failed: then nobody empties the queue."""
+        assert self._writer_task is not None
+        written = asyncio.create_task(self._outgoing.join())
+        try:
+            await asyncio.wait((written, self._writer_task), return_when=asyncio.FIRST_COMPLETED)
+            if written.done():
+                await super()._bh_flush_writer()
+        finally:
+            written.cancel()
 
     def _cb_inbound(self, msg: Any) -> Any:
         return msg

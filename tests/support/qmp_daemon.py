@@ -14,7 +14,7 @@ import sys
 from typing import Any, Literal
 
 from liveblockd.events import JobStatusChange, Publisher
-from liveblockd.qapi import QapiModel
+from liveblockd.qapi import QapiModel, parse
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.server import Chardev, Monitor
@@ -53,10 +53,13 @@ class Announce(QapiModel):
 
 async def wait(context: Context, arguments: Any) -> None:
     await asyncio.sleep(arguments.ms / 1000)
+    if arguments.announce:
+        context.publisher.publish(JobStatusChange("waited", "concluded"))
 
 
 class Wait(QapiModel):
     ms: int
+    announce: bool = False
 
 
 async def fail(context: Context, arguments: Any) -> None:
@@ -86,12 +89,12 @@ def register_stand_ins() -> None:
             registry.command(name, args=args, returns=list[str])(function)
 
 
-def options(text: str) -> dict[str, Any]:
+def options(text: str) -> dict[str, str]:
     first, *rest = text.split(",")
-    found: dict[str, Any] = {"": first}
+    found = {"": first}
     for part in rest if "=" not in first else [first, *rest]:
         key, value = part.split("=", 1)
-        found[key] = {"on": True, "off": False}.get(value, value)
+        found[key] = value
     return found
 
 
@@ -106,12 +109,12 @@ async def serve(arguments: list[str]) -> None:
     for option, value in itertools.pairwise(arguments):
         if option == "--chardev":
             found = options(value)
-            backend = found.pop("")
-            chardevs[found["id"]] = Chardev(backend=backend, **found)
+            found["backend"] = found.pop("")
+            chardevs[found["id"]] = parse(Chardev, found, keyval=True)
         elif option == "--monitor":
             found = options(value)
-            chardev = chardevs[str(found.get("chardev", found[""]))]
-            monitors.append(Monitor(context, chardev, pretty=bool(found.get("pretty", False))))
+            chardev = chardevs[found.get("chardev", found[""])]
+            monitors.append(Monitor(context, chardev, pretty="pretty" in found))
             await monitors[-1].start()
     await ended.wait()
     for monitor in monitors:
