@@ -19,15 +19,14 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 
-from liveblockd.cli import Action, CommandLine
-from liveblockd.config import load
+from liveblockd.cli import CommandLine
 from liveblockd.daemon.backends import GraphBackends
 from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.daemon.monitors import Monitors
 from liveblockd.daemon.process import Background, Notifier, PidFile
-from liveblockd.daemon.startup import Startup
+from liveblockd.daemon.startup import Startup, expand
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.events import Publisher, Shutdown
 from liveblockd.exports.registry import ExportRegistry
@@ -65,7 +64,7 @@ class Daemon:
             loop.add_signal_handler(number, self._request_stop, "host-signal")
         self._make_parts()
         try:
-            await self._start(self._line.actions)
+            await self._start()
             await self._stop.wait()
         except ConfigError as exc:
             print(f"{self._prog}: {exc}", file=sys.stderr, flush=True)  # noqa: T201
@@ -102,11 +101,8 @@ class Daemon:
 
     # -- start
 
-    async def _start(self, actions: Sequence[Action]) -> None:
-        pidfile = self._line.pidfile
-        for action in actions:
-            if action.option == "config":
-                pidfile = pidfile or load(action.value["file"]).pidfile
+    async def _start(self) -> None:
+        actions, pidfile = expand(self._line)
         startup = Startup(self._context, self._monitors)
         for action in actions:
             await startup.act(action)

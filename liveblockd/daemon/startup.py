@@ -10,7 +10,7 @@ import functools
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from liveblockd.cli import Action
+from liveblockd.cli import Action, CommandLine
 from liveblockd.cli.arguments import monitor_address
 from liveblockd.config import Configuration, load
 from liveblockd.daemon.process import inherited_fd
@@ -112,9 +112,23 @@ class Startup:
     async def _hmp(self, action: Action) -> None:
         await self._qmp(action, "readline")
 
-    async def _config(self, action: Action) -> None:
-        for each in configured(load(action.value["file"]), action.value["file"]):
-            await self.act(each)
+
+def expand(line: CommandLine) -> tuple[list[Action], str | None]:
+    """All options with those of configuration files in their place, and where the PID file is."""
+    actions: list[Action] = []
+    pidfile = line.pidfile
+    for action in line.actions:
+        if action.option != "config":
+            actions.append(action)
+            continue
+        path = action.value["file"]
+        try:
+            configuration = load(path)
+        except ConfigError as exc:
+            raise ConfigError(f"{action.where}: {exc}") from exc
+        actions.extend(configured(configuration, path))
+        pidfile = pidfile or configuration.pidfile
+    return actions, pidfile
 
 
 def configured(configuration: Configuration, path: str) -> Iterable[Action]:
