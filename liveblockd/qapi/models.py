@@ -1,33 +1,4 @@
-"""Models of QMP commands and options, visited as QAPI visits them (QEMU docs/devel/qapi-code-gen).
-
-A command's arguments or a block driver's options are a ``QapiModel``. ``parse(model, value)`` goes
-through a decoded JSON value member by member, in the order of the fields, and stops at the first
-error, which is worded as QEMU words it; members nobody asked for come last. The same description
-of a type (``members``, ``type_of``) makes ``query-qmp-schema``.
-
-How types are written::
-
-    class Thing(QapiModel):
-        node_name: str                      # "node-name", required
-        speed: int = 0                      # optional; null is refused
-        base: str | None = None             # optional; None means "not given"
-        size: Size                          # uint64 from JSON, "10M" from the command line
-        on_error: OnError = OnError.REPORT  # enum.StrEnum
-        names: list[str] | None = None
-        iothread: StrOrNull = None          # an Alternate that admits null; whether it was given:
-                                            # "iothread" in thing.model_fields_set
-    BlockdevRef = Annotated[str | BlockdevOptions, Alternate("BlockdevRef")]
-
-A flat union is a base class that says which member chooses and what there is to choose from; it
-is asked for the variants at the first use, so drivers may register late::
-
-    class BlockdevOptions(QapiModel):
-        qapi_tag: ClassVar[str] = "driver"
-        driver: str
-        @classmethod
-        def qapi_variants(cls) -> Mapping[str, type[QapiModel]]: ...   # subclasses, by tag value
-
-``Annotated[A | B, Field(discriminator="type")]`` with ``type: Literal["a"]`` works too.
+"""Structs, arrays, unions and alternates of QAPI, made from the annotations of pydantic models.
 
 Pure. Errors: ``BlockError`` from ``parse``; TypeError for an annotation that is no QAPI type.
 """
@@ -36,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -47,6 +17,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from liveblockd.errors import BlockError
+from liveblockd.qapi.scalars import (
+    INT,
+    ROOT,
+    AnyValue,
+    Boolean,
+    Enum,
+    Integer,
+    Null,
+    Number,
+    Path,
+    String,
+    Type,
+)
 
 
 def qapi_name(name: str) -> str:
@@ -104,177 +87,6 @@ def _present(model: QapiModel) -> Iterator[tuple[Member, Any]]:
         yield member, value
 
 
-# -- descriptions of types
-
-
-class Type:
-    """What a member may hold; ``visit`` checks a value and returns what the model stores."""
-
-    __slots__ = ()
-    admits_null: bool = False
-
-    def visit(self, value: Any, path: Path) -> Any:
-        """The value for the model; BlockError when ``value`` does not fit."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class Path:
-    """Where in the arguments a value stands; ``name`` is the last component, None in an array."""
-
-    full: str
-    name: str | None
-    keyval: bool = False  # scalars are strings of a command line
-
-    def member(self, name: str) -> Path:
-        """The member ``name`` of the object here."""
-        return Path(f"{self.full}.{name}" if self.full else name, name, self.keyval)
-
-    def element(self, index: int) -> Path:
-        """Element ``index`` of the array here."""
-        return Path(f"{self.full}[{index}]", None, self.keyval)
-
-    def mistyped(self, expected: str, *, last: bool = False) -> BlockError:
-        """The error of a value of another JSON type."""
-        shown = (self.name or "null") if last else (self.full or "null")
-        return BlockError(f"Invalid parameter type for '{shown}', expected: {expected}")
-
-    def refused(self, value: object) -> BlockError:
-        """The error of a string that the enum has not; QEMU names the last component only."""
-        return BlockError(f"Parameter '{self.name or 'null'}' does not accept value '{value}'")
-
-    def expects(self, expected: str, *, last: bool = False) -> BlockError:
-        """The error of a value of the right type that is out of range or cannot be read."""
-        shown = (self.name or "null") if last else (self.full or "null")
-        return BlockError(f"Parameter '{shown}' expects {expected}")
-
-
-ROOT: Final = Path("", None)
-
-
-@dataclass(frozen=True, slots=True)
-class String(Type):
-    """A JSON string."""
-
-    def visit(self, value: Any, path: Path) -> str:
-        """As it is."""
-        if not isinstance(value, str):
-            raise path.mistyped("string")
-        return value
-
-
-_TRUE: Final = frozenset(("on", "yes", "true", "y"))
-_FALSE: Final = frozenset(("off", "no", "false", "n"))
-
-
-@dataclass(frozen=True, slots=True)
-class Boolean(Type):
-    """true or false; on the command line on and off."""
-
-    def visit(self, value: Any, path: Path) -> bool:
-        """As it is, or the meaning of the word."""
-        if path.keyval and isinstance(value, str):
-            if value in _TRUE:
-                return True
-            if value in _FALSE:
-                return False
-            raise path.expects("'on' or 'off'", last=True)
-        if not isinstance(value, bool):
-            raise path.mistyped("boolean")
-        return value
-
-
-_INT64_MIN, _INT64_MAX, _UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Integer(Type):
-    """A JSON number without fraction or exponent, between ``low`` and ``high``."""
-
-    kind: str
-    low: int
-    high: int
-    is_size: bool = False
-
-    def visit(self, value: Any, path: Path) -> int:
-        """The integer. QEMU reads each as int64 or uint64 first, then looks at the range."""
-        if path.keyval and isinstance(value, str):
-            number = parse_size(value) if self.is_size else _parse_integer(value)
-            if number is None or not self._wide_enough(number):
-                raise path.expects("a size" if self.is_size else self._json_name)
-            value = number
-        elif type(value) is not int or not self._wide_enough(value):
-            raise path.mistyped(self._json_name)
-        if not self.low <= value <= self.high:
-            raise path.expects(f"{self.kind}_t" if self.kind[-2:] != "ze" else "a size", last=True)
-        return int(value)
-
-    @property
-    def _json_name(self) -> str:
-        return "integer" if self.low else "uint64"
-
-    def _wide_enough(self, value: int) -> bool:
-        return _INT64_MIN <= value <= (_INT64_MAX if self.low else _UINT64_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class Number(Type):
-    """Any JSON number."""
-
-    def visit(self, value: Any, path: Path) -> float:
-        """As a float."""
-        if path.keyval and isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                raise path.expects("number") from None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise path.mistyped("number")
-        return float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Null(Type):
-    """The JSON null."""
-
-    admits_null = True
-
-    def visit(self, value: Any, path: Path) -> None:
-        """None."""
-        if value is not None:
-            raise path.mistyped("null")
-
-
-@dataclass(frozen=True, slots=True)
-class AnyValue(Type):
-    """Whatever JSON value; ``object_only`` where it has to be an object."""
-
-    object_only: bool = False
-    admits_null = True
-
-    def visit(self, value: Any, path: Path) -> Any:
-        """As it is."""
-        if self.object_only and not isinstance(value, dict):
-            raise path.mistyped("object")
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class Enum(Type):
-    """One of some strings; ``cls`` is the StrEnum, or None for a Literal."""
-
-    values: tuple[str, ...]
-    cls: type[enum.StrEnum] | None = None
-
-    def visit(self, value: Any, path: Path) -> str:
-        """The member of the StrEnum."""
-        if not isinstance(value, str):
-            raise path.mistyped("string")
-        if value not in self.values:
-            raise path.refused(value)
-        return self.cls(value) if self.cls is not None else value
-
-
 @dataclass(frozen=True, slots=True)
 class Array(Type):
     """A JSON array of one type."""
@@ -318,9 +130,7 @@ class FlatUnion(Type):
         if not isinstance(value, dict):
             raise path.mistyped("object")
         variants = self.variants()
-        seen: list[Member] = []
         for member in members(self.base):
-            seen.append(member)
             if member.name != self.tag:
                 _visit_member(member, value, path)
                 continue
@@ -425,17 +235,6 @@ class Member:
 
 # -- from annotations to types
 
-INT: Final = Integer("int", _INT64_MIN, _INT64_MAX)
-Int8: TypeAlias = Annotated[int, Integer("int8", -(2**7), 2**7 - 1)]
-Int16: TypeAlias = Annotated[int, Integer("int16", -(2**15), 2**15 - 1)]
-Int32: TypeAlias = Annotated[int, Integer("int32", -(2**31), 2**31 - 1)]
-Int64: TypeAlias = Annotated[int, Integer("int64", _INT64_MIN, _INT64_MAX)]
-UInt8: TypeAlias = Annotated[int, Integer("uint8", 0, 2**8 - 1)]
-UInt16: TypeAlias = Annotated[int, Integer("uint16", 0, 2**16 - 1)]
-UInt32: TypeAlias = Annotated[int, Integer("uint32", 0, 2**32 - 1)]
-UInt64: TypeAlias = Annotated[int, Integer("uint64", 0, _UINT64_MAX)]
-#: Bytes; on the command line also with a suffix (10k, 1.5G).
-Size: TypeAlias = Annotated[int, Integer("size", 0, _UINT64_MAX, is_size=True)]
 StrOrNull: TypeAlias = Annotated[str | None, Alternate("StrOrNull")]
 
 _SCALARS: Final[dict[Any, Type]] = {
@@ -603,35 +402,3 @@ def argument_error(error: ValidationError) -> BlockError:
             return BlockError(str(first["ctx"]["error"]))
     expected = _PYDANTIC_TYPES.get(first["type"].split("_")[0])
     return path.mistyped(expected) if expected else path.expects(first["msg"].lower())
-
-
-def _parse_integer(text: str) -> int | None:
-    """An integer as strtoll reads it with base 0; None when it is not one."""
-    match = re.fullmatch(
-        r"([-+]?)(?:0[xX]([0-9a-fA-F]{1,16})|(0[0-7]{0,22})|([1-9][0-9]{0,19}))", text
-    )
-    if match is None:
-        return None
-    sign, hexadecimal, octal, decimal = match.groups()
-    number = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
-    return -number if sign == "-" else number
-
-
-_SUFFIXES: Final = {s: 1 << (10 * i) for i, s in enumerate("bkmgtpe")}
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes in ``10``, ``0x10``, ``64k``, ``1.5G``; None for no size. Suffixes are binary."""
-    if match := re.fullmatch(r"0[xX]([0-9a-fA-F]{1,16})", text):
-        return int(match[1], 16)
-    match = re.fullmatch(
-        r"([0-9]{1,20})(?:\.([0-9]{0,20}))?([bkmgtpe]?)", text, re.IGNORECASE | re.ASCII
-    )
-    if match is None:
-        return None
-    whole, fraction, suffix = match.groups()
-    unit = _SUFFIXES.get(suffix.lower(), 1)
-    if fraction is not None and unit == 1:
-        return None
-    part = int(fraction or 0) * unit // int("1" + "0" * len(fraction or ""))
-    return int(whole) * unit + part
