@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from liveblockd.cli import CommandLine
@@ -12,6 +13,8 @@ from liveblockd.daemon.process import Background, go_to_background
 def run_daemon(prog: str, line: CommandLine) -> int:
     """Run until somebody asks for the end; the exit status."""
     background = go_to_background() if line.daemonize else Background()
+    # numpy would start a thread a core for linear algebra, of which there is none here
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # imported after the fork: nothing of it shall run in the process that only waits
     from liveblockd.daemon.core import Daemon
     from liveblockd.runtime.loop import run

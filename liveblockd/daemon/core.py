@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -113,6 +114,9 @@ class Daemon:
             return
         if pidfile is not None:
             self._pidfile = PidFile(pidfile)
+        # what the start made stays until the end: the collector need not look through it again
+        gc.collect()
+        gc.freeze()
         self._background.ready()
         nodes, exports = len(self._graph.nodes), len(self._exports.exports)
         self._notifier.send("READY=1", f"STATUS={nodes} block nodes, {exports} exports")
