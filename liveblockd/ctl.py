@@ -61,7 +61,7 @@ def parse_size(text: str) -> int:
         factor = 1 << (10 * "bkmgtp".index(text[-1].lower()))
         text = text[:-1]
     number = float(text) * factor
-    if not 0 <= number < 2**63:
+    if not 0 <= number < 2**63:  # false for nan as well
         raise ValueError(f"{text} is out of range")
     return int(number)
 
@@ -378,7 +378,7 @@ def _members(words: Sequence[str]) -> dict[str, Any]:
             value = json.loads(words[0])
         except ValueError as exc:
             raise ControlError(f"bad JSON: {exc}", USAGE) from exc
-        assert isinstance(value, dict)
+        assert isinstance(value, dict)  # it begins with a brace
         return value
     result: dict[str, Any] = {}
     for word in words:
@@ -389,6 +389,8 @@ def _members(words: Sequence[str]) -> dict[str, Any]:
         here = result
         for part in path:
             here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise ControlError(f"{word}: {part} is a value already", USAGE)
         try:
             here[last] = json.loads(text)
         except ValueError:
