@@ -1,0 +1,357 @@
+"""A user of a node: an export, a drive or a job (QEMU's BlockBackend).
+
+Runs on the event loop. What it adds to the node below it:
+
+* it follows: a snapshot puts its new overlay under every backend that stood on the old node;
+* *quiesce*: while the graph is changed, ``x_nowait`` answers None or False and coroutines wait;
+  ``in_flight`` counts what was begun before, so that a drain can wait for it;
+* bounds, read-only, ``detect-zeroes``, writethrough, statistics and BLOCK_IO_ERROR of drives.
+
+The fast path costs one call: a single comparison with ``_read_end`` or ``_write_end`` says at once
+that the request lies inside the disk, that nothing is quiesced and that it may be written.
+
+Invariants: no request reaches a node between ``quiesce()`` returning with ``in_flight == 0`` and
+``resume()``. Whoever runs a request here does not cancel it: its worker would go on writing
+after the drain believed it gone.
+
+Errors: OSError (EIO for a request beyond the end, ENOSPC for such a write, EPERM for a write
+without the permission) and those of the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM
+from os import strerror
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from liveblockd.events import BlockIoError
+from liveblockd.formats.probe import PROBE_LENGTH, probe_format
+from liveblockd.graph import chain
+from liveblockd.graph.node import Edge, Node
+from liveblockd.graph.statistics import Statistics
+from liveblockd.storage.copy_engine import is_zero
+from liveblockd.storage.driver import Buffer, Extent, HostFile, Permission
+from liveblockd.storage.options import BlockdevDetectZeroesOptions
+
+if TYPE_CHECKING:
+    from liveblockd.graph.graph import Graph
+
+T = TypeVar("T")
+
+#: runs in one answer of ``block_status``
+STATUS_LIMIT = 16384
+
+
+class StatusRun(NamedTuple):
+    """A run of equal block status over the whole chain, as NBD's meta contexts need it."""
+
+    length: int  # bytes
+    zero: bool  # reads as zeros
+    hole: bool  # no layer has bytes for it
+    depth: int  # 1: the top layer says so, 2: its backing node, ...; 0: nobody has it
+
+
+class Backend:
+    """Made by ``Graph.attach``, ended by ``Graph.detach``."""
+
+    def __init__(
+        self, graph: Graph, node: Node, *, name: str = "", user: str | None = None
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        #: how messages call it: ``block device 'drive0'``, ``block device 'exp'``
+        self.user = user
+        self.edge = Edge(self, "root", node)
+        self.statistics = Statistics()
+        self.in_flight = 0
+        #: every write is durable when it returns (cache=writethrough)
+        self.writethrough = False
+        #: called after the node below is another, or has another size
+        self.on_change: list[Callable[[], None]] = []
+        self._quiesced = 0
+        self._resumed: asyncio.Event = asyncio.Event()
+        self._resumed.set()
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._read_end = self._write_end = -1
+        self.rebind()
+
+    @property
+    def node(self) -> Node:
+        """What it stands on now."""
+        return self.edge.child
+
+    @property
+    def length(self) -> int:
+        """Bytes that can be read."""
+        return self.edge.child.driver.length
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused: without the permission, or because the node is."""
+        return self.edge.child.read_only or not self.edge.used & (
+            Permission.WRITE | Permission.WRITE_UNCHANGED
+        )
+
+    def host_file(self) -> HostFile | None:
+        """As the node's."""
+        return self.edge.child.host_file()
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.user or self.name!r} on {self.edge.child.name!r}>"
+
+    # -- quiesce
+
+    def quiesce(self) -> None:
+        """Let no new request through; nests."""
+        self._quiesced += 1
+        self._resumed.clear()
+        self._read_end = self._write_end = -1
+
+    def resume(self) -> None:
+        """End one ``quiesce``; after the last one the waiting requests go on."""
+        assert self._quiesced > 0
+        self._quiesced -= 1
+        if not self._quiesced:
+            self.rebind()
+            self._resumed.set()
+
+    async def idle(self) -> None:
+        """Return when nothing is in flight; a cancelled waiter leaves no trace."""
+        while self.in_flight:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._idle_waiters:
+                    self._idle_waiters.remove(waiter)
+
+    def rebind(self) -> None:
+        """Look at the node again: it is another, or its size or permissions have changed."""
+        node = self.edge.child
+        self._read = node.read_nowait
+        self._write = node.write_nowait
+        plain = not (
+            self.writethrough
+            or node.probed
+            or node.write_threshold
+            or self.read_only
+            or node.detect_zeroes is not BlockdevDetectZeroesOptions.OFF
+        )
+        if self._quiesced:
+            self._read_end = self._write_end = -1
+        else:
+            self._read_end = node.driver.length
+            self._write_end = self._read_end if plain else -1
+        for callback in tuple(self.on_change):
+            callback()
+
+    # -- requests that do not wait
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they are at hand, else None (also while quiesced or out of bounds)."""
+        if offset < 0 or offset + length > self._read_end:
+            return None
+        data = self._read(offset, length)
+        if data is not None:
+            statistics = self.statistics
+            statistics.rd_operations += 1
+            statistics.rd_bytes += length
+        return data
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Whether the write is done; False while quiesced, out of bounds or not simple."""
+        length = len(data)
+        if offset < 0 or offset + length > self._write_end:
+            return False
+        if self._write(offset, data):
+            statistics = self.statistics
+            statistics.wr_operations += 1
+            statistics.wr_bytes += length
+            end = offset + length
+            if end > statistics.wr_highest_offset:
+                statistics.wr_highest_offset = end
+            return True
+        return False
+
+    # -- requests that may wait
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes."""
+        await self._enter("rd", offset, length)
+        return await self._run("rd", length, self.edge.child.read(offset, length))
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Store ``data``; with ``fua`` (or writethrough) it is durable on return."""
+        length = len(data)
+        await self._enter("wr", offset, length)
+        await self._run("wr", length, self._store(offset, data, fua))
+        if offset + length > self.statistics.wr_highest_offset:
+            self.statistics.wr_highest_offset = offset + length
+
+    async def write_fua(self, offset: int, data: Buffer) -> None:
+        """``write`` and durable."""
+        await self.write(offset, data, fua=True)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = False,
+        fast_only: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Make the range read as zeros; OSError(ENOTSUP) if only slowly and ``fast_only``."""
+        await self._enter("wr", offset, length)
+        await self._run("wr", length, self._store_zeroes(offset, length, may_unmap, fast_only, fua))
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Give space back where the node may."""
+        await self._enter("unmap", offset, length)
+        await self._run("unmap", length, self._discard(offset, length, fua))
+
+    async def flush(self) -> None:
+        """Make every write that returned before durable."""
+        await self._enter("flush", 0, 0)
+        await self._run("flush", 0, self.edge.child.flush())
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """As the node's."""
+        await self._enter("rd", offset, length)
+        return await self._counted(self.edge.child.map(offset, length))
+
+    async def truncate(self, length: int) -> None:  # noqa: ARG002
+        """Not for users: a resize goes through ``Graph.resize``."""
+        raise OSError(EPERM, strerror(EPERM))
+
+    async def block_status(
+        self, offset: int, length: int, *, limit: int = STATUS_LIMIT
+    ) -> list[StatusRun]:
+        """At most ``limit`` runs for a non-empty prefix of the range, over the whole chain."""
+        await self._enter("rd", offset, length)
+        return await self._counted(self._block_status(offset, length, limit))
+
+    # -- inside
+
+    async def _enter(self, kind: str, offset: int, length: int) -> None:
+        """Wait for the end of a quiesce; refuse what cannot be. No await follows the check."""
+        while self._quiesced:
+            await self._resumed.wait()
+        if offset < 0 or length < 0:
+            self._refuse(kind, EINVAL)
+        if kind in ("wr", "unmap") and self.read_only:
+            self._refuse(kind, EPERM)
+        if offset + length > self.edge.child.driver.length:
+            self._refuse(kind, ENOSPC if kind == "wr" else EIO)
+
+    def _refuse(self, kind: str, errno: int) -> None:
+        name = f"{kind}_invalid"
+        setattr(self.statistics, name, getattr(self.statistics, name) + 1)
+        raise OSError(errno, strerror(errno))
+
+    async def _counted(self, request: Awaitable[T]) -> T:
+        self.in_flight += 1
+        try:
+            return await request
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight and self._idle_waiters:
+                for waiter in self._idle_waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                self._idle_waiters.clear()
+
+    async def _run(self, kind: str, length: int, request: Awaitable[T]) -> T:
+        start = perf_counter_ns()
+        self.in_flight += 1
+        try:
+            result = await request
+        except OSError as error:
+            name = f"{kind}_failed"
+            setattr(self.statistics, name, getattr(self.statistics, name) + 1)
+            self._report(kind, error)
+            raise
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight and self._idle_waiters:
+                for waiter in self._idle_waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                self._idle_waiters.clear()
+        self.statistics.finished(kind, length, perf_counter_ns() - start)
+        return result
+
+    def _report(self, kind: str, error: OSError) -> None:
+        """BLOCK_IO_ERROR, for drives: an export tells its client, a job has its own policy."""
+        if not self.name or error.errno in (EPERM, ENOMEDIUM):
+            return
+        self.graph.publisher.publish(
+            BlockIoError(
+                qom_path="",
+                device=self.name,
+                node_name=self.edge.child.name,
+                operation="read" if kind == "rd" else "write",
+                action="report",
+                nospace=error.errno == ENOSPC,
+                reason=error.strerror or str(error),
+            )
+        )
+
+    async def _store(self, offset: int, data: Buffer, fua: bool) -> None:
+        node = self.edge.child
+        if node.probed and offset < PROBE_LENGTH:
+            await self._guard_probed(node, offset, data)
+        detect = node.detect_zeroes
+        if detect is not BlockdevDetectZeroesOptions.OFF and is_zero(data):
+            unmap = detect is BlockdevDetectZeroesOptions.UNMAP
+            await node.write_zeroes(offset, len(data), may_unmap=unmap)
+        else:
+            await node.write(offset, data)
+        if node.write_threshold:
+            self.graph.check_write_threshold(node, offset + len(data))
+        if fua or self.writethrough:
+            await node.flush()
+
+    async def _store_zeroes(
+        self, offset: int, length: int, may_unmap: bool, fast_only: bool, fua: bool
+    ) -> None:
+        node = self.edge.child
+        await node.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+        if node.write_threshold:
+            self.graph.check_write_threshold(node, offset + length)
+        if fua or self.writethrough:
+            await node.flush()
+
+    async def _discard(self, offset: int, length: int, fua: bool) -> None:
+        node = self.edge.child
+        await node.discard(offset, length)
+        if fua or self.writethrough:
+            await node.flush()
+
+    @staticmethod
+    async def _guard_probed(node: Node, offset: int, data: Buffer) -> None:
+        """Nobody said this image is raw: a guest must not turn it into another format."""
+        size = min(PROBE_LENGTH, node.driver.length)
+        head = bytearray(await node.read(0, size))
+        part = bytes(memoryview(data)[: max(0, size - offset)])
+        head[offset : offset + len(part)] = part
+        if probe_format(bytes(head)) != "raw":
+            raise OSError(EPERM, strerror(EPERM))
+
+    async def _block_status(self, offset: int, length: int, limit: int) -> list[StatusRun]:
+        runs: list[StatusRun] = []
+        async with aclosing(chain.resolve(self.edge.child, None, offset, length)) as found:
+            async for run in found:
+                new = StatusRun(run.length, run.zero, run.hole, run.depth)
+                if runs and runs[-1][1:] == new[1:]:
+                    runs[-1] = runs[-1]._replace(length=runs[-1].length + new.length)
+                elif len(runs) >= limit:
+                    break
+                else:
+                    runs.append(new)
+        return runs

@@ -1,0 +1,66 @@
+"""The filter that a stream puts above its top: shown as ``copy-on-read``, passes all requests on.
+
+QEMU's stream copies what guests read while it runs; ours copies below the guest's writes and needs
+no help of the reads, so that this node is there for clients that look for it by its name only.
+
+Runs on the event loop. Not registered: blockdev-add cannot make one. Errors: those of the child.
+"""
+
+from __future__ import annotations
+
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, HostFile
+
+
+class CopyOnRead(BlockDriver):
+    """Hands everything on to its ``file`` child, which graph surgery never replaces."""
+
+    driver_name = "copy-on-read"
+    is_filter = True
+    child_roles = ("file",)
+
+    def __init__(self, child: BlockIO, *, read_only: bool) -> None:
+        self.children: dict[str, BlockIO] = {"file": child}
+        self.read_only = read_only
+        self._child = child
+        # A node binds what it finds here: no call in between on the request path.
+        self.read_nowait = child.read_nowait  # type: ignore[method-assign]
+        self.write_nowait = child.write_nowait  # type: ignore[method-assign]
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self._child.length
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """As the child."""
+        return await self._child.read(offset, length)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """As the child."""
+        await self._child.write(offset, data)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        """As the child."""
+        await self._child.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """As the child."""
+        await self._child.discard(offset, length)
+
+    async def flush(self) -> None:
+        """As the child."""
+        await self._child.flush()
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """As the child."""
+        return await self._child.map(offset, length)
+
+    async def truncate(self, length: int) -> None:
+        """As the child."""
+        await self._child.truncate(length)
+
+    def host_file(self) -> HostFile | None:
+        """As the child's: the offsets are the same."""
+        return self._child.host_file()

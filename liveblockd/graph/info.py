@@ -1,0 +1,166 @@
+"""What the queries say of nodes and drives: BlockDeviceInfo, ImageInfo, BlockInfo, BlockStats.
+
+Specification: qapi/block-core.json. Members are added here only where they hold something.
+
+Pure but for asking the drivers; runs on the event loop. Raises nothing of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain, filenames
+from liveblockd.graph.backend import Backend
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node
+from liveblockd.graph.permissions import names
+from liveblockd.graph.statistics import Statistics
+
+_UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+#: drivers that cannot tell anything of their image
+_UNKNOWING = ("null-co", "null-aio", "copy-on-read")
+
+
+def block_device_info(
+    node: Node, *, flat: bool = False, backend: Backend | None = None
+) -> dict[str, Any]:
+    """BlockDeviceInfo; ``flat`` leaves out what lies behind the image itself."""
+    cache = node.options.cache
+    info: dict[str, Any] = {
+        "node-name": node.name,
+        "drv": node.driver_class.driver_name,
+        "file": node.filename,
+        "ro": node.read_only,
+        "encrypted": False,
+        "active": True,
+        "children": [
+            {"child": role, "node-name": edge.child.name} for role, edge in node.children.items()
+        ],
+        "backing_file_depth": 0 if flat else max(0, len(chain.chain(node)) - 1),
+        "detect_zeroes": str(node.detect_zeroes),
+        "cache": {
+            "writeback": not (backend is not None and backend.writethrough),
+            "direct": bool(cache and cache.direct),
+            "no-flush": bool(cache and cache.no_flush),
+        },
+        "write_threshold": node.write_threshold,
+        **_UNLIMITED,
+        "image": image_info(node, flat=flat),
+    }
+    if node.is_filter:
+        info["backing_file_depth"] = 0 if flat else len(chain.chain(node))
+    if node.backing is not None:
+        info["backing_file"] = node.backing.filename
+    return info
+
+
+def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
+    """ImageInfo, with those of the chain below unless ``flat``."""
+    top = info = _own_image_info(node)
+    if flat:
+        return top
+    # In a loop: a chain may be deeper than Python's stack likes.
+    below = chain.layer_below(node) if not node.is_filter else chain.skip_filters(node)
+    while below is not None:
+        info["backing-image"] = _own_image_info(below)
+        info = info["backing-image"]
+        below = chain.layer_below(below)
+    return top
+
+
+def _own_image_info(node: Node) -> dict[str, Any]:
+    driver = node.driver
+    info: dict[str, Any] = {
+        "filename": node.filename,
+        "format": node.driver_class.driver_name,
+        "virtual-size": driver.virtual_size,
+        "limits": dict(driver.limits()),
+    }
+    size = driver.actual_size()
+    if size is None and node.file is not None:
+        size = node.file.driver.actual_size()
+    if size is not None:
+        info["actual-size"] = size
+    if driver.cluster_size:
+        info["cluster-size"] = driver.cluster_size
+    if info["format"] not in _UNKNOWING:
+        info["dirty-flag"] = driver.dirty_flag()
+    specific = driver.format_specific()
+    if specific is not None:
+        info["format-specific"] = dict(specific)
+    if written := driver.backing_file:
+        info["backing-filename"] = written
+        # Without: "cannot determine actual path".
+        with contextlib.suppress(BlockError):
+            info["full-backing-filename"] = filenames.full_backing_filename(node, written)
+        if driver.backing_format:
+            info["backing-filename-format"] = driver.backing_format
+    return info
+
+
+def block_info(drive: Backend, *, flat: bool = False) -> dict[str, Any]:
+    """BlockInfo of a drive that no guest device is made of."""
+    return {
+        "device": drive.name,
+        "type": "unknown",
+        "removable": True,
+        "locked": False,
+        "io-status": "ok",
+        "inserted": block_device_info(drive.node, flat=flat, backend=drive),
+    }
+
+
+def drive_stats(drive: Backend) -> dict[str, Any]:
+    """BlockStats of a drive, its node's children below."""
+    stats = node_stats(drive.node, children=True)
+    stats["device"] = drive.name
+    stats["stats"] = drive.statistics.to_qmp()
+    return stats
+
+
+def node_stats(node: Node, *, children: bool = False) -> dict[str, Any]:
+    """BlockStats of a node; requests are counted by drives, exports and jobs, not by nodes."""
+    stats: dict[str, Any] = {"node-name": node.name, "stats": _counted_at(node).to_qmp()}
+    if children:
+        if node.file is not None:
+            stats["parent"] = node_stats(node.file, children=True)
+        below, place = node.backing, stats
+        while below is not None:
+            place["backing"] = node_stats(below)
+            if below.file is not None:
+                place["backing"]["parent"] = node_stats(below.file, children=True)
+            place, below = place["backing"], below.backing
+    return stats
+
+
+def _counted_at(node: Node) -> Statistics:
+    """The one user that stands on the node, or zeros."""
+    users = [e.parent for e in node.parents if isinstance(e.parent, Backend)]
+    return users[0].statistics if len(users) == 1 else Statistics()
+
+
+def debug_graph(graph: Graph) -> dict[str, Any]:
+    """XDbgBlockGraph of x-debug-query-block-graph."""
+    numbers: dict[object, int] = {}
+    nodes = []
+    for backend in graph.backends:
+        numbers[backend] = len(numbers) + 1
+        name = backend.name or backend.user or ""
+        nodes.append({"id": numbers[backend], "type": "block-backend", "name": name})
+    for node in graph.nodes.values():
+        numbers[node] = len(numbers) + 1
+        nodes.append({"id": numbers[node], "type": "block-driver", "name": node.name})
+    edges = [
+        {
+            "parent": numbers[edge.parent],
+            "child": numbers[node],
+            "name": edge.role,
+            "perm": names(edge.used),
+            "shared-perm": names(edge.shared),
+        }
+        for node in graph.nodes.values()
+        for edge in node.parents
+    ]
+    return {"nodes": nodes, "edges": edges}

@@ -1,0 +1,260 @@
+"""A node of the block graph, and the edges that say who uses it.
+
+QEMU's docs/interop/live-block-operations and qapi/block-core.json use the same words: a *node* is
+one driver opened with its options; an *edge* leads from its parent (a node, or the ``Backend`` of
+an export, drive or job) to it under a *role* (``file``, ``backing``, ``root``).
+
+Runs on the event loop. Invariants: ``edge in edge.child.parents`` and, for an edge of a node,
+``edge.parent.children[edge.role] is edge`` and ``edge.parent.driver.children[edge.role] is
+edge.child``; surgery alone changes them. A node offers the ``BlockIO`` of its driver by bound
+methods.
+
+Errors: BlockError from ``check_operation``; OSError from the I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import filenames
+from liveblockd.storage.driver import BlockDriver, Buffer, Extent, HostFile, Permission
+from liveblockd.storage.options import BlockdevDetectZeroesOptions, BlockdevOptions
+
+if TYPE_CHECKING:
+    from liveblockd.graph.backend import Backend
+
+
+class Operation(enum.StrEnum):
+    """What can be refused because of an op blocker; the value is for messages of our own."""
+
+    DELETE = "delete"
+    SNAPSHOT = "snapshot"
+    RESIZE = "resize"
+    STREAM = "stream"
+    COMMIT_SOURCE = "commit source"
+    COMMIT_TARGET = "commit target"
+    MIRROR_SOURCE = "mirror source"
+    MIRROR_TARGET = "mirror target"
+    BACKUP_SOURCE = "backup source"
+    BACKUP_TARGET = "backup target"
+    CHANGE = "change"
+
+
+#: what may be done to a node although it is the backing node of another
+_ALLOWED_ON_BACKING = frozenset(
+    (
+        Operation.STREAM,
+        Operation.COMMIT_TARGET,
+        Operation.BACKUP_SOURCE,
+        Operation.BACKUP_TARGET,
+    )
+)
+
+
+_HANDED_ON = (
+    "read_nowait",
+    "write_nowait",
+    "read",
+    "write",
+    "flush",
+    "map",
+    "truncate",
+    "host_file",
+)
+
+
+class Edge:
+    """``parent`` uses ``child`` as its ``role``, does ``used`` and lets others do ``shared``."""
+
+    __slots__ = ("child", "frozen", "parent", "role", "shared", "used")
+
+    def __init__(self, parent: Node | Backend, role: str, child: Node) -> None:
+        self.parent = parent
+        self.role = role
+        self.child = child
+        #: how many jobs need this link to stay as it is
+        self.frozen = 0
+        self.used = Permission.NONE
+        self.shared = Permission.ALL
+
+    def check_not_frozen(self) -> None:
+        """BlockError in QEMU's words when a job needs this link."""
+        if self.frozen:
+            raise BlockError(
+                f"Cannot change frozen '{self.role}' link from "
+                f"'{self.parent.name}' to '{self.child.name}'",
+                errno=1,
+            )
+
+    def __repr__(self) -> str:
+        return f"<Edge {self.parent.name!r} -{self.role}-> {self.child.name!r}>"
+
+
+class Node:
+    """One driver with its place in the graph."""
+
+    driver: BlockDriver
+
+    def __init__(
+        self,
+        name: str,
+        driver_class: type[BlockDriver],
+        options: BlockdevOptions,
+        *,
+        given: BlockdevOptions | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.name = name
+        self.driver_class = driver_class
+        #: with what was inherited from the parent
+        self.options = options
+        #: as they were given, for the file name that is shown
+        self.given = options if given is None else given
+        self.read_only = read_only
+        self.monitor_owned = False
+        #: opened as a part of its parent: follows its parent's read-only and cache options
+        self.inherits = False
+        #: raw because nobody said the format: guards its first sector
+        self.probed = False
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        #: why the node must stay and be left alone, one reason a job
+        self.op_blockers: list[str] = []
+        #: put in by a job; shown as in use
+        self.job_filter = False
+        #: (backing string of the header, file name of the node it led to)
+        self.implied_backing: tuple[str, str] | None = None
+        self.permissions = (Permission.NONE, Permission.ALL)
+        self.write_threshold = 0
+        self._unmaps = options.unmaps
+
+    def bind(self, driver: BlockDriver) -> None:
+        """Take the opened driver; its methods become the node's."""
+        self.driver = driver
+        self.read_only = driver.read_only
+        # Instead of the methods below: a request passes here without a call of its own.
+        for name in _HANDED_ON:
+            setattr(self, name, getattr(driver, name))
+
+    @property
+    def opened(self) -> bool:
+        """Whether there is a driver already."""
+        return "driver" in self.__dict__
+
+    @property
+    def length(self) -> int:
+        """Bytes that can be read."""
+        return self.driver.length
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """As the driver's."""
+        return self.driver.read_nowait(offset, length)
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """As the driver's."""
+        return self.driver.write_nowait(offset, data)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """As the driver's."""
+        return await self.driver.read(offset, length)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """As the driver's."""
+        await self.driver.write(offset, data)
+
+    async def flush(self) -> None:
+        """As the driver's."""
+        await self.driver.flush()
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """As the driver's."""
+        return await self.driver.map(offset, length)
+
+    async def truncate(self, length: int) -> None:
+        """As the driver's."""
+        await self.driver.truncate(length)
+
+    def host_file(self) -> HostFile | None:
+        """As the driver's."""
+        return self.driver.host_file()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        """As the driver's; without ``discard=unmap`` the space is kept."""
+        await self.driver.write_zeroes(
+            offset, length, may_unmap=may_unmap and self._unmaps, fast_only=fast_only
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        """As the driver's; nothing without ``discard=unmap``."""
+        if self._unmaps:
+            await self.driver.discard(offset, length)
+
+    # -- place in the graph
+
+    @property
+    def backing(self) -> Node | None:
+        """The backing node; a filter may stand in between (see ``chain``)."""
+        edge = self.children.get("backing")
+        return None if edge is None else edge.child
+
+    @property
+    def file(self) -> Node | None:
+        """The node that holds the data of this one; of a filter: what it filters."""
+        for role in ("file", "image"):
+            if (edge := self.children.get(role)) is not None:
+                return edge.child
+        return None
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether chain walks look behind it."""
+        return self.driver_class.is_filter
+
+    @property
+    def supports_backing(self) -> bool:
+        """Whether the format knows backing files."""
+        return "backing" in self.driver_class.child_roles
+
+    @property
+    def used(self) -> bool:
+        """Whether it has to stay."""
+        return bool(self.monitor_owned or self.parents or self.op_blockers)
+
+    @property
+    def filename(self) -> str:
+        """As QEMU shows it: a plain name, or ``json:{...}``."""
+        return filenames.filename(self)
+
+    @property
+    def detect_zeroes(self) -> BlockdevDetectZeroesOptions:
+        """Whether written zeros are looked for."""
+        return self.options.detect_zeroes or BlockdevDetectZeroesOptions.OFF
+
+    def change_options(self, **members: Any) -> None:
+        """Replace members of the options in effect."""
+        self.options = self.options.model_copy(update=members)
+        self._unmaps = self.options.unmaps
+
+    # -- op blockers
+
+    def op_blocker(self, operation: Operation) -> str | None:
+        """Why ``operation`` cannot be done, or None."""
+        if self.op_blockers:
+            return self.op_blockers[0]
+        if operation not in _ALLOWED_ON_BACKING:
+            for edge in self.parents:
+                if edge.role == "backing":
+                    return f"node is used as backing hd of '{edge.parent.name}'"
+        return None
+
+    def check_operation(self, operation: Operation) -> None:
+        """BlockError ``Node 'x' is busy: ...`` when it cannot be done."""
+        if (reason := self.op_blocker(operation)) is not None:
+            raise BlockError(f"Node '{self.name}' is busy: {reason}", errno=16)
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name!r} {self.driver_class.driver_name}>"

@@ -1,0 +1,290 @@
+"""Opening a node: its children first, its permissions before its driver, its backing chain last.
+
+Specification: qapi/block-core.json (BlockdevOptions); what children inherit follows QEMU.
+
+* ``file`` children given inline follow the parent: read-only, cache, force-share.
+* A backing node is read-only unless its options say otherwise. Without options the header of the
+  image names it, and in turn its own: the chain is opened link by link, not recursively.
+* The locks of a file are taken before its format driver sees it.
+
+Runs on the event loop, under the graph's lock. Invariant: ``open`` either returns a node with all
+that it needs, or has closed everything it opened, also when cancelled.
+
+Errors: BlockError in QEMU's words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.probe import PROBE_LENGTH, probe_format
+from liveblockd.graph import filenames
+from liveblockd.graph.lock import to_its_end
+from liveblockd.graph.node import Edge, Node
+from liveblockd.qapi import parse
+from liveblockd.storage.options import (
+    BlockdevCacheOptions,
+    BlockdevDetectZeroesOptions,
+    BlockdevDiscardOptions,
+    BlockdevOptions,
+)
+from liveblockd.storage.registry import find_driver
+
+if TYPE_CHECKING:
+    from liveblockd.graph.graph import Graph
+
+#: options for the backing node that the header names; text values are those of a command line
+BackingMembers: TypeAlias = Mapping[str, Any] | None
+
+#: images in one chain; each costs descriptors, and a read may pass through all of them
+MAX_DEPTH: Final = 200
+PREFIX: Final = "Could not open backing file: "
+
+_NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]*", re.ASCII)
+_MAX_NAME: Final = 31  # bytes
+
+
+def check_node_name(name: str) -> None:
+    """BlockError unless it is well formed: a letter, then letters, digits, ``-``, ``.``, ``_``."""
+    if not _NAME.fullmatch(name):
+        raise BlockError(f"Invalid node-name: '{name}'")
+    if len(name) > _MAX_NAME:
+        raise BlockError("Node name too long")
+
+
+def inherited(given: BlockdevOptions, parent: Node | None, role: str) -> BlockdevOptions:
+    """The options in effect: what was given, and else what comes from the parent."""
+    if parent is None:
+        return given
+    above = parent.options
+    cache, upper = given.cache, above.cache
+    direct = cache.direct if cache else None
+    no_flush = cache.no_flush if cache else None
+    found: dict[str, Any] = {
+        "cache": BlockdevCacheOptions(
+            direct=direct if direct is not None else bool(upper and upper.direct),
+            no_flush=no_flush if no_flush is not None else bool(upper and upper.no_flush),
+        ),
+        "force_share": given.force_share if given.force_share is not None else above.force_share,
+    }
+    backing = role == "backing"
+    if given.read_only is None:
+        found["read_only"] = True if backing else parent.read_only
+    if given.auto_read_only is None and not backing:
+        found["auto_read_only"] = above.auto_read_only
+    if given.discard is None:
+        # A format decides itself what it lets go of, so its file may always unmap.
+        found["discard"] = above.discard if backing else BlockdevDiscardOptions.UNMAP
+    return given.model_copy(update=found)
+
+
+class Opener:
+    """One call of ``Graph.open``: it remembers what it made, to undo it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.made: list[Node] = []
+
+    async def open(
+        self, options: BlockdevOptions, *, probed: bool, backing_members: BackingMembers
+    ) -> Node:
+        """The node, its children and its whole backing chain."""
+        try:
+            node = await self._open_with_chain(options, None, "", backing_members)
+            node.probed = probed
+            return node
+        except BaseException:
+            await to_its_end(self._undo())
+            raise
+
+    async def _undo(self) -> None:
+        left: list[Node] = []
+        for node in reversed(self.made):
+            for edge in tuple(node.children.values()):
+                self.graph.disconnect(edge)
+                if edge.child not in self.made:
+                    left.append(edge.child)
+        # Parents were made before their children.
+        for node in self.made:
+            self.graph.nodes.pop(node.name, None)
+            if node.opened:
+                # Nothing was written through it yet.
+                with contextlib.suppress(OSError, BlockError):
+                    await node.driver.close()
+        for child in left:
+            await self.graph.refresh_permissions(child)
+
+    async def _open_with_chain(
+        self, options: BlockdevOptions, parent: Node | None, role: str, members: BackingMembers
+    ) -> Node:
+        """A node and its backing chain; the links that headers name are followed in a loop."""
+        top = node = await self._open_one(options, parent, role)
+        links: list[tuple[Node, str, Node]] = []
+        seen = [_identity(top)]
+        try:
+            while True:
+                child = await self._explicit_backing(node, members)
+                if child is not None or (written := self._implied(node, members)) is None:
+                    break
+                child_options, members = await self._implied_options(node, written, members)
+                child = await self._open_one(child_options, node, "backing")
+                if (identity := _identity(child)) is not None and identity in seen:
+                    raise _ChainError(f"the backing chain of '{top.filename}' has a loop")
+                seen.append(identity)
+                if len(seen) > MAX_DEPTH:
+                    raise _ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
+                await self._connect(node, "backing", child)
+                links.append((node, written, child))
+                node = child
+        except _ChainError as error:
+            raise BlockError(f"{PREFIX}{error.message}", errno=error.errno) from error
+        except BlockError as error:
+            raise BlockError(
+                PREFIX * (len(links) + 1) + error.message, errno=error.errno
+            ) from error
+        for above, written, below in reversed(links):
+            above.implied_backing = (written, below.filename)
+        return top
+
+    async def _open_one(self, given: BlockdevOptions, parent: Node | None, role: str) -> Node:
+        """A node with all its children but the backing node."""
+        graph = self.graph
+        driver_class = find_driver(given.driver)
+        options = inherited(given, parent, role)
+        name = given.node_name
+        if name is None:
+            name = graph.generate_name()
+        else:
+            graph.check_new_name(name)
+        if (
+            options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP
+            and options.discard is not BlockdevDiscardOptions.UNMAP
+        ):
+            raise BlockError(
+                "setting detect-zeroes to unmap is not allowed "
+                "without setting discard operation to unmap"
+            )
+        if options.active is False:
+            raise BlockError("Inactive block nodes are not supported")
+        node = Node(name, driver_class, options, given=given, read_only=bool(options.read_only))
+        node.inherits = parent is not None
+        graph.nodes[name] = node
+        self.made.append(node)
+        for child_role in driver_class.child_roles:
+            reference = getattr(given, child_role.replace("-", "_"), None)
+            if child_role == "backing" or reference is None:
+                continue
+            if isinstance(reference, str):
+                child = graph.lookup_any(reference)
+            else:
+                child = await self._open_with_chain(reference, node, child_role, None)
+            graph.connect(Edge(node, child_role, child))
+        file = node.file
+        if options.auto_read_only and file is not None and file.read_only:
+            node.read_only = True
+            node.change_options(read_only=True)
+        await graph.refresh_permissions(node)
+        children = {child_role: edge.child for child_role, edge in node.children.items()}
+        environment = graph.environment_for(node, filenames.base_for_relative(node) or "")
+        node.bind(await driver_class.open(node.options, children, environment))
+        await graph.refresh_permissions(node)
+        return node
+
+    async def _connect(self, parent: Node, role: str, child: Node) -> None:
+        edge = Edge(parent, role, child)
+        self.graph.connect(edge)
+        try:
+            await self.graph.refresh_permissions(parent)
+        except BaseException:
+            self.graph.disconnect(edge)
+            raise
+
+    # -- the backing node
+
+    async def _explicit_backing(self, node: Node, members: BackingMembers) -> Node | None:
+        """Connect the backing node that the options give; None if they leave it to the header."""
+        if not node.supports_backing or "backing" not in node.given.model_fields_set:
+            return None
+        reference = getattr(node.given, "backing", None)
+        if not reference:  # null or the empty string
+            return None
+        if isinstance(reference, str):
+            child = self.graph.lookup_any(reference)
+        else:
+            child = await self._open_with_chain(reference, node, "backing", members)
+        await self._connect(node, "backing", child)
+        return child
+
+    def _implied(self, node: Node, members: BackingMembers) -> str | None:
+        """The backing string that is to be followed; "" if the options alone say what to open."""
+        if not node.supports_backing or "backing" in node.given.model_fields_set:
+            return None
+        return node.driver.backing_file or ("" if members and "file" in members else None)
+
+    async def _implied_options(
+        self, node: Node, written: str, members: BackingMembers
+    ) -> tuple[BlockdevOptions, BackingMembers]:
+        """The options of the backing node that the header names, and those of the one below it."""
+        spec = dict(members or {})
+        below = spec.get("backing")
+        if isinstance(below, Mapping):
+            del spec["backing"]
+        else:
+            below = None
+        file = spec.get("file")
+        if file is None:
+            named = filenames.protocol_options(filenames.full_backing_filename(node, written))
+            if find_driver(str(named.get("driver", "file"))).is_format:
+                spec = named | spec
+            else:
+                spec["file"] = named
+        elif isinstance(file, Mapping):
+            spec["file"] = {"driver": "file"} | dict(file)
+        else:
+            spec["file"] = filenames.protocol_options(file)
+        if "driver" not in spec:
+            stated = node.driver.backing_format if written else None
+            spec["driver"] = stated or await self.probe(spec["file"])
+        driver = find_driver(spec["driver"])
+        if not driver.is_format and not driver.is_filter:
+            # The header says "file" or the like: the protocol node is the image.
+            own = {k: v for k, v in spec.items() if k not in ("file", "driver")}
+            spec = dict(spec["file"]) | own
+        return parse(BlockdevOptions, spec, keyval=True), below
+
+    async def probe(self, file: Any) -> str:
+        """The format that the first bytes of ``file`` (members of blockdev-add) suggest."""
+        if isinstance(file, str):
+            return await probe_node(self.graph.lookup_any(file))
+        options = parse(BlockdevOptions, dict(file), keyval=True)
+        if options.read_only is None:
+            options = options.model_copy(update={"read_only": True})
+        if options.node_name is not None:
+            options = options.model_copy(update={"node_name": None})
+        inner = Opener(self.graph)
+        try:
+            node = await inner._open_with_chain(options, None, "", None)
+            return await probe_node(node)
+        finally:
+            await to_its_end(inner._undo())
+
+
+async def probe_node(node: Node) -> str:
+    """The name of the format that the first bytes of a protocol node suggest."""
+    head = await node.read(0, min(PROBE_LENGTH, node.length))
+    return probe_format(bytes(head))
+
+
+class _ChainError(BlockError):
+    """The chain as a whole is at fault: said once, not once a link."""
+
+
+def _identity(node: Node) -> str | None:
+    """What file this is, to notice a loop."""
+    name = filenames.base_for_relative(node)
+    return None if name is None else os.path.realpath(name)

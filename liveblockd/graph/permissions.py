@@ -1,0 +1,96 @@
+"""Who may do what with a node: what its users need, and what each lets the others do.
+
+QEMU's permission system (the texts are those of its messages): every edge has permissions *used*
+and permissions *shared*. Two edges of one node conflict when one uses what the other does not
+share. What a node does with its children follows from its driver, its read-only state and its own
+users. A protocol node at the bottom turns the sum into locks on the file (``storage/README.md``).
+
+Invariant: a backing node lets nobody write to it, whoever uses the overlay: QEMU is laxer here,
+but written base data would show through the overlay.
+
+Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-only node.
+"""
+
+from __future__ import annotations
+
+from liveblockd.errors import BlockError
+from liveblockd.graph.node import Edge, Node
+from liveblockd.storage.driver import Permission
+
+_NAMES = (
+    (Permission.CONSISTENT_READ, "consistent read"),
+    (Permission.WRITE, "write"),
+    (Permission.WRITE_UNCHANGED, "write unchanged"),
+    (Permission.RESIZE, "resize"),
+)
+_CHANGES = Permission.WRITE | Permission.RESIZE
+
+
+def describe(permissions: Permission) -> str:
+    """``write, resize``."""
+    return ", ".join(name for bit, name in _NAMES if permissions & bit)
+
+
+def names(permissions: Permission) -> list[str]:
+    """BlockPermission values of QAPI."""
+    return [name.replace(" ", "-") for bit, name in _NAMES if permissions & bit]
+
+
+def cumulative(node: Node) -> tuple[Permission, Permission]:
+    """What all users of ``node`` need together, and what all of them share."""
+    used, shared = Permission.NONE, Permission.ALL
+    for edge in node.parents:
+        used |= edge.used
+        shared &= edge.shared
+    return used, shared
+
+
+def of_child(
+    parent: Node, role: str, child: Node, used: Permission, shared: Permission
+) -> tuple[Permission, Permission]:
+    """What ``parent``, whose users need ``used`` and share ``shared``, does with ``child``."""
+    if role == "backing":
+        used &= Permission.CONSISTENT_READ
+        shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+    elif _is_storage(parent):
+        used |= Permission.CONSISTENT_READ
+        if not parent.read_only:
+            used |= _CHANGES
+        else:
+            used &= ~(_CHANGES | Permission.WRITE_UNCHANGED)
+        shared &= ~_CHANGES
+    if child.options.force_share:
+        shared = Permission.ALL
+    return used, shared
+
+
+def _is_storage(parent: Node) -> bool:
+    """Whether it keeps metadata in its file child; raw and filters do not."""
+    return parent.driver_class.is_format and parent.driver_class.driver_name != "raw"
+
+
+def check(node: Node) -> None:
+    """BlockError when two users of ``node`` conflict, or one writes to it though read-only."""
+    edges = node.parents
+    for edge in edges:
+        if node.read_only and edge.used & (_CHANGES | Permission.WRITE_UNCHANGED):
+            raise BlockError("Block node is read-only", errno=1)
+    for edge in edges:
+        for other in edges:
+            if other is not edge and (conflict := edge.used & ~other.shared):
+                raise BlockError(
+                    f"Permission conflict on node '{node.name}': permissions "
+                    f"'{describe(conflict)}' are both required by {_describe(edge)} "
+                    f"and unshared by {_describe(other)}.",
+                    errno=1,
+                )
+
+
+def _describe(edge: Edge) -> str:
+    uses = f"(uses node '{edge.child.name}' as '{edge.role}' child)"
+    if isinstance(edge.parent, Node):
+        return f"node '{edge.parent.name}' {uses}"
+    user = edge.parent.user
+    if user is None:
+        return f"an unnamed block device {uses}"
+    return f"{user} {uses}"

@@ -1,0 +1,237 @@
+"""External snapshots: a new overlay above a node in use (blockdev-snapshot, -snapshot-sync).
+
+Specification: qapi/block-core.json; the recipes of QEMU's docs/interop/live-block-operations.
+
+The order that keeps data: the overlay is created and durable, with its name in the directory, then
+opened; requests are drained; the old image is flushed, the switch made, the old image made
+read-only; requests go on. Up to the switch nothing has changed for anybody, and a failure leaves at
+most an unused file, which is removed if it was not there before.
+
+Runs on the event loop, file system calls on workers. Errors: BlockError in QEMU's words; OSError
+of a flush.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import filenames, surgery
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.lock import to_its_end
+from liveblockd.graph.node import Node, Operation
+from liveblockd.graph.opening import check_node_name
+from liveblockd.qapi import parse
+from liveblockd.storage.driver import Permission
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import drivers
+
+#: longest backing string that an image format can hold, in bytes
+MAX_BACKING_NAME: Final = 1023
+
+
+class NewImageMode(enum.StrEnum):
+    """Whether the overlay is to be created."""
+
+    EXISTING = "existing"
+    ABSOLUTE_PATHS = "absolute-paths"
+
+
+async def snapshot_sync(
+    graph: Graph,
+    *,
+    device: str | None,
+    node_name: str | None,
+    snapshot_file: str,
+    snapshot_node_name: str | None = None,
+    image_format: str = "qcow2",
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS,
+    console: Callable[[str], None] = print,
+) -> None:
+    """blockdev-snapshot-sync. ``console`` takes the line ``Formatting ...``."""
+    async with graph.lock:
+        node = graph.lookup(device, node_name)
+        node.check_operation(Operation.SNAPSHOT)
+        driver = drivers().get(image_format)
+        if driver is None:
+            raise BlockError(f"Unknown file format '{image_format}'")
+        if node_name is not None and snapshot_node_name is None:
+            raise BlockError("New overlay node-name missing")
+        if snapshot_node_name is not None:
+            if snapshot_node_name in graph.nodes or snapshot_node_name in graph.drives:
+                raise BlockError("New overlay node-name already in use")
+            check_node_name(snapshot_node_name)
+        creating = mode is NewImageMode.ABSOLUTE_PATHS
+        if creating and "backing" not in driver.child_roles:
+            raise BlockError(f"Backing file not supported for file format '{image_format}'")
+        made = creating and await create_overlay(graph, node, snapshot_file, console)
+        overlay: Node | None = None
+        try:
+            overlay = await graph.open(
+                _overlay_options(node, snapshot_file, snapshot_node_name, image_format),
+                monitor_owned=False,
+            )
+            if creating:
+                overlay.implied_backing = (overlay.driver.backing_file or "", node.filename)
+            try:
+                await surgery.append_overlay(graph, node, overlay)
+            finally:
+                await graph.unref(overlay)
+        except BaseException:
+            # Cancelled at the very end, the overlay may be what the guest writes to already.
+            if made and (overlay is None or overlay.backing is not node):
+                await to_its_end(_remove(graph, snapshot_file))
+            raise
+
+
+async def snapshot(graph: Graph, node_name: str, overlay_name: str) -> None:
+    """blockdev-snapshot: put an overlay that is open already above a node."""
+    async with graph.lock:
+        node = graph.lookup_any(node_name)
+        overlay = graph.lookup_any(overlay_name)
+        node.check_operation(Operation.SNAPSHOT)
+        surgery.check_no_cycle(overlay, node)
+        if any(edge.role == "root" for edge in overlay.parents):
+            raise BlockError("The overlay is already in use", errno=16)
+        overlay.check_operation(Operation.SNAPSHOT)
+        if overlay.parents:
+            raise BlockError("The overlay is already in use", errno=16)
+        await surgery.append_overlay(graph, node, overlay)
+
+
+def _overlay_options(
+    node: Node, filename: str, name: str | None, image_format: str
+) -> BlockdevOptions:
+    """The overlay is cached, unmaps and detects zeros as the node did for its users."""
+    of_node = node.options
+    members: dict[str, Any] = {
+        "driver": image_format,
+        "file": filenames.protocol_options(filename),
+        "read-only": False,
+    }
+    if name is not None:
+        members["node-name"] = name
+    if "backing" in drivers()[image_format].child_roles:
+        members["backing"] = None
+    if of_node.cache is not None:
+        members["cache"] = of_node.cache.to_qmp()
+    if of_node.discard is not None:
+        members["discard"] = str(of_node.discard)
+    if of_node.detect_zeroes is not None:
+        members["detect-zeroes"] = str(of_node.detect_zeroes)
+    return parse(BlockdevOptions, members)
+
+
+# -- the new image
+
+
+async def create_overlay(
+    graph: Graph, node: Node, filename: str, console: Callable[[str], None]
+) -> bool:
+    """Create ``filename`` as an empty qcow2 overlay of ``node``, durable; whether it is new.
+
+    A file that is there already is overwritten, unless somebody uses it.
+    """
+    from liveblockd.formats.qcow2.create import create_qcow2
+
+    backing, backing_format = backing_string(node, filename), node.driver_class.driver_name
+    if filename == node.filename:
+        raise BlockError(
+            "Error: Trying to create an image with the same filename as the backing file"
+        )
+    if len(backing.encode()) > MAX_BACKING_NAME:
+        raise BlockError("Backing file name too long")
+    size = node.driver.virtual_size
+    console(
+        f"Formatting '{filename}', fmt=qcow2 cluster_size=65536 extended_l2=off "
+        f"compression_type=zlib size={size} backing_file={backing} "
+        f"backing_fmt={backing_format} lazy_refcounts=off refcount_bits=16"
+    )
+    options = filenames.protocol_options(filename)
+    if options["driver"] != "file":
+        raise BlockError(f"Could not create '{filename}': Operation not supported", errno=95)
+    made = await _make_file(graph, filename, options["filename"])
+    try:
+        file = await graph.open(parse(BlockdevOptions, options), monitor_owned=False)
+        try:
+            backend = await graph.attach(
+                file,
+                Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE,
+                Permission.CONSISTENT_READ,
+                user="a new image",
+            )
+        except BaseException:
+            await graph.unref(file)
+            raise
+        try:
+            await file.truncate(0)
+            await create_qcow2(file, size=size, backing_file=backing, backing_format=backing_format)
+            await file.flush()
+        finally:
+            await graph.detach(backend)
+        await graph.environment.workers.run(_sync_directory, options["filename"])
+    except OSError as error:
+        await to_its_end(_remove(graph, filename) if made else _nothing())
+        raise BlockError.from_os_error(f"Could not create '{filename}'", error) from error
+    except BaseException:
+        if made:
+            await to_its_end(_remove(graph, filename))
+        raise
+    return made
+
+
+def backing_string(node: Node, overlay: str) -> str:
+    """What the header of a new ``overlay`` says of ``node``: its name, as long as it leads there.
+
+    A name in a header is seen from the directory of the image, one of ours from the directory of
+    the daemon. Where these differ the absolute name is written: with the other one the overlay
+    could never be opened again.
+    """
+    name = node.filename
+    plain = filenames.exact_filename(node)
+    if plain is None or name.startswith("/") or filenames.has_protocol(name):
+        return name
+    own = overlay.removeprefix("file:")
+    seen = os.path.realpath(os.path.join(os.path.dirname(own), name))
+    return name if seen == os.path.realpath(name) else os.path.abspath(name)
+
+
+async def _make_file(graph: Graph, shown: str, path: str) -> bool:
+    """See that there is a file; True if there was none."""
+    try:
+        return await graph.environment.workers.run(_make_new, path)
+    except OSError as error:
+        raise BlockError.from_os_error(f"Could not create '{shown}'", error) from error
+
+
+def _make_new(path: str) -> bool:
+    """On a worker."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return False
+    os.close(fd)
+    return True
+
+
+def _sync_directory(path: str) -> None:
+    """On a worker: make the name of a new file durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def _remove(graph: Graph, filename: str) -> None:
+    with contextlib.suppress(OSError):
+        path = filenames.protocol_options(filename)["filename"]
+        await graph.environment.workers.run(os.unlink, path)
+
+
+async def _nothing() -> None:
+    return

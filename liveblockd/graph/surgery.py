@@ -1,0 +1,212 @@
+"""Changes of the graph under running users: overlays, backing links, filters.
+
+Specification: QEMU's docs/interop/live-block-operations; the messages are those of its block layer.
+
+Runs on the event loop; each function takes the graph's lock and drains what it changes. Invariants:
+the switch itself has no await, so that no request ever sees half of it; whatever fails before it
+(permissions, locks, a flush) leaves the graph as it was.
+
+Errors: BlockError in QEMU's words; OSError from a flush.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain, filenames
+from liveblockd.graph.backend import Backend
+from liveblockd.graph.filter import CopyOnRead
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Edge, Node
+from liveblockd.storage.options import BlockdevDiscardOptions, BlockdevOptions
+
+
+def check_no_cycle(parent: Node, child: Node, role: str = "backing") -> None:
+    """BlockError if ``parent`` is ``child`` or hangs below it."""
+    pending, seen = [child], {child}
+    while pending:
+        node = pending.pop()
+        if node is parent:
+            raise BlockError(
+                f"Making '{child.name}' a {role} child of '{parent.name}' would create a cycle"
+            )
+        for edge in node.children.values():
+            if edge.child not in seen:
+                seen.add(edge.child)
+                pending.append(edge.child)
+
+
+async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
+    """Make ``node`` the backing node of ``overlay``, and put all who use ``node`` on the overlay.
+
+    All that was written to ``node`` is durable, and it is read-only, when this returns.
+    """
+    async with graph.lock:
+        if not overlay.supports_backing:
+            raise BlockError("The overlay does not support backing images")
+        check_no_cycle(overlay, node)
+        if overlay.backing is not None:
+            raise BlockError("The overlay already has a backing image")
+        if overlay.length < node.length:
+            _check_no_users_beyond(node, overlay)
+        moving = list(node.parents)
+        for edge in moving:
+            edge.check_not_frozen()
+        async with graph.drained(node, overlay):
+            # Nothing is in flight. What guests wrote is made durable while it can still fail.
+            await node.driver.flush()
+            link = Edge(overlay, "backing", node)
+            _move(graph, moving, overlay)
+            graph.connect(link)
+            try:
+                await graph.refresh_permissions(overlay)
+                await graph.set_read_only(node, True)
+            except BaseException:
+                graph.disconnect(link)
+                _move(graph, moving, node)
+                await graph.refresh_permissions(node, overlay)
+                raise
+        graph.rebind_above(overlay)
+
+
+def _check_no_users_beyond(node: Node, overlay: Node) -> None:
+    if any(isinstance(edge.parent, Backend) for edge in node.parents):
+        raise BlockError(
+            f"The overlay '{overlay.name}' is smaller ({overlay.length} bytes) than "
+            f"'{node.name}' ({node.length} bytes), which is in use"
+        )
+
+
+def _move(graph: Graph, edges: Iterable[Edge], node: Node) -> None:
+    for edge in edges:
+        graph.redirect(edge, node)
+
+
+async def replace_backing(graph: Graph, node: Node, backing: Node | None) -> None:
+    """Put ``backing`` (or nothing) below ``node``; what hung there goes if nobody uses it.
+
+    The header of the image is the caller's business, and it comes first.
+    """
+    async with graph.lock:
+        old = node.children.get("backing")
+        if old is None and backing is None:
+            return
+        if old is not None:
+            if old.child is backing:
+                _note_backing(node)
+                return
+            old.check_not_frozen()
+        if backing is not None:
+            check_no_cycle(node, backing)
+        was = None if old is None else old.child
+        async with graph.drained(node):
+            if old is not None:
+                graph.disconnect(old)
+            new = None
+            try:
+                if backing is not None:
+                    new = Edge(node, "backing", backing)
+                    graph.connect(new)
+                await graph.refresh_permissions(node)
+            except BaseException:
+                if new is not None:
+                    graph.disconnect(new)
+                if old is not None:
+                    graph.connect(old)
+                await graph.refresh_permissions(node)
+                raise
+        _note_backing(node)
+        if was is not None:
+            if was.used:
+                await graph.refresh_permissions(was)
+            await graph.unref(was)
+
+
+def _note_backing(node: Node) -> None:
+    """If the header leads to the backing node by another spelling, that is no override."""
+    written, backing = node.driver.backing_file, node.backing
+    node.implied_backing = None
+    if not written or backing is None:
+        return
+    shown = filenames.exact_filename(backing)
+    if shown is None or filenames.has_protocol(shown):
+        return
+    try:
+        leads_to = filenames.full_backing_filename(node, written)
+    except BlockError:
+        return
+    if os.path.realpath(leads_to) == os.path.realpath(shown):
+        node.implied_backing = (written, backing.filename)
+
+
+async def insert_filter(
+    graph: Graph, node: Node, name: str | None = None, *, keep: Iterable[Edge] = ()
+) -> Node:
+    """Put a pass-through ``copy-on-read`` node above ``node``, below all its users but ``keep``.
+
+    BlockError for a name that cannot be used, or a frozen link.
+    """
+    async with graph.lock:
+        if name is None:
+            name = graph.generate_name()
+        else:
+            graph.check_new_name(name)
+        staying = set(keep)
+        moving = [edge for edge in node.parents if edge not in staying]
+        for edge in moving:
+            edge.check_not_frozen()
+        options = BlockdevOptions.model_construct(
+            {"driver", "node_name"}, driver="copy-on-read", node_name=name
+        )
+        above = Node(name, CopyOnRead, options, read_only=node.read_only)
+        above.change_options(
+            discard=BlockdevDiscardOptions.UNMAP,
+            cache=node.options.cache,
+            detect_zeroes=node.options.detect_zeroes,
+        )
+        above.job_filter = True
+        above.bind(CopyOnRead(node, read_only=node.read_only))
+        async with graph.drained(node):
+            graph.nodes[name] = above
+            _move(graph, moving, above)
+            link = Edge(above, "file", node)
+            graph.connect(link)
+            try:
+                await graph.refresh_permissions(above)
+            except BaseException:
+                graph.disconnect(link)
+                _move(graph, moving, node)
+                del graph.nodes[name]
+                await graph.refresh_permissions(node)
+                raise
+        return above
+
+
+async def remove_filter(graph: Graph, above: Node) -> None:
+    """Take a filter out: its users stand on what it filtered. Twice is harmless."""
+    async with graph.lock:
+        if graph.nodes.get(above.name) is not above:
+            return
+        node = above.file
+        assert node is not None and above.is_filter
+        async with graph.drained(above):
+            moving = list(above.parents)
+            link = above.children["file"]
+            graph.disconnect(link)
+            _move(graph, moving, node)
+            del graph.nodes[above.name]
+            await graph.refresh_permissions(node)
+        await graph.unref(node)
+
+
+def layers_between(top: Node, base: Node | None) -> list[Node]:
+    """The layers strictly between ``top`` and ``base`` (None: to the end), from the top down."""
+    stop = chain.skip_filters(base)
+    found = []
+    for layer in chain.chain(top)[1:]:
+        if layer is stop:
+            break
+        found.append(layer)
+    return found
