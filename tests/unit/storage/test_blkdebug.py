@@ -51,6 +51,16 @@ async def test_once_and_errno_and_nowait():
     assert disk.read_nowait(0, 4) is not None
 
 
+async def test_jobs_cannot_pass_the_rules_by():
+    image = MemoryDriver.of(bytes(512))
+    image.host_file = lambda: "descriptor"
+    assert (await debug(image)).host_file() == "descriptor"
+    disk = await debug(image, **{"inject-error": [rule("read_aio", once=True)]})
+    assert disk.host_file() is None
+    assert await fails(disk.read(0, 1)) == EIO
+    assert disk.host_file() == "descriptor"
+
+
 async def test_sector_and_iotype():
     disk = await debug(
         MemoryDriver.of(bytes(1 << 16)),
