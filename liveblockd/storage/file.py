@@ -378,9 +378,21 @@ class FileDriver(BlockDriver):
         os.close(self._fd)
 
     async def set_permissions(self, used: Permission, shared: Permission) -> None:
-        """Take and look for the image locks; BlockError when somebody else has the image."""
-        if (used, shared) != (self._locks.used, self._locks.shared):
-            await self._jobs.run(self._locks.acquire, used, shared)
+        """Take and look for the image locks; BlockError when somebody else has the image.
+
+        More locks are a worker's job, fewer are given up here at once: that cannot fail, nor be
+        cancelled half-way. A call that is refused or cancelled has changed nothing.
+        """
+        old_used, old_shared = self._locks.used, self._locks.shared
+        more = (used | old_used, shared & old_shared)
+        if more != (old_used, old_shared):
+            job = self._jobs.submit(self._locks.acquire, *more)
+            try:
+                await job
+            except asyncio.CancelledError:
+                self._locks.acquire(old_used, old_shared)
+                raise
+        self._locks.acquire(used, shared)
 
     async def set_read_only(self, read_only: bool) -> None:
         """Reopen the same file; flushed before it becomes read-only. BlockError on failure."""
@@ -389,9 +401,21 @@ class FileDriver(BlockDriver):
         try:
             if read_only:
                 await self.flush()
-            await self._jobs.run(self._reopen, read_only)
+            await self._change_mode(read_only)
         except OSError as error:
             raise BlockError.from_os_error(f"Could not reopen '{self.filename}'", error) from error
+
+    async def _change_mode(self, read_only: bool) -> None:
+        job = self._jobs.submit(self._reopen, read_only)
+        try:
+            await job
+        except asyncio.CancelledError:
+            # The descriptor changed all the same, or not at all; back to what the caller knows.
+            if job.exception() is None:
+                self.read_only = read_only
+                await self._jobs.run(self._reopen, not read_only)
+                self.read_only = not read_only
+            raise
         self.read_only = read_only
 
     def _reopen(self, read_only: bool) -> None:

@@ -17,7 +17,7 @@ from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import file as file_module
 from liveblockd.storage import hostcalls
-from liveblockd.storage.driver import ExtentKind
+from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver, HostDevice
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
@@ -452,6 +452,51 @@ async def test_reopening_keeps_the_file_and_the_descriptor(environment, director
     assert content_of(path) == b"another file"
     with pytest.raises(OSError):
         await disk.write(0, b"C")
+    await disk.close()
+
+
+async def cancel_in_worker(environment, request):
+    """Cancel ``request`` while its job waits behind others; the job runs to its end."""
+    gate = threading.Event()
+    blockers = [environment.workers.submit(gate.wait, 10) for _ in range(4)]
+    task = asyncio.create_task(request)
+    await asyncio.sleep(0.01)
+    task.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.gather(*blockers)
+
+
+async def test_a_cancelled_reopening_changes_nothing(environment, tmp_path):
+    disk = await open_file(environment, make(tmp_path, b"A" * 4096), cache={"no-flush": True})
+    await cancel_in_worker(environment, disk.set_read_only(True))
+    assert not disk.read_only
+    await disk.write(0, b"B")
+    await disk.close()
+
+
+async def test_cancelled_locking_changes_nothing(environment, tmp_path):
+    path = make(tmp_path, b"A" * 4096)
+    disk, other = await open_file(environment, path), await open_file(environment, path)
+    read, write = Permission.CONSISTENT_READ, Permission.CONSISTENT_READ | Permission.WRITE
+    await disk.set_permissions(read, Permission.ALL)
+    await cancel_in_worker(environment, disk.set_permissions(write, read))
+    assert disk._locks.held == {100}
+    await other.set_permissions(write, read)
+    with pytest.raises(BlockError):
+        await disk.set_permissions(write, Permission.ALL)
+    assert disk._locks.held == {100}
+    await disk.close()
+    await other.close()
+
+
+async def test_locks_that_grow_and_shrink_in_one_call(environment, tmp_path):
+    disk = await open_file(environment, make(tmp_path))
+    await disk.set_permissions(Permission.WRITE, Permission.ALL & ~Permission.RESIZE)
+    assert disk._locks.held == {101, 203}
+    await disk.set_permissions(Permission.CONSISTENT_READ, Permission.ALL & ~Permission.WRITE)
+    assert disk._locks.held == {100, 201}
     await disk.close()
 
 
