@@ -44,7 +44,7 @@ QEMU_VERSION: Final = {"major": 11, "minor": 0, "micro": 92}
 VERSION: Final = {"qemu": QEMU_VERSION, "package": f"liveblockd-{__version__}"}
 GREETING: Final = {"QMP": {"version": VERSION, "capabilities": ["oob"]}}
 
-_CHUNK: Final = 16 << 10  # input looked at in one go, in bytes
+_CHUNK: Final = 4 << 10  # input looked at in one go, in bytes: 5 ms at the worst
 _PAUSE: Final = 1 << 20  # output that waits, in bytes, from which on no more input is taken
 _DROP: Final = 64 << 20  # output that waits, in bytes, from which on the client is given up
 _LINGER: Final = 10.0  # seconds that a client which sends no more has for reading its replies

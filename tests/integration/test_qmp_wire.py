@@ -367,6 +367,17 @@ def test_quit_with_a_client_that_does_not_read(process: Process) -> None:
     assert started.wait(TIMEOUT) == 0
 
 
+def test_a_command_under_way_is_answered_before_the_end(process: Process) -> None:
+    started = process.start()
+    client = process.client().negotiate()
+    client.sock.sendall(b'{"execute": "x-test-wait", "arguments": {"ms": 400}, "id": "w"}')
+    time.sleep(0.1)
+    started.terminate()
+    assert client.read() == {"return": {}, "id": "w"}
+    assert client.at_end()
+    assert started.wait(TIMEOUT) == 0
+
+
 def test_stale_socket_is_replaced_and_a_live_one_is_not(process: Process) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(process.path)
