@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from liveblockd.cli.keyval import nest, parse_option_object, parse_opts
 from liveblockd.errors import ConfigError
+from liveblockd.keyval import parse_drive, parse_option_object, parse_opts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,6 @@ _OBJECTS: Final = {
 #: flat ones, where a switch may lack its ``=on``
 _FLAT: Final = {"chardev": "backend", "monitor": "chardev"}
 _VALUED: Final = {*_OBJECTS, *_FLAT, "drive", "qmp", "config", "pidfile", "trace"}
-
-#: dotted keys of ``--drive`` that stay flat
-_DRIVE_NESTED: Final = frozenset({"throttling"})
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -108,7 +105,7 @@ def _action(name: str, text: str) -> Action:
         if name in _FLAT:
             return Action(name, where, dict(parse_opts(text, _FLAT[name])))
         if name == "drive":
-            return Action(name, where, dict(nest(parse_opts(text, "file"), _DRIVE_NESTED)))
+            return Action(name, where, dict(parse_drive(text)))
         if name == "qmp":
             return Action(name, where, dict(monitor_address(text)))
         return Action(name, where, {"file": text})  # config

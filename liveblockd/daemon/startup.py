@@ -63,7 +63,7 @@ class Startup:
     async def _drive(self, action: Action) -> None:
         from liveblockd.graph.drives import DriveOptions, open_drive
 
-        options = parse(DriveOptions, action.value, keyval=not action.typed)
+        options = DriveOptions.split(action.value, keyval=not action.typed)
         await open_drive(self._context.graph, options)
 
     async def _object(self, action: Action) -> None:

@@ -6,7 +6,8 @@ the id of its device. Runs on the event loop; BlockError and OSError escape to `
 
 from __future__ import annotations
 
-from liveblockd.errors import BlockError
+from liveblockd.errors import BlockError, ConfigError
+from liveblockd.keyval import parse_drive
 from liveblockd.qmp import registry
 from liveblockd.qmp.hmp.arguments import Argument, Flag, Kind
 from liveblockd.qmp.hmp.table import DEVICE, Arguments, Monitor, hmp_command
@@ -181,6 +182,36 @@ async def nbd_server_remove(monitor: Monitor, arguments: Arguments) -> None:
 async def nbd_server_stop(monitor: Monitor, arguments: Arguments) -> None:  # noqa: ARG001
     """Stop the server."""
     await monitor.qmp("nbd-server-stop")
+
+
+@hmp_command(
+    "drive_add",
+    (
+        Flag("n", "node"),
+        Argument("slot", Kind.STRING),
+        Argument("options", Kind.STRING),
+    ),
+    "[-n] [[<domain>:]<bus>:]<slot>\n[file=file][,if=type][,id=name][,format=f][,read-only=on|off]",
+    "open a disk image as --drive does; the slot means nothing here",
+)
+async def drive_add(monitor: Monitor, arguments: Arguments) -> str:
+    """Add a drive; QEMU prints errors of this one as they are."""
+    try:
+        members = parse_drive(arguments["options"])
+        await monitor.qmp("x-liveblock-drive-add", options=members)
+    except (BlockError, ConfigError) as exc:
+        return str(exc)
+    return "OK"
+
+
+@hmp_command("drive_del", (DEVICE,), "device", "close a drive; exports of its image stay")
+async def drive_del(monitor: Monitor, arguments: Arguments) -> str | None:
+    """Remove a drive."""
+    try:
+        await monitor.qmp("x-liveblock-drive-del", id=arguments["device"])
+    except BlockError as exc:
+        return exc.message
+    return None
 
 
 @hmp_command("quit", (), "", "end liveblockd", aliases=("q",))

@@ -4,15 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liveblockd.cli.keyval import (
+from liveblockd.errors import ConfigError
+from liveblockd.keyval import (
     nest,
+    parse_drive,
     parse_json_object,
     parse_keyval,
     parse_option_object,
     parse_opts,
     split_commas,
 )
-from liveblockd.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,11 @@ def test_json_is_typed():
 def test_bad_json(text):
     with pytest.raises(ConfigError, match="JSON parse error"):
         parse_json_object(text)
+
+
+def test_a_drive_has_a_file_and_options_for_it():
+    assert parse_drive("x,file.locking=off,id=d") == {
+        "file": {"filename": "x", "locking": "off"},
+        "id": "d",
+    }
+    assert parse_drive("file=x,backing=n") == {"file": "x", "backing": "n"}

@@ -99,6 +99,7 @@ def context():
             "nbd-server-start",
             {"addr": {"type": "inet", "data": {"host": "::1", "port": "10809"}}},
         ),
+        ("drive_del d", "x-liveblock-drive-del", {"id": "d"}),
         ("nbd_server_remove -f e", "nbd-server-remove", {"name": "e", "mode": "hard"}),
     ],
 )
@@ -140,6 +141,14 @@ async def test_commands_become_qmp(monitor, context, line, name, arguments):
 async def test_texts(monitor, context, line, text):
     monitor.answers = {"query-block": [], "query-block-jobs": []}
     assert await run_line(context, line) == text
+
+
+async def test_drive_add(monitor, context):
+    assert await run_line(context, "drive_add 0 if=none,file=a.img,id=e") == "OK\r\n"
+    options = {"if": "none", "file": "a.img", "id": "e"}
+    assert monitor.asked == [("x-liveblock-drive-add", {"options": options})]
+    monitor.answers = {"x-liveblock-drive-add": BlockError("Could not open 'a.img': x")}
+    assert await run_line(context, "drive_add 0 a.img") == "Could not open 'a.img': x\r\n"
 
 
 async def test_errors_are_text(monitor, context):

@@ -121,6 +121,18 @@ def nest(options: dict[str, str], keep: frozenset[str] = frozenset()) -> dict[st
     return {**kept, **nested}
 
 
+#: dotted keys of ``-drive`` that stay flat
+_DRIVE_FLAT: Final = frozenset({"throttling"})
+
+
+def parse_drive(text: str) -> dict[str, Value]:
+    """The members of a ``-drive`` text. ``file=x`` goes together with ``file.locking=off``."""
+    flat = parse_opts(text, "file")
+    if "file" in flat and any(key.startswith("file.") for key in flat):
+        flat = {"file.filename" if key == "file" else key: value for key, value in flat.items()}
+    return nest(flat, _DRIVE_FLAT)
+
+
 def _parts(text: str) -> list[str]:
     parts = split_commas(text)
     if parts[-1] == "" and len(parts) > 1:
