@@ -23,7 +23,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import filenames, snapshot, surgery
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.node import Node
+from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import Opener
 from liveblockd.qapi import QapiModel, parse
 from liveblockd.storage.driver import Permission
@@ -339,7 +339,7 @@ async def _temporary_overlay(graph: Graph, node: Node) -> Node:
     fd, path = tempfile.mkstemp(prefix="vl.", dir=directory)
     os.close(fd)
     try:
-        await snapshot.create_overlay(graph, node, path, lambda line: None)
+        await snapshot.create_overlay(graph, node, path, _unsaid)
         overlay = await graph.open(
             parse(
                 BlockdevOptions,
@@ -368,11 +368,15 @@ async def _temporary_overlay(graph: Graph, node: Node) -> Node:
     return overlay
 
 
+def _unsaid(line: str) -> None:
+    """A temporary image is nobody's business."""
+
+
 async def delete_drive(graph: Graph, name: str) -> None:
     """drive_del: no request goes on, and the image is closed if nobody else uses it."""
     async with graph.lock:
         drive = graph.drives.get(name)
         if drive is None:
             raise BlockError(f"Device '{name}' not found")
-        drive.node.check_operation(snapshot.Operation.DELETE)
+        drive.node.check_operation(Operation.DELETE)
         await graph.detach(drive)

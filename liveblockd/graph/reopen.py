@@ -1,0 +1,115 @@
+"""blockdev-reopen: new options for nodes in use, all of them or none.
+
+Specification: qapi/block-core.json (blockdev-reopen). Changed can be read-only, the backing node,
+discard and detect-zeroes of format nodes; any other difference is refused, since it would need the
+image to be opened again under its users.
+
+Runs on the event loop. Invariant: on an error every node is as it was; a node that is put aside
+stays open until the whole set has succeeded.
+
+Errors: BlockError in QEMU's words; OSError from a flush.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import surgery
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node
+from liveblockd.qapi import members, to_qmp
+from liveblockd.storage.options import BlockdevOptions
+
+_HOLD: Final = "block device is being reopened"
+_CHANGEABLE: Final = frozenset(
+    ("node-name", "read-only", "backing", "discard", "detect-zeroes", "driver")
+)
+
+
+async def reopen(graph: Graph, options: Sequence[BlockdevOptions]) -> None:
+    """Give each node named in ``options`` these options; what is left out gets its default."""
+    async with graph.lock:
+        wanted = [(_find(graph, given), given) for given in options]
+        for node, given in wanted:
+            _check(graph, node, given)
+        held: list[Node] = []
+        undo: list[Callable[[], Awaitable[None]]] = []
+        try:
+            for node, given in wanted:
+                await _apply(graph, node, given, held, undo)
+        except BaseException:
+            for step in reversed(undo):
+                await step()
+            raise
+        finally:
+            for node in held:
+                node.op_blockers.remove(_HOLD)
+            for node in held:
+                await graph.unref(node)
+
+
+def _find(graph: Graph, given: BlockdevOptions) -> Node:
+    if given.node_name is None:
+        raise BlockError("node-name not specified")
+    return graph.find(given.node_name)
+
+
+def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
+    if node.backing is not None and "backing" not in given.model_fields_set:
+        raise BlockError(f"backing is missing for '{node.name}'")
+    if given.driver != node.driver_class.driver_name:
+        raise BlockError("Cannot change the option 'driver'")
+    backing = getattr(given, "backing", None)
+    if isinstance(backing, str) and backing:
+        graph.lookup(None, backing)
+    elif backing:
+        raise BlockError("Cannot change the option 'backing'")
+    for member in members(type(given)):
+        if member.name in _CHANGEABLE and not _fixed(node, member.name):
+            continue
+        new = to_qmp(getattr(given, member.attribute, None))
+        old = to_qmp(getattr(node.given, member.attribute, None))
+        edge = node.children.get(member.name)
+        if edge is not None:
+            old = edge.child.name if isinstance(new, str) else old
+        if new != old:
+            raise BlockError(f"Cannot change the option '{member.name}'")
+
+
+def _fixed(node: Node, name: str) -> bool:
+    """What a protocol driver has looked at when it was opened."""
+    return name == "discard" and not node.driver_class.is_format
+
+
+async def _apply(
+    graph: Graph,
+    node: Node,
+    given: BlockdevOptions,
+    held: list[Node],
+    undo: list[Callable[[], Awaitable[None]]],
+) -> None:
+    if "backing" in given.model_fields_set:
+        name = getattr(given, "backing", None)
+        old = node.backing
+        new = graph.lookup(None, name) if name else None
+        if old is not None:
+            old.op_blockers.append(_HOLD)
+            held.append(old)
+        await surgery.replace_backing(graph, node, new)
+        undo.append(lambda: surgery.replace_backing(graph, node, old))
+    was_read_only = node.read_only
+    await graph.set_read_only(node, bool(given.read_only))
+    undo.append(lambda: graph.set_read_only(node, was_read_only))
+    before, options, explicit = node.detect_zeroes, node.options, node.given
+
+    async def back() -> None:
+        node.change_options(detect_zeroes=before, discard=options.discard)
+        node.given = explicit
+        graph.rebind_above(node)
+
+    undo.append(back)
+    node.change_options(detect_zeroes=given.detect_zeroes, discard=given.discard)
+    node.given = given
+    graph.rebind_above(node)
