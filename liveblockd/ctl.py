@@ -540,7 +540,8 @@ async def _run(args: argparse.Namespace) -> int:
         await client.connect(address)
     except (QMPError, OSError) as exc:
         cause = getattr(exc, "exc", None) or exc
-        raise ControlError(f"{args.socket}: {cause}", NO_CONNECTION) from exc
+        reason = getattr(cause, "strerror", None) or cause
+        raise ControlError(f"{args.socket}: {reason}", NO_CONNECTION) from exc
     try:
         handler: Handler = args.handler
         return await handler(client, args)
