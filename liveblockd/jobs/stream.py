@@ -1,0 +1,269 @@
+"""block-stream: copy into an image what its backing chain holds above a base, then drop the rest.
+
+Specification: qapi/block-core.json (block-stream), QEMU's docs/interop/live-block-operations.
+Runs on the event loop; the copies are made by workers (``driver.populate_from``).
+
+Why nothing is lost:
+
+* What is copied goes *below* the guest's writes (``driver.populate``): a guest write wins, whenever
+  it comes, and waits for nothing.
+* The intermediate images cannot change: their links are frozen, the nodes blocked.
+* ``prepare`` drops the intermediate images from the header only after all that was copied is
+  durable, and from the graph only after the header is. Before that a crash, an error or a cancel
+  leaves the old chain, which reads the same with or without the copied clusters.
+
+Errors: those of ``CopyJob``; BlockError and OSError from ``prepare``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain, filenames, surgery
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Edge, Node
+from liveblockd.jobs.copying import KIB, READ_CHUNK, CopyJob, PieceFailedError
+from liveblockd.jobs.job import BlockdevOnError, JobType
+from liveblockd.jobs.pieces import Planner, Run, split
+from liveblockd.jobs.user import JobUser
+from liveblockd.storage.driver import ExtentKind, HostFile
+
+#: below this, reading through the chain is cheaper than a worker's copy
+LEAST_COPY = 128 * KIB
+#: runs that are looked at before the first of them is copied
+LOOK_AHEAD = 2048
+#: O_DIRECT wants blocks; no block is larger
+DIRECT_ALIGNMENT = 4096
+
+BLOCKER = "block device is in use by block job: stream"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamParameters:
+    """What the client asked for, as it can be written down and read again; bytes per second."""
+
+    job_id: str
+    device: str
+    base: str | None = None
+    base_node: str | None = None
+    bottom: str | None = None
+    backing_file: str | None = None
+    backing_mask_protocol: bool = False
+    speed: int = 0
+    on_error: BlockdevOnError = BlockdevOnError.REPORT
+    filter_node_name: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class Stream(CopyJob):
+    """Streams into ``top`` the layers below it down to ``bottom``, which is the last one to go.
+
+    What lies below ``bottom`` is the base; it is looked up when it is needed, since another job may
+    put something else there. ``bottom is top`` means that there is nothing to copy.
+    """
+
+    type: ClassVar[JobType] = JobType.STREAM
+
+    def __init__(self, parameters: StreamParameters, graph: Graph, top: Node, bottom: Node) -> None:
+        super().__init__(
+            parameters.job_id,
+            speed=parameters.speed,
+            on_error=parameters.on_error,
+            auto_finalize=parameters.auto_finalize,
+            auto_dismiss=parameters.auto_dismiss,
+        )
+        self.parameters = parameters
+        self.graph = graph
+        self.top = top
+        self.bottom = bottom
+        self.immediate = bottom is top
+        self.length = 0 if self.immediate else top.length
+        self.granularity = top.driver.cluster_size or 1
+        # Given back by ``clean``.
+        self.frozen: list[Edge] = []
+        self.filter: Node | None = None
+        self.made_writable = False
+        self.user: JobUser | None = None
+        # Given back by ``free``.
+        self.blocked: list[Node] = []
+
+    @property
+    def base(self) -> Node | None:
+        """The layer that stays below ``top``; None: none does."""
+        return chain.layer_below(self.bottom)
+
+    # -- the work
+
+    async def plan(self, offset: int) -> tuple[list[Run], int]:
+        """Pieces for the next stretch of the disk, as far as ``LOOK_AHEAD`` runs go."""
+        assert self.user is not None
+        return await self.user.run(lambda: self._plan(offset))
+
+    async def _plan(self, offset: int) -> tuple[list[Run], int]:
+        base = self.base
+        runs: list[Run] = []
+        position = end = offset
+        async for found in chain.resolve(self.top, base, offset, self.length - offset):
+            runs.append(self._run(found, position, base))
+            position += found.length
+            end = position // self.granularity * self.granularity
+            if len(runs) >= LOOK_AHEAD and end > offset:
+                break
+        if position == self.length:
+            end = position
+        planner = Planner(offset, end, self.granularity, least_copy=LEAST_COPY)
+        pieces: list[Run] = []
+        for run in runs:
+            if run.offset < end:
+                pieces.extend(planner.feed(run.part(run.offset, min(run.end, end))))
+        pieces.extend(planner.finish())
+        return pieces, end
+
+    def _run(self, found: chain.Run, offset: int, base: Node | None) -> Run:
+        kind, layer = found.kind, found.layer
+        if layer is self.top or (kind is ExtentKind.ZERO and base is None):
+            # The top has it already, or it will read as zeros with nothing below.
+            kind = ExtentKind.UNALLOCATED
+        if kind is ExtentKind.DATA:
+            return Run(offset, found.length, kind, layer, found.host_offset)
+        return Run(offset, found.length, kind)
+
+    async def move(self, piece: Run) -> None:
+        """Copy one piece; the driver leaves alone what the guest has written meanwhile."""
+        assert self.user is not None
+        await self.user.run(lambda: self._move(piece))
+
+    async def _move(self, piece: Run) -> None:
+        driver = self.top.driver
+        if piece.kind is ExtentKind.ZERO:
+            try:
+                await driver.populate_zeroes(piece.offset, piece.length)
+            except OSError as error:
+                raise PieceFailedError("write", error) from error
+            return
+        if piece.kind is ExtentKind.DATA and (source := _copyable(piece)) is not None:
+            try:
+                await driver.populate_from(piece.offset, piece.length, source, piece.host_offset)
+            except OSError:
+                # Which side failed? Reading and writing it by turns tells, or gets around it.
+                pass
+            else:
+                return
+        for part in split(piece, max(READ_CHUNK // self.granularity, 1) * self.granularity):
+            await self._read_and_populate(part)
+
+    async def _read_and_populate(self, piece: Run) -> None:
+        source = self.top.backing
+        assert source is not None
+        # An intermediate image that is shorter than the top reads as zeros past its end.
+        there = max(0, min(piece.length, source.length - piece.offset))
+        try:
+            data = await source.read(piece.offset, there) if there else b""
+        except OSError as error:
+            raise PieceFailedError("read", error) from error
+        if there < piece.length:
+            data = bytes(data) + bytes(piece.length - there)
+        try:
+            await self.top.driver.populate(piece.offset, data)
+        except OSError as error:
+            raise PieceFailedError("write", error) from error
+
+    # -- the end
+
+    async def prepare(self) -> None:
+        """Rewrite the header, durably, and then the graph."""
+        async with self.graph.lock:
+            if self.immediate:
+                await self._rename_backing()
+                return
+            driver = self.top.driver
+            base = self.base
+            # Most of what is to be written goes out here, while guests go on.
+            await driver.flush()
+            if base is None:
+                await driver.change_backing_file(None, None)
+            else:
+                await driver.change_backing_file(self._backing_string(base), self._format(base))
+            chain.unfreeze(self.frozen)
+            await surgery.replace_backing(self.graph, self.top, self.bottom.backing)
+
+    async def _rename_backing(self) -> None:
+        """Nothing was copied, but another name for the backing file may have been asked for."""
+        base = self.base
+        if base is not None and self.parameters.backing_file is not None:
+            await self.top.driver.change_backing_file(
+                self.parameters.backing_file, self._format(base)
+            )
+
+    def _backing_string(self, base: Node) -> str:
+        """What the header is to say: the name of the base, as long as it leads there.
+
+        The name is one that the daemon can open from its own directory; the header is read from
+        the directory of the image. Where these differ the absolute name is written.
+        """
+        if self.parameters.backing_file is not None:
+            return self.parameters.backing_file
+        name = base.filename
+        plain = filenames.exact_filename(base)
+        if name != plain or name.startswith("/") or filenames.has_protocol(name):
+            return name
+        try:
+            seen = filenames.full_backing_filename(self.top, name)
+        except BlockError:
+            seen = ""
+        return name if os.path.normpath(seen) == os.path.normpath(name) else os.path.abspath(name)
+
+    def _format(self, base: Node) -> str:
+        if self.parameters.backing_mask_protocol and not base.driver_class.is_format:
+            return "raw"
+        return base.driver_class.driver_name
+
+    async def clean(self) -> None:
+        """Take the filter out and let go of the links, whichever way it ended."""
+        async with self.graph.lock:
+            await self.release()
+
+    async def release(self) -> None:
+        """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
+        chain.unfreeze(self.frozen)
+        if self.user is not None:
+            await self.graph.detach(self.user)
+            self.user = None
+        if self.filter is not None:
+            await surgery.remove_filter(self.graph, self.filter)
+            self.filter = None
+        if self.made_writable:
+            self.made_writable = False
+            await self.graph.set_read_only(self.top, True)
+
+    async def free(self) -> None:
+        """Let go of the nodes; those that nobody uses any more are closed."""
+        async with self.graph.lock:
+            await self.unblock()
+
+    def block(self, node: Node) -> None:
+        """Keep ``node`` and let nobody else work on it."""
+        node.op_blockers.append(BLOCKER)
+        self.blocked.append(node)
+
+    async def unblock(self) -> None:
+        """Undo all ``block``; holds the graph lock."""
+        blocked, self.blocked = self.blocked, []
+        for node in blocked:
+            node.op_blockers.remove(BLOCKER)
+        for node in blocked:
+            await self.graph.unref(node)
+
+
+def _copyable(piece: Run) -> HostFile | None:
+    """The host file that a worker can copy ``piece`` from, if it can."""
+    source = chain.host_file(piece.layer)
+    if source is None:
+        return None
+    if source.direct and (piece.host_offset | piece.length) % DIRECT_ALIGNMENT:
+        return None
+    return source

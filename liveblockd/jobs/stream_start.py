@@ -1,0 +1,159 @@
+"""How a block-stream comes to run: what it is asked for, what it must not disturb, what it takes.
+
+Specification: qapi/block-core.json (block-stream). Runs on the event loop, under ``graph.lock``.
+
+Invariant: a start that fails leaves the graph as it was. Errors: BlockError, in QEMU's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain, surgery
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node, Operation
+from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.jobs.stream import Stream, StreamParameters
+from liveblockd.jobs.user import JobUser
+from liveblockd.storage.driver import Permission
+
+
+async def start_stream(graph: Graph, scheduler: Scheduler, parameters: StreamParameters) -> Stream:
+    """Check and start a stream; returns when it runs, or when it is over if nothing is to do.
+
+    A client that goes away meanwhile does not stop it halfway: then it runs.
+    """
+    set_up = asyncio.create_task(_set_up(graph, scheduler, parameters))
+    cancelled = False
+    while not set_up.done():
+        try:
+            await asyncio.shield(set_up)
+        except asyncio.CancelledError:
+            cancelled = True
+        except BlockError:
+            break
+    job = set_up.result()
+    # Nothing waits from here to the return: what the job does comes after the answer.
+    await scheduler.start(job)
+    if cancelled:
+        raise asyncio.CancelledError
+    return job
+
+
+async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParameters) -> Stream:
+    async with graph.lock:
+        top, bottom = find_range(graph, parameters)
+        job = Stream(parameters, graph, top, bottom)
+        scheduler.check_id(job.id)
+        await _take(job)
+        try:
+            scheduler.create(job)
+            try:
+                await _attach(job)
+            except BaseException:
+                scheduler.refuse(job)
+                raise
+        except BaseException:
+            await job.release()
+            await job.unblock()
+            raise
+    return job
+
+
+def find_range(graph: Graph, parameters: StreamParameters) -> tuple[Node, Node]:
+    """The node to copy into and the last layer to be copied; the same one if there is none."""
+    _check_exclusive(parameters)
+    device = graph.lookup(parameters.device, parameters.device)
+    top = chain.skip_filters(device)
+    assert top is not None
+    base = _find_base(graph, parameters, device, top)
+    if parameters.bottom is not None:
+        bottom = _find_bottom(graph, parameters.bottom, device)
+        base = chain.layer_below(bottom)
+    else:
+        layers = chain.chain(top)
+        bottom = layers[layers.index(base) - 1] if base is not None else layers[-1]
+    _check_free(device, base)
+    if base is None and parameters.backing_file is not None:
+        raise BlockError("backing file specified, but streaming the entire chain")
+    return top, bottom
+
+
+def _check_exclusive(parameters: StreamParameters) -> None:
+    given = {
+        "base": parameters.base,
+        "bottom": parameters.bottom,
+        "base-node": parameters.base_node,
+    }
+    for one, other in (("base", "base-node"), ("base", "bottom"), ("bottom", "base-node")):
+        if given[one] is not None and given[other] is not None:
+            raise BlockError(f"'{one}' and '{other}' cannot be specified at the same time")
+
+
+def _find_base(graph: Graph, parameters: StreamParameters, device: Node, top: Node) -> Node | None:
+    if parameters.base is not None:
+        found = chain.find_base_by_filename(top, parameters.base)
+        if found is None:
+            raise BlockError(f"Can't find '{parameters.base}' in the backing chain")
+        return found
+    if parameters.base_node is None:
+        return None
+    base = graph.lookup(None, parameters.base_node)
+    layer = chain.skip_filters(base)
+    if layer is None or layer is top or not chain.is_above(top, layer):
+        raise BlockError(f"Node '{base.name}' is not a backing image of '{device.name}'")
+    return layer
+
+
+def _find_bottom(graph: Graph, name: str, device: Node) -> Node:
+    bottom = graph.lookup(None, name)
+    if bottom.is_filter:
+        raise BlockError(f"Node '{name}' is a filter, use a non-filter node as 'bottom'")
+    if not chain.is_above(device, bottom):
+        raise BlockError(f"Node '{name}' is not in a chain starting from '{device.name}'")
+    return bottom
+
+
+def _check_free(device: Node, base: Node | None) -> None:
+    """No other job uses any node that takes part; filters are asked too."""
+    node: Node | None = device
+    while node is not None and chain.skip_filters(node) is not base:
+        node.check_operation(Operation.STREAM)
+        node = node.file if node.is_filter else node.backing
+
+
+async def _take(job: Stream) -> None:
+    """Freeze, block and cover with the filter; undone when it fails."""
+    top, bottom = job.top, job.bottom
+    try:
+        if not job.immediate:
+            job.frozen = chain.freeze(top, bottom)
+            if top.read_only:
+                await job.graph.set_read_only(top, False)
+                job.made_writable = True
+            try:
+                job.filter = await surgery.insert_filter(
+                    job.graph, top, name=job.parameters.filter_node_name
+                )
+            except BlockError as error:
+                raise BlockError(f"Could not create node: {error.message}") from error
+            job.block(job.filter)
+        job.block(top)
+        for layer in chain.chain(top)[1:]:
+            if job.immediate:
+                break
+            job.block(layer)
+            if layer is bottom:
+                break
+    except BaseException:
+        await job.release()
+        await job.unblock()
+        raise
+
+
+async def _attach(job: Stream) -> None:
+    """Stand on the nodes as one of their users; BlockError if another one does not allow it."""
+    used = Permission.NONE if job.immediate else Permission.WRITE_UNCHANGED
+    shared = Permission.ALL & ~Permission.RESIZE
+    job.user = await JobUser.attach(job.graph, job.top, used, shared)

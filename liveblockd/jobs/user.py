@@ -1,0 +1,45 @@
+"""A job's place in the graph: above the node that it changes, reading the nodes below that.
+
+Runs on the event loop. Invariant: whatever the job has under way on its nodes is in flight here, so
+that a drain of any of them waits for it, and none begins while they are quiesced.
+
+Errors: BlockError from ``attach`` when another user's permissions conflict; those of the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from liveblockd.graph.backend import Backend
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node
+from liveblockd.storage.driver import Permission
+
+T = TypeVar("T")
+
+
+class JobUser(Backend):
+    """The user that stands for a job."""
+
+    @classmethod
+    async def attach(
+        cls, graph: Graph, node: Node, used: Permission, shared: Permission
+    ) -> JobUser:
+        """Stand on ``node``; end it by ``graph.detach``. The graph lock is held."""
+        user = cls(graph, node)
+        user.edge.used, user.edge.shared = used, shared
+        graph.connect(user.edge)
+        try:
+            await graph.refresh_permissions(node)
+        except BaseException:
+            graph.disconnect(user.edge)
+            raise
+        user.rebind()
+        graph.backends.append(user)
+        return user
+
+    async def run(self, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Make and await a request to any node below, once nothing is quiesced."""
+        await self._enter("rd", 0, 0)
+        return await self._counted(request())
