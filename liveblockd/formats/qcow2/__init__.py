@@ -1,1 +1,1 @@
-"""The qcow2 engine."""
+"""The qcow2 engine: see README.md of ``formats``."""

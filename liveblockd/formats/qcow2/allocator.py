@@ -1,0 +1,495 @@
+"""Refcounts, and where new clusters go.
+
+Specification: docs/interop/qcow2, "Host cluster management".
+
+Runs on: pure; the shell (``metadata``) loads blocks and writes what ``seal`` gives it.
+Refcount blocks are held unpacked: one array element for each refcount, whatever its width.
+
+Invariants: a refcount in memory is never below the number of references that memory or the disk
+has (decrements come here only after the removal of the reference is durable); a cluster is handed
+out only if its refcount is 0 and it holds no known metadata; what ``seal`` took is either durable
+afterwards or given back by ``reopen``.
+Errors: ``BlockNeeded`` (load that block and call again; nothing was changed), ``DamageError``,
+OSError(EFBIG) where the format ends.
+"""
+
+from __future__ import annotations
+
+from errno import EFBIG
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from liveblockd.formats.qcow2.layout import ENTRY_BYTES, MAX_HOST_OFFSET, SECTOR, Geometry
+from liveblockd.formats.qcow2.tables import (
+    DamageError,
+    Entries,
+    bad_refcount_table_entries,
+    to_disk,
+)
+from liveblockd.storage.driver import Buffer
+
+Counts = npt.NDArray[Any]
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    3: np.dtype(">u1"),
+    4: np.dtype(">u2"),
+    5: np.dtype(">u4"),
+    6: np.dtype(">u8"),
+}
+
+
+def unpack_counts(data: bytes | bytearray | memoryview, order: int) -> Counts:
+    """The refcounts in a block's bytes, one native unsigned integer each."""
+    if order >= 3:
+        dtype = _DTYPES[order]
+        return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+    raw = np.frombuffer(data, dtype=np.uint8)
+    bits = 1 << order
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)
+
+
+def pack_counts(counts: Counts, order: int) -> bytes:
+    """The bytes on disk; for widths below 8 the number of counts must fill whole bytes."""
+    if order >= 3:
+        return counts.astype(_DTYPES[order]).tobytes()
+    bits = 1 << order
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = counts.astype(np.uint8).reshape(-1, 8 // bits) << shifts
+    return np.bitwise_or.reduce(parts, axis=1).astype(np.uint8).tobytes()
+
+
+class BlockNeeded(Exception):  # noqa: N818 - a request, not an error
+    """The refcount block ``index`` must be loaded first."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+class Write(NamedTuple):
+    """Bytes for the image file."""
+
+    offset: int
+    data: bytes
+
+
+class DirtyRange:
+    """The smallest range of entries that holds all that were changed."""
+
+    __slots__ = ("high", "low")
+
+    def __init__(self) -> None:
+        self.low = 1 << 62
+        self.high = 0
+
+    def __bool__(self) -> bool:
+        return self.low < self.high
+
+    def add(self, low: int, high: int) -> None:
+        """Entries ``low`` up to, not including, ``high`` were changed."""
+        self.low = min(self.low, low)
+        self.high = max(self.high, high)
+
+    def clear(self) -> None:
+        """Nothing is changed."""
+        self.low = 1 << 62
+        self.high = 0
+
+    def take(self) -> tuple[int, int]:
+        """The range, which is cleared."""
+        taken = (self.low, self.high)
+        self.clear()
+        return taken
+
+
+class RefcountBlock:
+    """One refcount block in memory; indices are refcounts within it."""
+
+    __slots__ = ("counts", "dirty", "host_offset", "index", "is_new", "pins", "used", "view")
+
+    def __init__(self, index: int, host_offset: int, counts: Counts, *, is_new: bool) -> None:
+        self.index = index
+        self.host_offset = host_offset
+        self.counts = counts
+        self.view: memoryview = memoryview(cast(Buffer, counts))
+        self.dirty = DirtyRange()
+        #: the refcount table on disk does not name it: it is written whole, before the table
+        self.is_new = is_new
+        #: what was sealed is being written: it must not be read from the disk
+        self.pins = 0
+        self.used = True
+
+    def fill(self, first: int, count: int, value: int) -> None:
+        """Set refcounts."""
+        self.counts[first : first + count] = value
+        self.dirty.add(first, first + count)
+
+
+class SealedRefcounts(NamedTuple):
+    """What must reach the disk; the blocks in ``new`` before the table entries."""
+
+    new: list[tuple[RefcountBlock, Write]]
+    blocks: list[tuple[RefcountBlock, tuple[int, int], Write]]
+    table: list[Write]
+    table_range: tuple[int, int] | None
+    #: the table lies at a new place and is written whole
+    table_whole: bool
+
+
+class Refcounts:
+    """The refcount table, the blocks in memory, and the search for free clusters."""
+
+    def __init__(self, geometry: Geometry, table: Entries, table_offset: int) -> None:
+        self.geometry = geometry
+        self.table = table
+        self.table_offset = table_offset
+        self.blocks: dict[int, RefcountBlock] = {}
+        #: indices of clusters with metadata: never handed out, never data of a guest
+        self.metadata: set[int] = set()
+        self.metadata_version = 0
+        self.table_dirty = DirtyRange()
+        #: the table was moved and the header does not name the new place yet
+        self.moved = False
+        #: the table at its new place was not yet written whole
+        self.table_unwritten = False
+        #: (host_offset, clusters) of tables that were replaced; the shell frees them
+        self.retired: list[tuple[int, int]] = []
+        #: index of a cluster below which none is free
+        self._first_free = 1
+        self._bad = set(bad_refcount_table_entries(table, geometry).tolist())
+        #: first cluster index that the file has never reached; see ``is_fresh``
+        self.high_water = 0
+
+    @property
+    def table_clusters(self) -> int:
+        """Clusters of the refcount table."""
+        return self.geometry.clusters(len(self.table) * ENTRY_BYTES)
+
+    # -- metadata clusters
+
+    def refuse_blocks_at(self, clusters: Entries) -> None:
+        """Blocks that lie at one of these clusters, or where another block is, cannot be used."""
+        blocks = self.table >> np.uint64(self.geometry.cluster_bits)
+        values, counts = np.unique(blocks, return_counts=True)
+        clash = np.isin(blocks, clusters) | np.isin(blocks, values[counts > 1])
+        self._bad.update(np.flatnonzero(clash & (blocks != 0)).tolist())
+
+    def add_metadata(self, host_offset: int, clusters: int) -> None:
+        """These clusters hold metadata from now on."""
+        first = host_offset >> self.geometry.cluster_bits
+        self.metadata.update(range(first, first + clusters))
+        self.metadata_version += 1
+
+    def remove_metadata(self, host_offset: int, clusters: int) -> None:
+        """No longer."""
+        first = host_offset >> self.geometry.cluster_bits
+        self.metadata.difference_update(range(first, first + clusters))
+        self.metadata_version += 1
+
+    # -- blocks
+
+    def block_offset(self, index: int) -> int:
+        """Host offset of a block, 0 where there is none; raises DamageError."""
+        if index in self._bad:
+            raise DamageError(
+                f"Refblock offset {int(self.table[index]):#x} unaligned "
+                f"(reftable index: {index:#x})",
+            )
+        return int(self.table[index]) if index < len(self.table) else 0
+
+    def add_block(self, index: int, data: bytes | bytearray | memoryview) -> None:
+        """A block that was read from the disk."""
+        counts = unpack_counts(data, self.geometry.refcount_order)
+        self.blocks[index] = RefcountBlock(index, int(self.table[index]), counts, is_new=False)
+
+    def _block(self, index: int) -> RefcountBlock | None:
+        """The block, None where the image has none; raises BlockNeeded."""
+        block = self.blocks.get(index)
+        if block is None:
+            if self.block_offset(index):
+                raise BlockNeeded(index)
+            return None
+        block.used = True
+        return block
+
+    def evict(self, keep: int) -> None:
+        """Forget clean blocks that were not used since the last call, down to ``keep`` blocks."""
+        for index in list(self.blocks):
+            if len(self.blocks) <= keep:
+                return
+            block = self.blocks[index]
+            if block.dirty or block.is_new or block.pins:
+                continue
+            if block.used:
+                block.used = False
+                continue
+            del self.blocks[index]
+
+    # -- reading and changing refcounts
+
+    def refcount(self, cluster: int) -> int:
+        """The refcount of a cluster; raises BlockNeeded."""
+        index, within = divmod(cluster, self.geometry.refcounts_per_block)
+        block = self._block(index)
+        return int(block.counts[within]) if block else 0
+
+    def decrement(self, cluster: int, count: int) -> None:
+        """One reference less to each of ``count`` clusters; the removal is durable.
+
+        Raises DamageError, with nothing changed, where there was none.
+        """
+        pieces = list(self._pieces(cluster, count))
+        for index, within, length in pieces:
+            block = self._block(index)
+            if block is None or not block.counts[within : within + length].all():
+                host_offset = cluster << self.geometry.cluster_bits
+                raise DamageError(
+                    f"Refcount of a cluster in use is 0 (offset: {host_offset:#x})",
+                    offset=host_offset,
+                    size=count << self.geometry.cluster_bits,
+                )
+        for index, within, length in pieces:
+            block = self.blocks[index]
+            part = block.counts[within : within + length]
+            part -= 1
+            block.dirty.add(within, within + length)
+            if not part.all():
+                self._first_free = min(self._first_free, cluster)
+
+    def _pieces(self, cluster: int, count: int) -> list[tuple[int, int, int]]:
+        """(block index, index within, length) for a range of clusters."""
+        per_block = self.geometry.refcounts_per_block
+        pieces = []
+        while count:
+            index, within = divmod(cluster, per_block)
+            length = min(count, per_block - within)
+            pieces.append((index, within, length))
+            cluster += length
+            count -= length
+        return pieces
+
+    # -- allocation
+
+    def allocate(self, count: int) -> tuple[int, int]:
+        """(host_offset, clusters) of 1 to ``count`` adjacent clusters, whose refcount is now 1."""
+        start, found = self._search(self._first_free, count, exact=False)
+        self._first_free = start + found
+        self._claim(start, found)
+        return start << self.geometry.cluster_bits, found
+
+    def allocate_exactly(self, count: int) -> int:
+        """The host offset of ``count`` adjacent clusters, whose refcount is now 1."""
+        start, _ = self._search(self._first_free, count, exact=True)
+        # Only when nothing free was passed by does the search begin behind it the next time.
+        if start == self._first_free:
+            self._first_free = start + count
+        self._claim(start, count)
+        return start << self.geometry.cluster_bits
+
+    def is_fresh(self, host_offset: int) -> bool:
+        """Whether the file never reached ``host_offset``: reads as zeros. Call after allocating."""
+        return host_offset >> self.geometry.cluster_bits >= self.high_water
+
+    def touched(self, host_offset: int, clusters: int) -> None:
+        """The clusters may hold something from now on."""
+        end = (host_offset >> self.geometry.cluster_bits) + clusters
+        self.high_water = max(self.high_water, end)
+
+    def _claim(self, start: int, count: int) -> None:
+        if not self.metadata.isdisjoint(range(start, start + count)):
+            bits = self.geometry.cluster_bits
+            raise DamageError(
+                f"Refcount of a metadata cluster is 0 (offset: {start << bits:#x})",
+                offset=start << bits,
+                size=count << bits,
+            )
+        for index, within, length in self._pieces(start, count):
+            self.blocks[index].fill(within, length, 1)
+
+    def _search(self, start: int, count: int, *, exact: bool) -> tuple[int, int]:
+        """The first free cluster from ``start`` on and how many free ones follow, up to count."""
+        per_block = self.geometry.refcounts_per_block
+        cluster = start
+        run_start, run = start, 0  # free clusters that reach up to ``cluster``
+        none_free = start == self._first_free
+        while True:
+            index, within = divmod(cluster, per_block)
+            if cluster << self.geometry.cluster_bits >= MAX_HOST_OFFSET:
+                raise OSError(EFBIG, "File too large")
+            block = self._block(index) if index < len(self.table) else None
+            if block is None:
+                self._create_block(index)
+                block = self.blocks[index]
+            while within < per_block:
+                if run == 0:
+                    skip = self._next_zero(block, within)
+                    if skip is None:
+                        break
+                    none_free = False
+                    within = skip
+                    run_start = index * per_block + within
+                length = min(count - run, per_block - within)
+                free = self._zeros_at(block, within, length)
+                run += free
+                within += free
+                if run == count or (run and not exact):
+                    return run_start, run
+                if free < length:
+                    run = 0
+            cluster = (index + 1) * per_block
+            if none_free:  # the search goes on from here when a block must be loaded first
+                self._first_free = cluster
+
+    @staticmethod
+    def _next_zero(block: RefcountBlock, within: int) -> int | None:
+        if block.view[within] == 0:
+            return within
+        # In pieces: the free cluster is mostly near, and argmin looks at all it is given.
+        counts = block.counts
+        piece = 1024
+        while within < len(counts):
+            part = counts[within : within + piece] == 0
+            hit = int(part.argmax())
+            if part[hit]:
+                return within + hit
+            within += piece
+            piece *= 4
+        return None
+
+    @staticmethod
+    def _zeros_at(block: RefcountBlock, within: int, length: int) -> int:
+        if length == 1:
+            return int(block.view[within] == 0)
+        used = block.counts[within : within + length] != 0
+        hit = int(used.argmax())
+        return hit if used[hit] else length
+
+    def _create_block(self, index: int) -> None:
+        """A refcount block for clusters none of which is in use; it lies in the first of them."""
+        if index >= len(self.table):
+            self._grow_table(index)
+            return
+        per_block = self.geometry.refcounts_per_block
+        self._add_new_blocks(index, 1, 1)
+        self.table_dirty.add(index, index + 1)
+        self.touched(index * per_block << self.geometry.cluster_bits, 1)
+
+    def _grow_table(self, index: int) -> None:
+        """Move the table, which ends at ``index``, to a larger place behind all that it describes.
+
+        Blocks and table lie side by side at the start of the region that the new blocks describe.
+        The disk keeps the old table until the header names the new one.
+        """
+        geometry = self.geometry
+        per_block = geometry.refcounts_per_block
+        per_cluster = geometry.l2_entries
+        index = max(index, len(self.table))
+        entries = max(len(self.table) * 3 // 2, index + 1)
+        while True:
+            entries = -(-entries // per_cluster) * per_cluster
+            clusters = entries // per_cluster
+            blocks = -(-clusters // (per_block - 1))
+            if index + blocks <= entries:
+                break
+            entries = index + blocks
+        entries = min(entries, geometry.max_refcount_blocks)
+        clusters = entries // per_cluster
+        if index + blocks > entries:
+            raise OSError(EFBIG, "File too large")
+        base = index * per_block
+        if (base + blocks + clusters) << geometry.cluster_bits > MAX_HOST_OFFSET:
+            raise OSError(EFBIG, "File too large")
+        if not self.metadata.isdisjoint(range(base, base + blocks + clusters)):
+            raise DamageError(
+                "Metadata lies beyond all refcounts", offset=base << geometry.cluster_bits
+            )
+        old = (self.table_offset, self.table_clusters)
+        table = np.zeros(entries, np.uint64)
+        table[: len(self.table)] = self.table
+        self.table = table
+        self._add_new_blocks(index, blocks, blocks + clusters)
+        self.table_offset = (base + blocks) << geometry.cluster_bits
+        self.add_metadata(self.table_offset, clusters)
+        self.touched(base << geometry.cluster_bits, blocks + clusters)
+        self.table_dirty.clear()
+        self.moved = self.table_unwritten = True
+        self.retired.append(old)
+
+    def _add_new_blocks(self, index: int, blocks: int, clusters_in_use: int) -> None:
+        """Blocks from ``index`` on, at the start of what they describe, of which some is used."""
+        geometry = self.geometry
+        per_block = geometry.refcounts_per_block
+        base = index * per_block
+        if not self.metadata.isdisjoint(range(base, base + blocks)):
+            raise DamageError(
+                "Metadata lies where no refcounts are", offset=base << geometry.cluster_bits
+            )
+        dtype = _DTYPES[max(3, geometry.refcount_order)].newbyteorder("=")
+        for number in range(blocks):
+            host_offset = (base + number) << geometry.cluster_bits
+            counts = np.zeros(per_block, dtype)
+            block = RefcountBlock(index + number, host_offset, counts, is_new=True)
+            block.dirty.add(0, per_block)
+            self.blocks[index + number] = block
+            self.table[index + number] = host_offset
+        self.add_metadata(base << geometry.cluster_bits, blocks)
+        for block_index, within, length in self._pieces(base, clusters_in_use):
+            self.blocks[block_index].fill(within, length, 1)
+
+    # -- writing back
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether there is anything to write."""
+        return (
+            bool(self.table_dirty)
+            or self.table_unwritten
+            or any(block.dirty for block in self.blocks.values())
+        )
+
+    def seal(self) -> SealedRefcounts:
+        """Copies of all that is dirty; marks it clean, and pins the blocks (the caller unpins)."""
+        new, blocks = [], []
+        for block in self.blocks.values():
+            if not block.dirty:
+                continue
+            taken = block.dirty.take()
+            block.pins += 1
+            if block.is_new:
+                data = pack_counts(block.counts, self.geometry.refcount_order)
+                new.append((block, Write(block.host_offset, data)))
+            else:
+                blocks.append((block, taken, self._block_write(block, *taken)))
+        table: list[Write] = []
+        table_range = None
+        if self.table_unwritten:
+            table.append(Write(self.table_offset, to_disk(self.table)))
+            self.table_dirty.clear()
+        elif self.table_dirty:
+            table_range = self.table_dirty.take()
+            per_sector = SECTOR // ENTRY_BYTES
+            low = table_range[0] // per_sector * per_sector
+            high = -(-table_range[1] // per_sector) * per_sector
+            data = to_disk(self.table[low:high])
+            table.append(Write(self.table_offset + low * ENTRY_BYTES, data))
+        return SealedRefcounts(new, blocks, table, table_range, self.table_unwritten)
+
+    def _block_write(self, block: RefcountBlock, low: int, high: int) -> Write:
+        order = self.geometry.refcount_order
+        per_sector = SECTOR * 8 >> order
+        low = low // per_sector * per_sector
+        high = -(-high // per_sector) * per_sector
+        data = pack_counts(block.counts[low:high], order)
+        return Write(block.host_offset + (low // per_sector) * SECTOR, data)
+
+    def reopen(self, sealed: SealedRefcounts) -> None:
+        """What ``seal`` took did not (surely) become durable: it is dirty again."""
+        for block, _ in sealed.new:
+            block.dirty.add(0, len(block.counts))
+        for block, taken, _ in sealed.blocks:
+            block.dirty.add(*taken)
+        if sealed.table_range is not None:
+            self.table_dirty.add(*sealed.table_range)

@@ -1,0 +1,429 @@
+"""Write-back of the metadata, in the order that keeps data whatever happens in between.
+
+Runs on: the event loop; one commit at a time. Callers of ``flush`` that arrive during a commit
+share the next one.
+
+The order (DESIGN, section 4); ``|`` is a flush of the file child, that is fdatasync:
+
+    1. refcount blocks that the table on disk does not name yet      |   only if there are any
+    2. refcount table, refcount blocks, L2 tables that nothing on disk names, a moved L1 table  |
+    3. the header, if a table moved or the size changed              |   only then
+    4. entries of the L2 tables and the L1 table that the disk has   |   only if there are any
+
+Everything is copied at one instant, so that the copy is consistent: it names only data whose
+writes have completed, and those are durable after the flush of step 2. A reference reaches the
+disk after the refcount and the data it stands for; a refcount falls after the reference
+is gone (``quarantine``). A crash between any two writes leaves leaked clusters at worst.
+
+After a failure everything that was copied is dirty again, and nothing is reused: what the disk
+has is then either the old state or the new one, entry by entry.
+
+Errors: OSError from ``flush``; EIO for good once the image is ``damaged``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from errno import EIO
+from typing import Any, NamedTuple
+
+from liveblockd.formats.qcow2.allocator import BlockNeeded, SealedRefcounts, Write
+from liveblockd.formats.qcow2.header import Header, Rewrite, fixed_fields
+from liveblockd.formats.qcow2.layout import (
+    ENTRY_BYTES,
+    MIN_HEADER_LENGTH_V3,
+    SECTOR,
+    Incompatible,
+)
+from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.quarantine import Batch, Freed
+from liveblockd.formats.qcow2.tables import DamageError, to_disk
+
+#: dirty metadata is committed after this time, in seconds, if nobody flushes before
+AUTOSYNC_SECONDS = 1.0
+#: writes of a stage that are handed to the file child at once
+PARALLEL_WRITES = 16
+_PER_SECTOR = SECTOR // ENTRY_BYTES
+
+
+class _Sealed(NamedTuple):
+    """What one commit writes, copied at one instant."""
+
+    refcounts: SealedRefcounts
+    new_tables: list[tuple[L2Table, Write]]
+    tables: list[tuple[L2Table, tuple[int, int], Write]]
+    l1_whole: Write | None
+    l1_range: tuple[int, int] | None
+    l1_write: Write | None
+    fields: dict[str, Any]
+    batch: Batch
+
+    def unpin(self) -> None:
+        """What was copied is on the disk, or dirty again."""
+        for block, *_ in (*self.refcounts.new, *self.refcounts.blocks):
+            block.pins -= 1
+        for table, *_ in (*self.new_tables, *self.tables):
+            table.pins -= 1
+
+
+class Committer:
+    """Owns the order of metadata writes of one image, and everything that writes its header."""
+
+    def __init__(
+        self, metadata: Metadata, first_sector: bytes, *, autosync: float | None = AUTOSYNC_SECONDS
+    ) -> None:
+        self.metadata = metadata
+        #: set by the driver once metadata was found bad: nothing is written any more
+        self.damaged = False
+        #: told when a refcount turns out to be too low
+        self.on_damage: Callable[[DamageError], None] = lambda _: None
+        self._first_sector = first_sector
+        self._autosync = autosync
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._worker: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        metadata.on_dirty = self._on_dirty
+
+    # -- what others call
+
+    async def flush(self) -> None:
+        """Return when everything that memory has now is durable; raises OSError."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._wake()
+        await waiter
+
+    def kick(self) -> None:
+        """Requests have ended: something that was freed may be ready for use."""
+        self._wake()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no commit is under way."""
+        return self._worker is None
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a commit would write anything."""
+        metadata = self.metadata
+        return bool(
+            metadata.dirty_tables
+            or metadata.l1_dirty
+            or metadata.l1_unwritten
+            or metadata.pending_fields
+            or metadata.refcounts.is_dirty
+            or metadata.quarantine.has_freed
+        )
+
+    async def close(self) -> None:
+        """Commit until nothing is left, refcounts of freed clusters included; raises OSError."""
+        try:
+            # A commit makes clusters ready, whose release makes refcounts dirty: two rounds do.
+            for _ in range(4):
+                if self.damaged or not (self.is_dirty or not self.metadata.quarantine.is_empty):
+                    break
+                await self.flush()
+                while self._worker is not None:
+                    await asyncio.wait([self._worker])
+        finally:
+            self._stop_timer()
+
+    async def rewrite_header(self, make: Callable[[], Rewrite]) -> None:
+        """Replace the header by what ``make`` gives: every step durable before the next.
+
+        Raises OSError; the disk has the old header or the new one then.
+        """
+        async with self._lock:
+            self._check_damage()
+            rewrite = make()
+            file = self.metadata.file
+            for offset, data in rewrite.steps:
+                await file.write(offset, data)
+                await file.flush()
+            last = rewrite.steps[-1][1]
+            self._first_sector = last[:SECTOR].ljust(SECTOR, b"\0")
+            self.metadata.header = rewrite.header
+
+    @property
+    def lock(self) -> asyncio.Lock:
+        """Held while metadata is written; who holds it may read ``metadata.header``."""
+        return self._lock
+
+    async def mark_corrupt(self) -> None:
+        """Set the corrupt bit (version 3); other metadata is no longer written. Raises OSError."""
+        async with self._lock:
+            header = self.metadata.header
+            if header.version >= 3 and not header.corrupt:
+                bits = header.incompatible | Incompatible.CORRUPT
+                await self.write_header(replace(header, incompatible=bits))
+
+    # -- the task that does it
+
+    def _wake(self) -> None:
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    def _on_dirty(self) -> None:
+        metadata = self.metadata
+        if len(metadata.dirty_tables) * 2 > metadata.max_tables:
+            self._wake_for_commit()
+        if self._timer is None and self._autosync is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._autosync, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.is_dirty and not self.damaged:
+            self._wake_for_commit()
+
+    def _wake_for_commit(self) -> None:
+        """A commit that nobody waits for; if it fails, the timer or a flush tries again."""
+        if not self._waiters:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._waiters.append(waiter)
+        self._wake()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def _work(self) -> None:
+        waiters: list[asyncio.Future[None]] = []
+        try:
+            while True:
+                if self._waiters:
+                    waiters, self._waiters = self._waiters, []
+                    error = await self._try_commit()
+                    for waiter in waiters:
+                        if waiter.done():
+                            continue
+                        if error is None:
+                            waiter.set_result(None)
+                        else:
+                            waiter.set_exception(OSError(error.errno, error.strerror))
+                elif freed := self.metadata.quarantine.ready():
+                    await self._release(freed)
+                else:
+                    break
+        finally:
+            self._worker = None
+            # Only a defect of this module comes here with waiters: they must not hang.
+            for waiter in (*waiters, *self._waiters):
+                if not waiter.done():
+                    waiter.set_exception(OSError(EIO, "the commit was aborted"))
+
+    async def _try_commit(self) -> OSError | None:
+        try:
+            async with self._lock:
+                self._check_damage()
+                self._stop_timer()
+                await self._commit()
+        except OSError as error:
+            if not self.damaged:
+                self._on_dirty()  # the timer tries again
+            return error
+        return None
+
+    def _check_damage(self) -> None:
+        if self.damaged:
+            raise OSError(EIO, "the image is corrupt")
+
+    # -- one commit
+
+    async def _commit(self) -> None:
+        sealed = self._seal()
+        metadata = self.metadata
+        refcounts = sealed.refcounts
+        done = False
+        header_done = not sealed.fields
+        try:
+            if refcounts.new:
+                await self._write([write for _, write in refcounts.new])
+                await metadata.file.flush()
+                for block, _ in refcounts.new:
+                    block.is_new = False
+            first = [*refcounts.table, *(write for _, _, write in refcounts.blocks)]
+            first += [write for _, write in sealed.new_tables]
+            if sealed.l1_whole is not None:
+                first.append(sealed.l1_whole)
+            await self._write(first)
+            await metadata.file.flush()
+            for table, _ in sealed.new_tables:
+                # From here on the disk may name it: it is changed in place, after its data.
+                table.is_new = False
+            # Either may have moved once more in the meantime.
+            if (
+                refcounts.table_whole
+                and refcounts.table[0].offset == metadata.refcounts.table_offset
+            ):
+                metadata.refcounts.table_unwritten = False
+            if sealed.l1_whole is not None and sealed.l1_whole.offset == metadata.l1_offset:
+                metadata.l1_unwritten = False
+            if sealed.fields:
+                await self.write_header(replace(metadata.header, **sealed.fields))
+                header_done = True
+            second = [write for _, _, write in sealed.tables]
+            if sealed.l1_write is not None:
+                second.append(sealed.l1_write)
+            if second:
+                await self._write(second)
+                await metadata.file.flush()
+            done = True
+        finally:
+            sealed.unpin()
+            if done:
+                metadata.quarantine.committed(sealed.batch)
+            else:
+                self._reopen(sealed, header_done=header_done)
+
+    def _seal(self) -> _Sealed:
+        """Copy all that is dirty, now."""
+        metadata = self.metadata
+        refcounts = metadata.refcounts
+        if refcounts.moved:
+            refcounts.moved = False
+            metadata.pending_fields["refcount_table_offset"] = refcounts.table_offset
+            metadata.pending_fields["refcount_table_clusters"] = refcounts.table_clusters
+        for host_offset, clusters in refcounts.retired:
+            metadata.quarantine.free(host_offset, clusters, unmap=False)
+        refcounts.retired.clear()
+        new_tables, tables = [], []
+        for table in metadata.dirty_tables.values():
+            low, high = table.dirty.take()
+            table.pins += 1  # until it is on the disk it must not be read from there
+            if table.is_new:
+                new_tables.append((table, Write(table.host_offset, to_disk(table.entries))))
+            else:
+                low_sector, high_sector = low // _PER_SECTOR, -(-high // _PER_SECTOR)
+                part = table.entries[low_sector * _PER_SECTOR : high_sector * _PER_SECTOR]
+                write = Write(table.host_offset + low_sector * SECTOR, to_disk(part))
+                tables.append((table, (low, high), write))
+        metadata.dirty_tables.clear()
+        l1_whole = l1_range = l1_write = None
+        if metadata.l1_unwritten:
+            metadata.l1_dirty.clear()
+            size = metadata.l1_clusters * metadata.geometry.cluster_size
+            l1_whole = Write(metadata.l1_offset, to_disk(metadata.l1).ljust(size, b"\0"))
+        elif metadata.l1_dirty:
+            l1_range = metadata.l1_dirty.take()
+            low = l1_range[0] // _PER_SECTOR * _PER_SECTOR
+            high = -(-l1_range[1] // _PER_SECTOR) * _PER_SECTOR
+            data = to_disk(metadata.l1[low:high]).ljust((high - low) * ENTRY_BYTES, b"\0")
+            l1_write = Write(metadata.l1_offset + low * ENTRY_BYTES, data)
+        fields = dict(metadata.pending_fields)
+        metadata.pending_fields.clear()
+        batch = metadata.quarantine.seal()
+        return _Sealed(
+            refcounts.seal(), new_tables, tables, l1_whole, l1_range, l1_write, fields, batch
+        )
+
+    def _reopen(self, sealed: _Sealed, *, header_done: bool) -> None:
+        """The commit failed: what it took is dirty again."""
+        metadata = self.metadata
+        metadata.refcounts.reopen(sealed.refcounts)
+        for table, (low, high), _ in sealed.tables:
+            table.dirty.add(low, high)
+            metadata.dirty_tables[table.l1_index] = table
+        for table, _ in sealed.new_tables:
+            table.dirty.add(0, len(table.entries))
+            metadata.dirty_tables[table.l1_index] = table
+        if sealed.l1_range is not None:
+            metadata.l1_dirty.add(*sealed.l1_range)
+        if not header_done:
+            metadata.pending_fields = {**sealed.fields, **metadata.pending_fields}
+        metadata.quarantine.failed(sealed.batch)
+
+    async def write_header(self, header: Header) -> None:
+        """The fixed fields, in one sector; durable on return. ``lock`` is held."""
+        length = min(MIN_HEADER_LENGTH_V3, header.header_length)
+        sector = fixed_fields(header)[:length] + self._first_sector[length:]
+        await self.metadata.file.write(0, sector)
+        await self.metadata.file.flush()
+        self._first_sector = sector
+        self.metadata.header = header
+
+    async def _write(self, writes: Sequence[Write]) -> None:
+        """Write all; on return none is under way any more. Raises the first error."""
+        file = self.metadata.file
+        waiting = [w for w in _merged(writes) if not file.write_nowait(w.offset, w.data)]
+        for start in range(0, len(waiting), PARALLEL_WRITES):
+            part = waiting[start : start + PARALLEL_WRITES]
+            results = await asyncio.gather(
+                *(file.write(w.offset, w.data) for w in part), return_exceptions=True
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+
+    # -- freed clusters
+
+    async def _release(self, freed: list[Freed]) -> None:
+        """The disk does not refer to these any more: lower their refcounts.
+
+        What cannot be done for an I/O error stays allocated, which leaks space but no data.
+        """
+        for number, item in enumerate(freed):
+            if self.damaged:
+                return
+            try:
+                await self._release_one(item)
+            except DamageError as damage:
+                self.on_damage(damage)
+            except OSError:
+                continue
+            if number % 256 == 255:
+                await asyncio.sleep(0)
+
+    async def _release_one(self, item: Freed) -> None:
+        metadata = self.metadata
+        refcounts = metadata.refcounts
+        cluster = item.host_offset >> metadata.geometry.cluster_bits
+        if item.unmap:
+            await self._unmap(cluster, item.clusters)
+        while True:
+            try:
+                refcounts.decrement(cluster, item.clusters)
+            except BlockNeeded as needed:
+                await metadata.load_block(needed.index)
+                continue
+            break
+        refcounts.remove_metadata(item.host_offset, item.clusters)
+        self._on_dirty()
+
+    async def _unmap(self, cluster: int, count: int) -> None:
+        """Give the space of clusters that nothing else refers to back to the host."""
+        metadata = self.metadata
+        bits = metadata.geometry.cluster_bits
+        for number in range(cluster, cluster + count):
+            try:
+                references = metadata.refcounts.refcount(number)
+            except BlockNeeded as needed:
+                await metadata.load_block(needed.index)
+                references = metadata.refcounts.refcount(number)
+            if references == 1:
+                try:
+                    await metadata.file.discard(number << bits, 1 << bits)
+                except OSError:
+                    return  # a wish only
+
+
+def _merged(writes: Sequence[Write]) -> list[Write]:
+    """The writes in the order of their offsets, adjacent ones joined."""
+    merged: list[Write] = []
+    parts: list[bytes] = []
+    start = end = -1
+    for write in sorted(writes):
+        if write.offset != end:
+            if parts:
+                merged.append(Write(start, b"".join(parts)))
+            parts, start = [], write.offset
+        parts.append(write.data)
+        end = write.offset + len(write.data)
+    if parts:
+        merged.append(Write(start, b"".join(parts)))
+    return merged

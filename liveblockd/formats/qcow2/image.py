@@ -1,0 +1,495 @@
+"""The driver ``qcow2``.
+
+Specification: docs/interop/qcow2; DESIGN, sections 3 and 4.
+
+Runs on: the event loop. ``read_nowait`` and ``write_nowait`` answer from tables in memory with one
+lookup and one call below. What changes entries runs in tasks of this image, which go on when
+their caller is cancelled: a worker may still be writing, and half a change is worse than a
+whole one. ``close`` waits for them.
+
+Invariants: see ``metadata``, ``commit``, ``cow``, ``zeroes``, ``populate``.
+Errors: OSError (EPERM read-only, EIO for good once damage was found); ``BlockError`` from
+``open`` and the management calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from errno import EIO, EPERM
+from typing import Any, ClassVar, Self
+
+from liveblockd.errors import BlockError
+from liveblockd.events import BlockImageCorrupted
+from liveblockd.formats.qcow2.claims import Claims
+from liveblockd.formats.qcow2.commit import Committer
+from liveblockd.formats.qcow2.cow import Writer
+from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
+from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, Compression
+from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
+from liveblockd.formats.qcow2.opening import Opened, open_image
+from liveblockd.formats.qcow2.options import Qcow2Options
+from liveblockd.formats.qcow2.populate import Populator
+from liveblockd.formats.qcow2.reader import Reader
+from liveblockd.formats.qcow2.resize import resize
+from liveblockd.formats.qcow2.snapshots import Snapshot
+from liveblockd.formats.qcow2.tables import DamageError
+from liveblockd.formats.qcow2.zeroes import Eraser
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, HostFile
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import Environment, register_driver
+
+#: bytes; a larger request that spans clusters is left to the coroutine
+NOWAIT_LIMIT = 1 << 20
+
+
+@register_driver
+class Qcow2(BlockDriver):
+    """One qcow2 image; ``open`` makes it."""
+
+    driver_name = "qcow2"
+    is_format = True
+    child_roles = ("file", "backing")
+    Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
+
+    def __init__(
+        self,
+        options: Qcow2Options,
+        children: dict[str, BlockIO],
+        environment: Environment,
+        opened: Opened,
+        *,
+        autosync: float | None,
+    ) -> None:
+        self.children = children
+        self.read_only = True
+        self.snapshots: list[Snapshot] = opened.snapshots
+        metadata = opened.metadata
+        geometry = metadata.geometry
+        self.cluster_size = geometry.cluster_size
+        self._environment = environment
+        self._metadata = metadata
+        self._committer = Committer(metadata, opened.first_sector, autosync=autosync)
+        self._committer.on_damage = self._on_damage
+        self._claims = Claims()
+        self._reader = Reader(metadata, children, environment.workers)
+        self._writer = Writer(metadata, self._committer, self._claims, self._reader)
+        unmap = options.pass_discard_request
+        self._eraser = Eraser(
+            metadata,
+            self._claims,
+            self._writer,
+            unmap_requests=options.unmaps if unmap is None else unmap,
+            keep_on_discard=bool(options.discard_no_unref),
+        )
+        self._populator = Populator(
+            metadata, self._claims, self._writer, self._eraser, environment.workers
+        )
+        self._lazy_refcounts = options.lazy_refcounts
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._damaged = False
+        self._closed = False
+        #: bytes of the image file that are known to be there
+        self._file_end = children["file"].length
+        # For the request path
+        self._tables = metadata.tables
+        self._bits = geometry.cluster_bits
+        self._in_cluster = geometry.cluster_size - 1
+        self._l2_bits = geometry.l2_bits
+        self._l2_mask = geometry.l2_entries - 1
+
+    @classmethod
+    async def open(
+        cls,
+        options: Qcow2Options,
+        children: dict[str, BlockIO],
+        environment: Environment,
+        *,
+        autosync: float | None = 1.0,
+    ) -> Self:
+        """Open the image in ``children["file"]``; ``backing`` may be set later. Raises BlockError.
+
+        ``autosync``: metadata is written back after so many seconds; None: by ``flush`` alone.
+        """
+        read_only = bool(options.read_only)
+        opened = await open_image(options, children, read_only=read_only)
+        self = cls(options, children, environment, opened, autosync=autosync)
+        if not read_only:
+            await self._begin_writing()
+        return self
+
+    async def _begin_writing(self) -> None:
+        """Say in the header what a writer of this kind does not keep up; raises BlockError."""
+        header = self._metadata.header
+        check_supported(header, read_only=False)
+        if header.autoclear:
+            try:
+                async with self._committer.lock:
+                    await self._committer.write_header(replace(header, autoclear=0))
+            except OSError as error:
+                raise BlockError.from_os_error("Could not update qcow2 header", error) from error
+        geometry = self._metadata.geometry
+        self._metadata.refcounts.touched(0, geometry.clusters(self.children["file"].length))
+        self.read_only = False
+
+    @property
+    def length(self) -> int:
+        """Bytes of the virtual disk."""
+        return self._writer.disk_size
+
+    # -- guest I/O that needs no wait
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """The bytes, if the tables are in memory and the child has the data at hand."""
+        cluster = offset >> self._bits
+        if (offset + length - 1) >> self._bits != cluster:
+            return self._read_nowait_many(offset, length)
+        l1_index = cluster >> self._l2_bits
+        table = self._tables.get(l1_index)
+        if table is None:
+            if self._metadata.l1_view[l1_index]:
+                return None
+            entry = 0
+        else:
+            if table.bad:
+                return None
+            table.used = True
+            entry = table.view[cluster & self._l2_mask]
+        if entry & (COMPRESSED | ZERO):
+            return None if entry & COMPRESSED else bytes(length)
+        host_offset = entry & OFFSET_MASK
+        if host_offset:
+            host_offset += offset & self._in_cluster
+            if host_offset + length > self._file_end:
+                return None
+            return self.children["file"].read_nowait(host_offset, length)
+        return self._read_backing_nowait(offset, length)
+
+    def _read_backing_nowait(self, offset: int, length: int) -> Buffer | None:
+        backing = self.children.get("backing")
+        if backing is None:
+            return bytes(length)
+        end = backing.length
+        if offset + length <= end:
+            return backing.read_nowait(offset, length)
+        return bytes(length) if offset >= end else None
+
+    def _read_nowait_many(self, offset: int, length: int) -> Buffer | None:
+        """The same for a request that spans clusters."""
+        if not 0 < length <= NOWAIT_LIMIT:
+            return None if length else b""
+        parts: list[Buffer] = []
+        position, end = offset, offset + length
+        span_bits = self._bits + self._l2_bits
+        while position < end:
+            stop = min(end, ((position >> span_bits) + 1) << span_bits)
+            found = self._read_nowait_span(position, stop - position)
+            if found is None:
+                return None
+            parts.extend(found)
+            position = stop
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_nowait_span(self, offset: int, length: int) -> list[Buffer] | None:
+        """The pieces of a range within the span of one L2 table."""
+        cluster = offset >> self._bits
+        l1_index = cluster >> self._l2_bits
+        table = self._tables.get(l1_index)
+        if table is None:
+            if self._metadata.l1_view[l1_index]:
+                return None
+            data = self._read_backing_nowait(offset, length)
+            return None if data is None else [data]
+        if table.bad:
+            return None
+        table.used = True
+        count = (offset + length - 1 >> self._bits) - cluster + 1
+        parts: list[Buffer] = []
+        position, end = offset, offset + length
+        for run in runs(table.entries, cluster & self._l2_mask, count, self._in_cluster + 1):
+            inside = position & self._in_cluster
+            part = min(end - position, (run.clusters << self._bits) - inside)
+            data = None
+            if run.kind is ExtentKind.DATA:
+                host_offset = run.host_offset + inside
+                if host_offset + part <= self._file_end:
+                    data = self.children["file"].read_nowait(host_offset, part)
+            elif run.kind is ExtentKind.UNALLOCATED:
+                data = self._read_backing_nowait(position, part)
+            elif run.kind is ExtentKind.ZERO:
+                data = bytes(part)
+            if data is None:
+                return None
+            parts.append(data)
+            position += part
+        return parts
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write to clusters that this image has alone, if the child can at once."""
+        if self.read_only or self._damaged or not len(data):
+            return False
+        cluster = offset >> self._bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        if table is None or table.bad or not table.exclusive:
+            return False
+        table.used = True
+        index = cluster & self._l2_mask
+        entry = table.view[index]
+        if not in_place(entry):
+            return False
+        count = (offset + len(data) - 1 >> self._bits) - cluster + 1
+        if count > 1 and (
+            index + count > self._l2_mask + 1
+            or contiguous_count(table.entries, index, count, self._in_cluster + 1) < count
+        ):
+            return False
+        host_offset = (entry & OFFSET_MASK) + (offset & self._in_cluster)
+        return self.children["file"].write_nowait(host_offset, data)
+
+    # -- guest I/O
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes; raises OSError."""
+        quarantine = self._metadata.quarantine
+        epoch = quarantine.enter()
+        try:
+            return await self._reader.read(offset, length)
+        except DamageError as damage:
+            self._on_damage(damage)
+            raise
+        finally:
+            self._file_end = self.children["file"].length
+            if quarantine.leave(epoch):
+                self._committer.kick()
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Store ``data``; raises OSError."""
+        self._check_writable()
+        if not self.write_nowait(offset, data):
+            await self._run(self._writer.write, offset, memoryview(data))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        """Zero clusters in version 3; written zeros for parts of clusters and in version 2."""
+        self._check_writable()
+
+        async def erase() -> None:
+            await self._eraser.write_zeroes(
+                offset, length, may_unmap=may_unmap, fast_only=fast_only
+            )
+
+        await self._run(erase)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Whole clusters read as zeros afterwards (version 2 with a backing file: stay)."""
+        self._check_writable()
+        await self._run(self._eraser.discard, offset, length)
+
+    async def flush(self) -> None:
+        """Data and metadata; raises OSError."""
+        if self.read_only:
+            return
+        if self._damaged:
+            raise OSError(EIO, os.strerror(EIO))
+        if self._committer.is_idle and not self._committer.is_dirty:
+            await self.children["file"].flush()
+        else:
+            await self._committer.flush()
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Extents of this layer for a prefix of the range."""
+        quarantine = self._metadata.quarantine
+        epoch = quarantine.enter()
+        try:
+            return await self._reader.map(offset, length)
+        except DamageError as damage:
+            self._on_damage(damage)
+            raise
+        finally:
+            if quarantine.leave(epoch):
+                self._committer.kick()
+
+    # -- a job's copies
+
+    async def populate(self, offset: int, data: Buffer) -> None:
+        """See ``BlockDriver.populate``."""
+        self._check_writable()
+        await self._run(self._populator.populate, offset, data)
+
+    async def populate_zeroes(self, offset: int, length: int) -> None:
+        """See ``BlockDriver.populate_zeroes``."""
+        self._check_writable()
+        await self._run(self._populator.populate_zeroes, offset, length)
+
+    async def populate_from(
+        self, offset: int, length: int, source: HostFile, source_offset: int
+    ) -> None:
+        """See ``BlockDriver.populate_from``."""
+        self._check_writable()
+        await self._run(self._populator.populate_from, offset, length, source, source_offset)
+
+    # -- running what changes entries
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise OSError(EPERM, os.strerror(EPERM))
+        if self._damaged:
+            raise OSError(EIO, os.strerror(EIO))
+
+    async def _run(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run to its end, whatever becomes of the caller."""
+        task = asyncio.get_running_loop().create_task(self._guarded(function, args))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        await asyncio.shield(task)
+
+    async def _guarded(
+        self, function: Callable[..., Coroutine[Any, Any, None]], args: tuple[Any, ...]
+    ) -> None:
+        try:
+            await function(*args)
+        except DamageError as damage:
+            self._on_damage(damage)
+            raise
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even if the caller is gone
+
+    async def _settle(self) -> None:
+        """Wait for the tasks of this image."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _on_damage(self, damage: DamageError) -> None:
+        """Metadata cannot be: tell, and take no more writes."""
+        if self._damaged:
+            return
+        self._damaged = self._committer.damaged = True
+        fatal = not self.read_only
+        self._environment.publisher.publish(
+            BlockImageCorrupted(
+                device="",
+                node_name=self._environment.node_name or None,
+                msg=damage.message,
+                offset=damage.offset,
+                size=damage.size,
+                fatal=fatal,
+            )
+        )
+        if fatal:
+            task = asyncio.get_running_loop().create_task(self._mark_corrupt())
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    async def _mark_corrupt(self) -> None:
+        with contextlib.suppress(OSError):  # the image stays read-only here in any case
+            await self._committer.mark_corrupt()
+
+    # -- management
+
+    async def truncate(self, length: int) -> None:
+        """Grow or shrink the virtual disk; durable on return. Raises BlockError, OSError."""
+        self._check_writable()
+        await self._run(resize, self._metadata, self._committer, self._writer, self._eraser, length)
+
+    async def close(self) -> None:
+        """Write everything back; raises OSError when that fails, and is closed all the same."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._settle()
+        if not self.read_only:
+            await self._committer.close()
+            await self._settle()
+
+    async def set_read_only(self, read_only: bool) -> None:
+        """Read-only: everything is written back first. Raises BlockError."""
+        if read_only == self.read_only:
+            return
+        if not read_only:
+            await self._begin_writing()
+            return
+        await self._settle()
+        try:
+            await self._committer.close()
+        except OSError as error:
+            raise BlockError.from_os_error("Could not flush the image", error) from error
+        self.read_only = True
+
+    @property
+    def backing_file(self) -> str | None:
+        """The string of the header."""
+        return self._metadata.header.backing_name
+
+    @property
+    def backing_format(self) -> str | None:
+        """The format of the header."""
+        return self._metadata.header.backing_format
+
+    async def change_backing_file(
+        self, backing_file: str | None, backing_format: str | None
+    ) -> None:
+        """Commit all that makes the new link true, then rewrite it. Raises BlockError, OSError."""
+        if self.read_only:
+            raise BlockError("Block node is read-only", errno=EPERM)
+        await self._run(self._change_backing_file, backing_file, backing_format)
+
+    async def _change_backing_file(
+        self, backing_file: str | None, backing_format: str | None
+    ) -> None:
+        name = backing_file.encode("utf-8", "surrogateescape") if backing_file else None
+        relink(self._metadata.header, name, backing_format)  # refused before anything is done
+        await self.flush()
+
+        def rewrite() -> Rewrite:
+            return relink(self._metadata.header, name, backing_format)
+
+        await self._committer.rewrite_header(rewrite)
+
+    # -- description
+
+    def actual_size(self) -> int | None:
+        """Bytes of the file child in use."""
+        file = self.children["file"]
+        size = getattr(getattr(file, "driver", file), "actual_size", None)
+        return None if size is None else size()
+
+    def dirty_flag(self) -> bool:
+        """The dirty bit of the header."""
+        return self._metadata.header.dirty
+
+    @property
+    def lazy_refcounts(self) -> bool:
+        """What the header or the options say; refcounts are kept strictly in any case."""
+        if self._lazy_refcounts is not None:
+            return self._lazy_refcounts
+        return self._metadata.header.lazy_refcounts
+
+    def format_specific(self) -> Mapping[str, Any]:
+        """ImageInfoSpecificQCow2."""
+        header = self._metadata.header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "compression-type": Compression(header.compression_type).name.lower(),
+            "refcount-bits": header.geometry.refcount_bits,
+        }
+        if header.version >= 3:
+            data["lazy-refcounts"] = header.lazy_refcounts
+            data["corrupt"] = header.corrupt
+            data["extended-l2"] = False
+        return {"type": "qcow2", "data": data}
+
+    def limits(self) -> dict[str, int]:
+        """Zeros and discards work on clusters."""
+        size = self._metadata.geometry.cluster_size
+        return {
+            **super().limits(),
+            "write-zeroes-alignment": size,
+            "discard-alignment": size,
+        }

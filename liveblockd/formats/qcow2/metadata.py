@@ -1,0 +1,406 @@
+"""The L1 table, the L2 tables and the refcounts of an open image, in memory.
+
+Specification: docs/interop/qcow2, "Cluster mapping", "Host cluster management".
+
+Runs on: the event loop alone; every method that is no coroutine changes tables without a wait.
+Invariants:
+
+* A table that is dirty or pinned is never evicted, so that the object for an L1 index stays the
+  same while somebody changes it. Pin a table across an await, or look it up again after it.
+* An L2 table is changed only if it is ``exclusive`` (the L1 entry says COPIED); ``writable``
+  makes it so by copying it first.
+* What memory no longer refers to goes through ``quarantine``; nothing else lowers a refcount.
+
+Errors: OSError from the file child; ``DamageError`` for tables that cannot be (it marks the image).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
+from liveblockd.formats.qcow2.header import Header
+from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.quarantine import Quarantine
+from liveblockd.formats.qcow2.tables import (
+    DamageError,
+    Entries,
+    bad_l1_entries,
+    bad_l2_entries,
+    compressed_range,
+    from_disk,
+)
+from liveblockd.storage.driver import BlockIO, Buffer
+
+#: L2 tables in memory at most, whatever their size: each costs about 1 KiB besides its entries
+MAX_TABLES = 16384
+#: host offsets that are free to be used are found in this many refcount blocks in memory
+MIN_REFCOUNT_BLOCKS = 4
+
+
+class L2Table:
+    """One L2 table in memory; indices are entries within it."""
+
+    __slots__ = (
+        "bad", "dirty", "entries", "exclusive", "host_offset", "is_new", "l1_index", "pins",
+        "used", "view",
+    )  # fmt: skip
+
+    def __init__(
+        self, l1_index: int, host_offset: int, entries: Entries, *, exclusive: bool, is_new: bool
+    ) -> None:
+        self.l1_index = l1_index
+        self.host_offset = host_offset
+        self.entries = entries
+        self.view = memoryview(cast(Buffer, entries))
+        self.dirty = DirtyRange()
+        #: the L1 entry says COPIED: no snapshot shares this table
+        self.exclusive = exclusive
+        #: the L1 table on disk does not name it: it is written whole, before the L1 table
+        self.is_new = is_new
+        self.pins = 0
+        self.used = True
+        #: indices of entries that cannot be; using one is an error
+        self.bad: frozenset[int] = frozenset()
+
+
+async def read_bytes(file: BlockIO, offset: int, length: int) -> Buffer:
+    """Bytes of the image file; zeros past its end."""
+    available = min(length, max(0, file.length - offset))
+    if available == length:
+        data = file.read_nowait(offset, length)
+        return data if data is not None else await file.read(offset, length)
+    if available == 0:
+        return bytes(length)
+    return bytes(await file.read(offset, available)).ljust(length, b"\0")
+
+
+class Metadata:
+    """See the module. ``children`` is the driver's: surgery may replace the file child."""
+
+    def __init__(
+        self,
+        children: Mapping[str, BlockIO],
+        header: Header,
+        l1: Entries,
+        refcounts: Refcounts,
+        *,
+        max_tables: int,
+        max_refcount_blocks: int,
+    ) -> None:
+        self.children = children
+        #: what the disk has
+        self.header = header
+        #: header fields that the next commit changes
+        self.pending_fields: dict[str, Any] = {}
+        self.geometry = header.geometry
+        self.refcounts = refcounts
+        self.quarantine = Quarantine()
+        self.l1 = l1
+        self.l1_view = memoryview(cast(Buffer, l1))
+        self.l1_offset = header.l1_table_offset
+        self.l1_dirty = DirtyRange()
+        #: the L1 table was moved and is not yet written whole at its new place
+        self.l1_unwritten = False
+        self.bad_l1: set[int] = set()
+        self.tables: dict[int, L2Table] = {}
+        self.dirty_tables: dict[int, L2Table] = {}
+        self.max_tables = max(4, min(max_tables, MAX_TABLES))
+        self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
+        #: called when something became dirty; set by ``commit``
+        self.on_dirty: Callable[[], None] = lambda: None
+        self._loading: dict[int, asyncio.Task[L2Table]] = {}
+        self._loading_blocks: dict[int, asyncio.Task[None]] = {}
+        self._metadata_array: tuple[int, Entries] = (-1, np.zeros(0, np.uint64))
+        self._register_tables()
+
+    @property
+    def file(self) -> BlockIO:
+        """The node with the image."""
+        return self.children["file"]
+
+    def _register_tables(self) -> None:
+        """Make all metadata known to the allocator; find L1 entries that cannot be."""
+        geometry, refcounts = self.geometry, self.refcounts
+        refcounts.add_metadata(0, 1)
+        refcounts.add_metadata(self.l1_offset, self.l1_clusters)
+        refcounts.add_metadata(refcounts.table_offset, refcounts.table_clusters)
+        fixed = np.fromiter(refcounts.metadata, np.uint64)
+        bits = np.uint64(geometry.cluster_bits)
+        l2 = (self.l1 & np.uint64(OFFSET_MASK)) >> bits
+        blocks = refcounts.table >> bits
+        bad = bad_l1_entries(self.l1, geometry).tolist()
+        self.bad_l1.update(bad)
+        # An L2 table that is also something else, or the table of two L1 entries
+        clash = (l2 != 0) & (np.isin(l2, fixed) | np.isin(l2, blocks[blocks != 0]))
+        self.bad_l1.update(np.flatnonzero(clash).tolist())
+        _, first, counts = np.unique(l2, return_index=True, return_counts=True)
+        if (counts[l2[first] != 0] > 1).any():
+            repeated = l2[first[counts > 1]]
+            self.bad_l1.update(np.flatnonzero(np.isin(l2, repeated) & (l2 != 0)).tolist())
+        refcounts.refuse_blocks_at(fixed)
+        refcounts.metadata.update(l2[l2 != 0].tolist(), blocks[blocks != 0].tolist())
+        refcounts.metadata_version += 1
+
+    # -- L1
+
+    @property
+    def l1_clusters(self) -> int:
+        """Clusters that the L1 table occupies."""
+        return self.geometry.clusters(len(self.l1) * ENTRY_BYTES)
+
+    def l2_offset(self, l1_index: int) -> int:
+        """Host offset of an L2 table, 0 where there is none; raises DamageError."""
+        if l1_index in self.bad_l1:
+            offset = self.l1_view[l1_index] & OFFSET_MASK
+            raise DamageError(
+                f"L2 table offset {offset:#x} unaligned or in use (L1 index: {l1_index:#x})",
+                offset=offset,
+                size=self.geometry.cluster_size,
+            )
+        return self.l1_view[l1_index] & OFFSET_MASK
+
+    def _set_l1(self, l1_index: int, host_offset: int) -> None:
+        self.l1_view[l1_index] = host_offset | COPIED
+        self.l1_dirty.add(l1_index, l1_index + 1)
+
+    def replace_l1(self, entries: Entries, host_offset: int) -> None:
+        """The L1 table is ``entries`` at a new place from now on; the next commit writes it."""
+        self.quarantine.free(self.l1_offset, self.l1_clusters, unmap=False)
+        self.l1 = entries
+        self.l1_view = memoryview(cast(Buffer, entries))
+        self.l1_offset = host_offset
+        self.l1_dirty.clear()
+        self.l1_unwritten = True
+        self.refcounts.add_metadata(host_offset, self.l1_clusters)
+        self.pending_fields.update(l1_table_offset=host_offset, l1_size=len(entries))
+        self.on_dirty()
+
+    # -- L2
+
+    async def load(self, l1_index: int) -> L2Table | None:
+        """The L2 table of an L1 entry; None where there is none."""
+        table = self.tables.get(l1_index)
+        if table is not None:
+            table.used = True
+            return table
+        if not self.l2_offset(l1_index):
+            return None
+        task = self._loading.get(l1_index)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load(l1_index))
+            self._loading[l1_index] = task
+        # Shielded: whoever else waits for this table does not suffer from a cancelled request.
+        return await asyncio.shield(task)
+
+    async def _load(self, l1_index: int) -> L2Table:
+        try:
+            entry = self.l1_view[l1_index]
+            host_offset = entry & OFFSET_MASK
+            data = await read_bytes(self.file, host_offset, self.geometry.cluster_size)
+            assert self.l1_view[l1_index] == entry and l1_index not in self.tables
+            table = L2Table(
+                l1_index, host_offset, from_disk(data), exclusive=bool(entry & COPIED), is_new=False
+            )
+            table.bad = self._bad_entries(table.entries)
+            self._evict()
+            self.tables[l1_index] = table
+            return table
+        finally:
+            del self._loading[l1_index]
+
+    def _bad_entries(self, entries: Entries) -> frozenset[int]:
+        """Entries that cannot be, or that would let a guest reach metadata."""
+        version, metadata = self._metadata_array
+        if version != self.refcounts.metadata_version:
+            metadata = np.sort(np.fromiter(self.refcounts.metadata, np.uint64))
+            self._metadata_array = (self.refcounts.metadata_version, metadata)
+        hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
+        standard = (entries & np.uint64(COMPRESSED)) == 0
+        clash = np.flatnonzero(standard & (hosts != 0) & np.isin(hosts, metadata))
+        return frozenset(bad_l2_entries(entries, self.geometry).tolist()) | frozenset(
+            clash.tolist()
+        )
+
+    def check_entries(self, table: L2Table, first: int, count: int) -> None:
+        """Raise DamageError if one of these entries cannot be."""
+        for index in table.bad:
+            if first <= index < first + count:
+                offset = table.view[index] & OFFSET_MASK
+                raise DamageError(
+                    f"Cluster allocation offset {offset:#x} unaligned or in metadata "
+                    f"(L2 offset: {table.host_offset:#x}, L2 index: {index:#x})",
+                    offset=offset,
+                    size=self.geometry.cluster_size,
+                )
+
+    async def writable(self, l1_index: int) -> L2Table:
+        """The L2 table of an L1 entry, to be changed; made or copied if need be. Not pinned."""
+        while True:
+            host_offset = self.l2_offset(l1_index)
+            if not host_offset:
+                new_offset = await self.allocate_cluster()
+                if self.l2_offset(l1_index):  # somebody was faster
+                    self.quarantine.free(new_offset, 1, unmap=False)
+                    continue
+                return self._add_table(l1_index, new_offset)
+            table = self.tables.get(l1_index) or await self.load(l1_index)
+            if table is None or self.tables.get(l1_index) is not table:
+                continue
+            if table.exclusive:
+                return table
+            table.pins += 1
+            try:
+                new_offset = await self.allocate_cluster()
+            finally:
+                table.pins -= 1
+            if table.exclusive:
+                self.quarantine.free(new_offset, 1, unmap=False)
+                continue
+            self._make_exclusive(table, new_offset)
+            return table
+
+    def _add_table(self, l1_index: int, host_offset: int) -> L2Table:
+        entries = np.zeros(self.geometry.l2_entries, np.uint64)
+        table = L2Table(l1_index, host_offset, entries, exclusive=True, is_new=True)
+        self._evict()
+        self.tables[l1_index] = table
+        self.refcounts.add_metadata(host_offset, 1)
+        self._set_l1(l1_index, host_offset)
+        self.mark_dirty(table, 0, len(entries))
+        return table
+
+    def _make_exclusive(self, table: L2Table, host_offset: int) -> None:
+        """Give the table, which a snapshot shares, a cluster of its own."""
+        self.quarantine.free(table.host_offset, 1, unmap=False)
+        table.host_offset = host_offset
+        table.exclusive = table.is_new = True
+        self.refcounts.add_metadata(host_offset, 1)
+        self._set_l1(table.l1_index, host_offset)
+        self.mark_dirty(table, 0, len(table.entries))
+
+    def mark_dirty(self, table: L2Table, first: int, end: int) -> None:
+        """Entries ``first`` up to, not including, ``end`` were changed."""
+        table.dirty.add(first, end)
+        self.dirty_tables[table.l1_index] = table
+        self.on_dirty()
+
+    def _evict(self) -> None:
+        """Make room for one more table, where there are clean ones that were not used lately."""
+        surplus = len(self.tables) + 1 - self.max_tables
+        if surplus <= 0:
+            return
+        for l1_index, table in list(self.tables.items()):
+            if table.dirty or table.is_new or table.pins:
+                continue
+            # Clean, new since the last round: back to the end of the queue
+            del self.tables[l1_index]
+            if table.used:
+                table.used = False
+                self.tables[l1_index] = table
+                continue
+            surplus -= 1
+            if surplus <= 0:
+                return
+
+    # -- entries
+
+    def publish(self, table: L2Table, first: int, entries: Entries, *, unmap: bool = False) -> None:
+        """Replace entries; what they referred to is freed (``unmap``: back to the host)."""
+        count = len(entries)
+        old = table.entries[first : first + count].copy()
+        table.entries[first : first + count] = entries
+        self.mark_dirty(table, first, first + count)
+        kept = np.uint64(OFFSET_MASK | COMPRESSED)
+        changed = ((old & kept) != (entries & kept)) & ((old & kept) != 0)
+        if changed.any():
+            self._free_entries(old[changed], unmap=unmap)
+
+    def publish_run(self, table: L2Table, first: int, host_offset: int, count: int) -> None:
+        """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
+        if count == 1 and not table.view[first]:  # by far the most frequent, and 10 times faster
+            table.view[first] = host_offset | COPIED
+            self.mark_dirty(table, first, first + 1)
+            return
+        hosts = np.arange(count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
+        self.publish(table, first, hosts + np.uint64(host_offset | COPIED))
+
+    def _free_entries(self, entries: Entries, *, unmap: bool) -> None:
+        """Memory no longer has these L2 entries: free what they refer to."""
+        geometry = self.geometry
+        compressed = (entries & np.uint64(COMPRESSED)) != 0
+        for entry in entries[compressed].tolist():
+            place = compressed_range(entry, geometry)
+            start = place.host_offset >> geometry.cluster_bits
+            end = (place.host_offset + place.length - 1) >> geometry.cluster_bits
+            self.quarantine.free(start << geometry.cluster_bits, end - start + 1, unmap=unmap)
+        hosts = entries[~compressed] & np.uint64(OFFSET_MASK)
+        if not len(hosts):
+            return
+        breaks = np.flatnonzero(hosts[1:] != hosts[:-1] + np.uint64(geometry.cluster_size)) + 1
+        starts = [0, *breaks.tolist()]
+        for start, end in zip(starts, [*starts[1:], len(hosts)], strict=True):
+            self.quarantine.free(int(hosts[start]), end - start, unmap=unmap)
+
+    # -- clusters
+
+    async def allocate(self, count: int) -> tuple[int, int, bool]:
+        """(host_offset, clusters, fresh) of 1 to ``count`` adjacent clusters.
+
+        ``fresh`` ones were never written to and read as zeros.
+        """
+        while True:
+            try:
+                host_offset, found = self.refcounts.allocate(count)
+            except BlockNeeded as needed:
+                await self.load_block(needed.index)
+                continue
+            fresh = self.refcounts.is_fresh(host_offset)
+            self.refcounts.touched(host_offset, found)
+            self.on_dirty()
+            return host_offset, found, fresh
+
+    async def allocate_cluster(self) -> int:
+        """The host offset of one cluster."""
+        return (await self.allocate(1))[0]
+
+    async def allocate_exactly(self, count: int) -> int:
+        """The host offset of ``count`` adjacent clusters."""
+        while True:
+            try:
+                host_offset = self.refcounts.allocate_exactly(count)
+            except BlockNeeded as needed:
+                await self.load_block(needed.index)
+                continue
+            self.refcounts.touched(host_offset, count)
+            self.on_dirty()
+            return host_offset
+
+    async def load_block(self, index: int) -> None:
+        """Read a refcount block."""
+        task = self._loading_blocks.get(index)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load_block(index))
+            self._loading_blocks[index] = task
+        await asyncio.shield(task)
+
+    async def _load_block(self, index: int) -> None:
+        try:
+            offset = self.refcounts.block_offset(index)
+            data = await read_bytes(self.file, offset, self.geometry.cluster_size)
+            if index not in self.refcounts.blocks:
+                self.refcounts.evict(self.max_refcount_blocks)
+                self.refcounts.add_block(index, data)
+        finally:
+            del self._loading_blocks[index]
+
+
+def zero_entry(old: int, *, keep: bool) -> int:
+    """The entry that reads as zeros in place of ``old``, with its host cluster or without."""
+    if keep and not old & COMPRESSED and old & OFFSET_MASK:
+        return (old & (OFFSET_MASK | COPIED)) | ZERO
+    return ZERO

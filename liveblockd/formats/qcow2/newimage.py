@@ -1,0 +1,161 @@
+"""The bytes of a new, empty qcow2 image.
+
+Specification: docs/interop/qcow2. The layout is that of qemu-img: header, refcount table, refcount
+blocks, L1 table, each from a cluster boundary on.
+
+Runs on: pure. Invariants: ``qemu-img check`` finds nothing to complain about.
+Errors: ``BlockError`` in the words of qemu-img.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from errno import EFBIG, ENOSPC
+
+import numpy as np
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.allocator import Write, pack_counts
+from liveblockd.formats.qcow2.header import Header, feature_name_table, serialise
+from liveblockd.formats.qcow2.layout import (
+    ENTRY_BYTES,
+    HEADER_LENGTH_V2,
+    HEADER_LENGTH_V3,
+    MAX_BACKING_FORMAT,
+    MAX_BACKING_NAME,
+    MAX_DISK_SIZE,
+    MAX_L1_BYTES,
+    SECTOR,
+    Compatible,
+    Extension,
+    Geometry,
+)
+from liveblockd.formats.qcow2.tables import to_disk
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """What is asked for; sizes in bytes."""
+
+    size: int
+    cluster_size: int = 65536
+    version: int = 3
+    refcount_bits: int = 16
+    backing_file: str | None = None
+    backing_format: str | None = None
+    lazy_refcounts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The bytes: all ``tables`` are durable before ``header`` is written at offset 0."""
+
+    header: bytes
+    tables: tuple[Write, ...]
+
+
+def check_options(new: NewImage) -> Geometry:
+    """The geometry; raises BlockError."""
+    if new.size % SECTOR:
+        raise BlockError("Image size must be a multiple of 512 bytes")
+    size = new.cluster_size
+    if size & (size - 1) or not 512 <= size <= 2 << 20:
+        raise BlockError("Cluster size must be a power of two between 512 and 2048k")
+    bits = new.refcount_bits
+    if bits & (bits - 1) or not 1 <= bits <= 64:
+        raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
+    if new.version not in (2, 3):
+        raise BlockError(f"Unsupported qcow2 version {new.version}")
+    if new.version < 3 and bits != 16:
+        raise BlockError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+            "(use version=v3 or greater)"
+        )
+    if new.version < 3 and new.lazy_refcounts:
+        raise BlockError(
+            "Lazy refcounts only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
+    if new.backing_format is not None and new.backing_file is None:
+        raise BlockError("Backing format cannot be used without backing file")
+    geometry = Geometry(new.version, size.bit_length() - 1, bits.bit_length() - 1)
+    l1_bytes = geometry.l1_size(new.size) * ENTRY_BYTES
+    if new.size < 0 or new.size > MAX_DISK_SIZE or l1_bytes > MAX_L1_BYTES:
+        raise BlockError(
+            "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+            errno=EFBIG,
+        )
+    return geometry
+
+
+def lay_out(new: NewImage) -> Layout:
+    """The bytes of the image; raises BlockError."""
+    geometry = check_options(new)
+    size = geometry.cluster_size
+    l1_size = max(1, geometry.l1_size(new.size))
+    l1_clusters = geometry.clusters(l1_size * ENTRY_BYTES)
+    table_clusters = blocks = 1
+    while True:  # the tables must describe themselves
+        total = 1 + table_clusters + blocks + l1_clusters
+        needed_blocks = -(-total // geometry.refcounts_per_block)
+        needed_clusters = geometry.clusters(needed_blocks * ENTRY_BYTES)
+        if (needed_blocks, needed_clusters) == (blocks, table_clusters):
+            break
+        blocks, table_clusters = needed_blocks, needed_clusters
+    table_offset = size
+    blocks_offset = table_offset + table_clusters * size
+    l1_offset = blocks_offset + blocks * size
+    table = np.zeros(table_clusters * geometry.l2_entries, np.uint64)
+    table[:blocks] = np.arange(blocks, dtype=np.uint64) * np.uint64(size) + np.uint64(blocks_offset)
+    counts = np.zeros(blocks * geometry.refcounts_per_block, np.uint64)
+    counts[:total] = 1
+    header = Header(
+        version=new.version,
+        cluster_bits=geometry.cluster_bits,
+        size=new.size,
+        l1_size=l1_size,
+        l1_table_offset=l1_offset,
+        refcount_table_offset=table_offset,
+        refcount_table_clusters=table_clusters,
+        refcount_order=geometry.refcount_order,
+        compatible=int(Compatible.LAZY_REFCOUNTS) if new.lazy_refcounts else 0,
+        header_length=HEADER_LENGTH_V3 if new.version >= 3 else HEADER_LENGTH_V2,
+        backing_file=_encoded(new.backing_file, MAX_BACKING_NAME, "file"),
+        extensions=_extensions(new),
+    )
+    tables = (
+        Write(table_offset, to_disk(table)),
+        Write(blocks_offset, pack_counts(counts, geometry.refcount_order)),
+        Write(l1_offset, bytes(l1_clusters * size)),
+    )
+    return Layout(_serialise(header).ljust(size, b"\0"), tables)
+
+
+def _serialise(header: Header) -> bytes:
+    try:
+        return serialise(header)
+    except BlockError as error:
+        if error.errno != ENOSPC:
+            raise
+    # The names of the features are a help for messages: they give way in a small cluster.
+    lean = tuple(e for e in header.extensions if e[0] != Extension.FEATURE_NAMES)
+    return serialise(replace(header, extensions=lean))
+
+
+def _encoded(text: str | None, limit: int, what: str) -> bytes | None:
+    if text is None:
+        return None
+    data = text.encode("utf-8", "surrogateescape")
+    if len(data) > limit or b"\0" in data:
+        raise BlockError(f"Backing {what} name too long")
+    return data or None
+
+
+def _extensions(new: NewImage) -> tuple[tuple[int, bytes], ...]:
+    found: list[tuple[int, bytes]] = []
+    backing_format = _encoded(new.backing_format, MAX_BACKING_FORMAT, "format")
+    if backing_format is not None:
+        found.append((int(Extension.BACKING_FORMAT), backing_format))
+    if new.version >= 3:
+        found.append((int(Extension.FEATURE_NAMES), feature_name_table()))
+    return tuple(found)

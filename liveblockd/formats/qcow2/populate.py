@@ -1,0 +1,244 @@
+"""A job's copy into the image, below every guest write: streamed data.
+
+Specification: DESIGN, section 4, rule 2; ``storage.driver.BlockDriver.populate``.
+
+Runs on: the event loop, in tasks of the engine; ``populate_from`` copies on workers.
+Invariants: clusters are published by compare-and-set: an entry that is no longer unallocated, or
+a cluster that a guest write has claimed, wins over the copy, whose cluster is freed. No claim
+is taken, so a guest write never waits. On return every cluster of the range is held by this image:
+where a guest write failed, its cluster has been copied again.
+Errors: OSError; ``DamageError``. Clusters that were published before it stay.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Awaitable, Callable
+from errno import EINVAL
+
+import numpy as np
+import numpy.typing as npt
+
+from liveblockd.formats.qcow2.claims import Claims
+from liveblockd.formats.qcow2.cow import Writer, write_bytes
+from liveblockd.formats.qcow2.layout import ZERO
+from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.zeroes import Eraser
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage import copy_engine, hostcalls
+from liveblockd.storage.driver import Buffer, HostFile
+
+Zeroes = npt.NDArray[np.bool_]
+
+#: bytes that are copied at a time: what is lost when the last cluster of them fails
+MAX_COPY = 64 << 20
+
+#: Puts clusters ``start`` to ``start + count`` of the request at a host offset and says which of
+#: them are zeros (those were not written).
+_Fill = Callable[[int, int, int], Awaitable[Zeroes | None]]
+
+
+def clone_or_copy(
+    source_fd: int, source_offset: int, fd: int, offset: int, length: int, cluster_size: int
+) -> Zeroes | None:
+    """On a worker: share the extents if the file system can (None), else copy what is not zeros.
+
+    Closes both descriptors: duplicates, so that a node that is closed meanwhile does no harm.
+    """
+    try:
+        return _clone_or_copy(source_fd, source_offset, fd, offset, length, cluster_size)
+    finally:
+        os.close(source_fd)
+        os.close(fd)
+
+
+def read_and_close(fd: int, offset: int, length: int) -> bytes:
+    """On a worker: bytes of a file, zeros past its end; closes the (duplicated) descriptor."""
+    try:
+        return bytes(hostcalls.read(fd, offset, length))
+    finally:
+        os.close(fd)
+
+
+def _clone_or_copy(
+    source_fd: int, source_offset: int, fd: int, offset: int, length: int, cluster_size: int
+) -> Zeroes | None:
+    if (source_offset | offset | length) % copy_engine.CLONE_ALIGNMENT == 0:
+        request = struct.pack("qQQQ", source_fd, source_offset, length, offset)
+        try:
+            fcntl.ioctl(fd, copy_engine.FICLONERANGE, request)
+        except OSError:
+            pass  # whatever the reason: a plain copy finds out whether it matters
+        else:
+            return None
+    return copy_engine.copy_nonzero(source_fd, source_offset, fd, offset, length, cluster_size)
+
+
+class Populator:
+    """See the module."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        claims: Claims,
+        writer: Writer,
+        eraser: Eraser,
+        workers: WorkerPool,
+    ) -> None:
+        self._metadata = metadata
+        self._claims = claims
+        self._writer = writer
+        self._eraser = eraser
+        self._workers = workers
+
+    async def populate(self, offset: int, data: Buffer) -> None:
+        """Store data of the chain below; whole clusters, but for the end of the disk."""
+        size = self._metadata.geometry.cluster_size
+        self._check(offset, len(data))
+        view = memoryview(data)
+        count = -(-len(data) // size)
+        zero = np.zeros(count, np.bool_)
+        whole = len(data) // size
+        if self._metadata.geometry.has_zero_clusters:
+            zero[:whole] = copy_engine.zero_clusters(view[: whole * size], size)
+            if whole < count:
+                zero[whole] = copy_engine.is_zero(view[whole * size :])
+
+        async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
+            part = view[start * size : (start + clusters) * size]
+            if len(part) < clusters * size:
+                part = memoryview(bytes(part).ljust(clusters * size, b"\0"))
+            await write_bytes(self._metadata.file, host_offset, part)
+            return None
+
+        await self._populate(offset // size, count, zero, fill)
+
+    async def populate_zeroes(self, offset: int, length: int) -> None:
+        """The same for zeros: zero clusters, or real zeros in version 2."""
+        geometry = self._metadata.geometry
+        self._check(offset, length)
+        count = geometry.clusters(length)
+
+        async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
+            del start
+            await self._metadata.file.write_zeroes(host_offset, clusters * geometry.cluster_size)
+            return None
+
+        zero = np.full(count, geometry.has_zero_clusters, np.bool_)
+        await self._populate(offset // geometry.cluster_size, count, zero, fill)
+
+    async def populate_from(
+        self, offset: int, length: int, source: HostFile, source_offset: int
+    ) -> None:
+        """The same for bytes of a host file."""
+        geometry = self._metadata.geometry
+        size = geometry.cluster_size
+        self._check(offset, length)
+        target = self._metadata.file.host_file()
+        if source.direct:
+            raise OSError(EINVAL, "the source is open for direct I/O")
+        direct = target is None or target.direct
+
+        async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
+            at = source_offset + start * size
+            part = min(clusters * size, length - start * size)
+            if direct or part % size:
+                data = await self._workers.run(read_and_close, os.dup(source.fd), at, part)
+                padded = data.ljust(clusters * size, b"\0")
+                await write_bytes(self._metadata.file, host_offset, padded)
+                return None
+            assert target is not None
+            zero = await self._workers.run(
+                clone_or_copy, os.dup(source.fd), at, os.dup(target.fd), host_offset, part, size
+            )
+            if zero is None or geometry.has_zero_clusters or not zero.any():
+                return zero
+            # Version 2 has no zero clusters: they need real zeros.
+            for index in np.flatnonzero(zero).tolist():
+                await write_bytes(self._metadata.file, host_offset + index * size, bytes(size))
+            return None
+
+        count = geometry.clusters(length)
+        await self._populate(offset // size, count, np.zeros(count, np.bool_), fill)
+
+    def _check(self, offset: int, length: int) -> None:
+        """The contract of ``populate``; raises OSError(EINVAL)."""
+        size = self._metadata.geometry.cluster_size
+        end = offset + length
+        if offset % size or (end % size and end != self._writer.disk_size):
+            raise OSError(EINVAL, "not whole clusters")
+
+    async def _populate(self, first: int, count: int, zero: Zeroes, fill: _Fill) -> None:
+        """Make the image hold the clusters from ``first`` on; those in ``zero`` read as zeros."""
+        metadata, claims = self._metadata, self._claims
+        entries = metadata.geometry.l2_entries
+        limit = max(1, MAX_COPY >> metadata.geometry.cluster_bits)
+        done = 0
+        while done < count:
+            cluster = first + done
+            index = cluster & (entries - 1)
+            part = min(count - done, entries - index, limit)
+            table = await metadata.writable(cluster // entries)
+            if table.bad:
+                metadata.check_entries(table, index, part)
+            held = table.entries[index : index + part] != 0
+            if held[0]:
+                done += _run_length(held)
+                continue
+            if cluster in claims:
+                await claims.wait(cluster)
+                continue
+            run = claims.free_count(cluster, _run_length(~held))
+            wanted = zero[done : done + run]
+            run = _run_length(wanted if wanted[0] else ~wanted)
+            if wanted[0]:
+                if self._eraser.has_below:
+                    metadata.publish(table, index, np.full(run, ZERO, np.uint64))
+                done += run
+                continue
+            # What was lost to a guest write, or to its claim, is looked at again.
+            await self._copy(table, index, cluster, run, done, fill)
+
+    async def _copy(
+        self, table: L2Table, index: int, cluster: int, count: int, start: int, fill: _Fill
+    ) -> None:
+        """Allocate, fill and publish up to ``count`` clusters."""
+        metadata, claims = self._metadata, self._claims
+        size = metadata.geometry.cluster_size
+        table.pins += 1
+        try:
+            host_offset, count, _ = await metadata.allocate(count)
+            try:
+                zero = await fill(start, count, host_offset)
+            except OSError:
+                metadata.quarantine.free(host_offset, count, unmap=False)
+                raise
+            # From here on no await: compare and set.
+            wins = table.entries[index : index + count] == 0
+            for number in range(count):
+                if len(claims) and cluster + number in claims:
+                    wins[number] = False
+            written = wins if zero is None else wins & ~zero
+            for begin, end in _runs(written):
+                metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
+            for begin, end in _runs(~written):
+                metadata.quarantine.free(host_offset + begin * size, end - begin, unmap=False)
+            if zero is not None:
+                for begin, end in _runs(wins & zero):
+                    metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
+        finally:
+            table.pins -= 1
+
+
+def _run_length(values: Zeroes) -> int:
+    """How many of the first values are True."""
+    hit = int(values.argmin())
+    return len(values) if values[hit] else hit
+
+
+def _runs(values: Zeroes) -> list[tuple[int, int]]:
+    """Ranges ``first <= i < last`` of True."""
+    edges = np.flatnonzero(np.diff(values, prepend=False, append=False))
+    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

@@ -1,0 +1,188 @@
+"""Guest reads that have to wait, and what a range of the disk is made of.
+
+Specification: docs/interop/qcow2, "Cluster mapping".
+
+Runs on: the event loop; clusters are decompressed by workers. A request is in the quarantine's
+epoch from before it looks at an entry until it has its bytes, so that no host cluster it goes to
+is given to somebody else meanwhile.
+Errors: OSError from below; ``DamageError``; EIO for compressed data that is no cluster.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from errno import EIO
+
+from liveblockd.formats.qcow2.layout import Compression
+from liveblockd.formats.qcow2.mapping import append_extent, runs
+from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
+from liveblockd.formats.qcow2.tables import compressed_range
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage.driver import BlockIO, Buffer, Extent, ExtentKind
+
+#: extents in one answer of ``map``
+MAP_LIMIT = 4096
+_WINDOW_BITS = -12  # what is in qcow2 images: raw deflate with a window of 4 KiB
+
+
+def inflate(data: Buffer, length: int, compression: int) -> bytes:
+    """The ``length`` bytes of a compressed cluster; runs on a worker. Raises OSError(EIO)."""
+    if compression == Compression.ZSTD:
+        return _inflate_zstd(data, length)
+    try:
+        # At most ``length`` bytes come out, whatever the data claims to be.
+        result = zlib.decompressobj(_WINDOW_BITS).decompress(data, length)
+    except zlib.error as error:
+        raise OSError(EIO, f"a compressed cluster is damaged: {error}") from None
+    if len(result) != length:
+        raise OSError(EIO, "a compressed cluster is cut off")
+    return result
+
+
+def _inflate_zstd(data: Buffer, length: int) -> bytes:
+    import zstandard  # type: ignore[import-not-found,unused-ignore]  # refused at open where it is missing
+
+    try:
+        reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=False)
+        result = bytes(reader.read(length))
+    except zstandard.ZstdError as error:
+        raise OSError(EIO, f"a compressed cluster is damaged: {error}") from None
+    if len(result) != length:
+        raise OSError(EIO, "a compressed cluster is cut off")
+    return result
+
+
+class _Part:
+    """A piece of a request: where it goes, and where its bytes come from."""
+
+    __slots__ = ("entries", "extent", "guest_offset")
+
+    def __init__(self, guest_offset: int, extent: Extent, entries: list[int]) -> None:
+        self.guest_offset = guest_offset
+        self.extent = extent
+        self.entries = entries  # of compressed clusters
+
+
+class Reader:
+    """Reads of one image; ``children`` is the driver's."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        children: Mapping[str, BlockIO],
+        workers: WorkerPool,
+    ) -> None:
+        self._metadata = metadata
+        self._children = children
+        self._workers = workers
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes as the guest sees them; the caller is in an epoch of the quarantine."""
+        parts: list[_Part] = []
+        position, end = offset, offset + length
+        span = self._metadata.geometry.span
+        while position < end:
+            stop = min(end, (position // span + 1) * span)
+            parts.extend(await self._parts(position, stop - position))
+            position = stop
+        if len(parts) == 1:
+            return await self._read_part(parts[0])
+        result = bytearray(length)
+        for part in parts:
+            if part.extent.kind is ExtentKind.ZERO:
+                continue
+            start = part.guest_offset - offset
+            result[start : start + part.extent.length] = await self._read_part(part)
+        return result
+
+    async def _parts(self, offset: int, length: int) -> list[_Part]:
+        """The parts of a range within the span of one L2 table."""
+        metadata = self._metadata
+        geometry = metadata.geometry
+        bits, size = geometry.cluster_bits, geometry.cluster_size
+        table = await metadata.load(offset // geometry.span)
+        if table is None:
+            return [_Part(offset, Extent(length, ExtentKind.UNALLOCATED), [])]
+        first = offset >> bits & (geometry.l2_entries - 1)
+        count = (offset + length - 1 >> bits) - (offset >> bits) + 1
+        if table.bad:
+            metadata.check_entries(table, first, count)
+        found = []
+        position, end = offset, offset + length
+        for run in runs(table.entries, first, count, size):
+            inside = position & (size - 1)
+            part = min(end - position, run.clusters * size - inside)
+            host = run.host_offset + inside if run.kind is ExtentKind.DATA else -1
+            entries = []
+            if run.kind is ExtentKind.COMPRESSED:
+                entries = table.entries[run.first : run.first + run.clusters].tolist()
+            found.append(_Part(position, Extent(part, run.kind, host), entries))
+            position += part
+        return found
+
+    async def _read_part(self, part: _Part) -> Buffer:
+        length, kind, host_offset = part.extent
+        if kind is ExtentKind.DATA:
+            return await read_bytes(self._metadata.file, host_offset, length)
+        if kind is ExtentKind.UNALLOCATED:
+            return await self.read_backing(part.guest_offset, length)
+        if kind is ExtentKind.ZERO:
+            return bytes(length)
+        return await self._read_compressed(part)
+
+    async def read_backing(self, offset: int, length: int) -> Buffer:
+        """The bytes below this image; zeros beyond its end or without it."""
+        backing = self._children.get("backing")
+        if backing is None:
+            return bytes(length)
+        return await read_bytes(backing, offset, length)
+
+    async def _read_compressed(self, part: _Part) -> Buffer:
+        size = self._metadata.geometry.cluster_size
+        skip = part.guest_offset % size
+        clusters = []
+        for number, entry in enumerate(part.entries):
+            if number * size - skip >= part.extent.length:
+                break
+            clusters.append(await self._inflate(entry))
+        data = b"".join(clusters) if len(clusters) > 1 else clusters[0]
+        return data[skip : skip + part.extent.length]
+
+    async def _inflate(self, entry: int) -> bytes:
+        geometry = self._metadata.geometry
+        place = compressed_range(entry, geometry)
+        data = await read_bytes(self._metadata.file, place.host_offset, place.length)
+        compression = self._metadata.header.compression_type
+        return await self._workers.run(inflate, data, geometry.cluster_size, compression)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Extents of a prefix of the range; whole spans without a table cost nothing."""
+        metadata = self._metadata
+        span = metadata.geometry.span
+        extents: list[Extent] = []
+        position, end = offset, offset + length
+        while position < end and len(extents) < MAP_LIMIT:
+            l1_index = position // span
+            if not metadata.l2_offset(l1_index):
+                stop = min(end, self._next_table(l1_index) * span)
+                append_extent(extents, Extent(stop - position, ExtentKind.UNALLOCATED))
+            else:
+                if extents and l1_index not in metadata.tables:
+                    break  # what is known is answered before the disk is asked
+                stop = min(end, (l1_index + 1) * span)
+                for part in await self._parts(position, stop - position):
+                    append_extent(extents, part.extent)
+            position = stop
+        return extents
+
+    def _next_table(self, l1_index: int) -> int:
+        """The first L1 index after ``l1_index`` that has a table, or the end of the L1 table."""
+        view = self._metadata.l1_view
+        size = len(view)
+        for step in range(l1_index + 1, min(l1_index + 64, size)):
+            if view[step]:
+                return step
+        rest = self._metadata.l1[l1_index + 1 :] != 0
+        hit = int(rest.argmax()) if len(rest) else 0
+        return l1_index + 1 + hit if len(rest) and rest[hit] else size
