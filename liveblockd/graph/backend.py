@@ -29,7 +29,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from liveblockd.events import BlockIoError
-from liveblockd.formats.probe import PROBE_LENGTH, probe_format
+from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import chain
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.statistics import Statistics
@@ -304,7 +304,7 @@ class Backend:
 
     async def _store(self, offset: int, data: Buffer, fua: bool) -> None:
         node = self.edge.child
-        if node.probed and offset < PROBE_LENGTH:
+        if node.probed and offset < PROBE_BYTES:
             await self._guard_probed(node, offset, data)
         detect = node.detect_zeroes
         if detect is not BlockdevDetectZeroesOptions.OFF and is_zero(data):
@@ -336,7 +336,7 @@ class Backend:
     @staticmethod
     async def _guard_probed(node: Node, offset: int, data: Buffer) -> None:
         """Nobody said this image is raw: a guest must not turn it into another format."""
-        size = min(PROBE_LENGTH, node.driver.length)
+        size = min(PROBE_BYTES, node.driver.length)
         head = bytearray(await node.read(0, size))
         part = bytes(memoryview(data)[: max(0, size - offset)])
         head[offset : offset + len(part)] = part

@@ -88,6 +88,8 @@ def _own_image_info(node: Node) -> dict[str, Any]:
     if info["format"] not in _UNKNOWING:
         info["dirty-flag"] = driver.dirty_flag()
     specific = driver.format_specific()
+    if specific is None and info["format"] in ("file", "host_device"):
+        specific = {"type": "file", "data": {}}
     if specific is not None:
         info["format-specific"] = dict(specific)
     if written := driver.backing_file:

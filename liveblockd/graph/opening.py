@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.probe import PROBE_LENGTH, probe_format
+from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import filenames
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Edge, Node
@@ -134,7 +134,7 @@ class Opener:
                 child_options, members = await self._implied_options(node, written, members)
                 child = await self._open_one(child_options, node, "backing")
                 if (identity := _identity(child)) is not None and identity in seen:
-                    raise _ChainError(f"the backing chain of '{top.filename}' has a loop")
+                    raise _ChainError(f"the backing chain of '{_shown(top)}' has a loop")
                 seen.append(identity)
                 if len(seen) > MAX_DEPTH:
                     raise _ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
@@ -276,12 +276,16 @@ class Opener:
 
 async def probe_node(node: Node) -> str:
     """The name of the format that the first bytes of a protocol node suggest."""
-    head = await node.read(0, min(PROBE_LENGTH, node.length))
+    head = await node.read(0, min(PROBE_BYTES, node.length))
     return probe_format(bytes(head))
 
 
 class _ChainError(BlockError):
     """The chain as a whole is at fault: said once, not once a link."""
+
+
+def _shown(node: Node) -> str:
+    return filenames.base_for_relative(node) or node.name
 
 
 def _identity(node: Node) -> str | None:

@@ -57,7 +57,8 @@ def _find(graph: Graph, given: BlockdevOptions) -> Node:
 
 
 def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
-    if node.backing is not None and "backing" not in given.model_fields_set:
+    has_backing = node.backing is not None or node.driver.backing_file
+    if has_backing and "backing" not in given.model_fields_set:
         raise BlockError(f"backing is missing for '{node.name}'")
     if given.driver != node.driver_class.driver_name:
         raise BlockError("Cannot change the option 'driver'")
