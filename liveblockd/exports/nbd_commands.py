@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from errno import EINVAL, EOPNOTSUPP
 from typing import Final, TypeAlias
 
-import numpy as np
-
 from liveblockd.exports.backend import BlockStatus, Buffer
 from liveblockd.exports.nbd_export import NbdExport
 from liveblockd.nbd.constants import (
@@ -39,6 +37,7 @@ from liveblockd.nbd.transmission import (
     simple_reply,
     status_chunk,
 )
+from liveblockd.storage.copy_engine import is_zero
 
 #: a reply to a READ of so many bytes is looked through for zeros; below, sending them is cheaper
 HOLE_MINIMUM: Final = 64 << 10
@@ -55,16 +54,6 @@ class Session:
     export: NbdExport
     structured: bool = False
     contexts: tuple[str, ...] = ()  # the id of each is its index
-
-
-def is_zero(data: Buffer) -> bool:
-    """Whether all bytes are zero; 36 us for 2 MiB of zeros, next to nothing for most data."""
-    size = len(data)
-    if data[0] or data[size - 1] or data[size // 2]:
-        return False
-    whole = size & ~7
-    view = memoryview(data)
-    return not np.frombuffer(view[:whole], np.uint64).max() and not any(view[whole:])
 
 
 def read_reply(session: Session, request: Request, data: Buffer) -> Reply:

@@ -290,7 +290,7 @@ class Negotiation:
                 )
         reader = _Reader(data)
         name = reader.string()
-        queries = [reader.string() for _ in range(reader.count())]
+        queries = [reader.string() for _ in range(reader.u32())]
         reader.end()
         export = self._find(name)
         chosen = selected(queries, export.contexts, listing=listing)
@@ -353,13 +353,6 @@ class _Reader:
     def u32(self) -> int:
         (number,) = _U32.unpack(self._bytes(_U32.size))
         return int(number)
-
-    def count(self) -> int:
-        """A number of strings to come, each of which takes 4 bytes at least."""
-        number = self.u32()
-        if number > (len(self._data) - self._position) // _U32.size:
-            raise OptionError(OptionReply.ERR_INVALID, "inconsistent lengths in option")
-        return number
 
     def string(self) -> str:
         length = self.u32()
