@@ -55,7 +55,7 @@ async def test_explicit_file_node_stays_writable(world):
 
 
 async def test_snapshot_waits_for_writes_in_flight(world):
-    disk, over, user = await pair(world)
+    disk, _over, user = await pair(world)
     disk.driver.gate = asyncio.Event()
     write = asyncio.create_task(user.write(CLUSTER, b"x" * CLUSTER))
     await asyncio.sleep(0)
@@ -85,7 +85,7 @@ def state(world):
 
 
 async def test_a_failing_flush_changes_nothing(world):
-    disk, over, user = await pair(world)
+    disk, _over, user = await pair(world)
     before = state(world)
     disk.driver.fail_flush = OSError(EIO, "Input/output error")
     with pytest.raises(OSError):
@@ -97,7 +97,7 @@ async def test_a_failing_flush_changes_nothing(world):
 
 
 async def test_failing_to_become_read_only_changes_nothing(world, monkeypatch):
-    disk, over, user = await pair(world)
+    disk, _over, user = await pair(world)
     before = state(world)
 
     async def refuse(self, read_only):
@@ -154,7 +154,7 @@ async def test_unattached_overlay_goes(world, monkeypatch):
 
 
 async def test_blocked_by_a_job(world):
-    disk, over, user = await pair(world)
+    disk, _over, _user = await pair(world)
     disk.op_blockers.append("block device is in use by block job: stream")
     with pytest.raises(BlockError) as info:
         await snapshot.snapshot(world.graph, "disk", "over")
@@ -166,7 +166,7 @@ async def test_blocked_by_a_job(world):
 
 
 async def test_snapshot_refusals(world):
-    disk, over, user = await pair(world)
+    _disk, _over, _user = await pair(world)
     await world.add(driver="memory", node_name="flat", size=512)
     for node, overlay, message in (
         ("ghost", "over", "Cannot find device='ghost' nor node-name='ghost'"),
@@ -181,7 +181,7 @@ async def test_snapshot_refusals(world):
 
 
 async def test_a_backing_node_takes_no_writer(world):
-    disk, over, user = await pair(world)
+    disk, _over, _user = await pair(world)
     await snapshot.snapshot(world.graph, "disk", "over")
     with pytest.raises(BlockError) as info:
         await world.graph.attach(disk, READ_WRITE, user="block device 'exp'")
@@ -198,7 +198,7 @@ async def test_a_backing_node_takes_no_writer(world):
 
 
 async def test_filter_life(world):
-    disk, over, user = await pair(world)
+    disk, _over, user = await pair(world)
     above = await surgery.insert_filter(world.graph, disk, "flt")
     assert user.node is above and bytes(user.read_nowait(0, 1)) == b"\x01"
     assert above.filename == (
