@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from liveblockd.events import Event, Publisher
+from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.scheduler import Scheduler
@@ -15,7 +16,10 @@ from liveblockd.qapi import parse
 from liveblockd.runtime.clock import Clock
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment
+from liveblockd.storage.registry import Environment, load_drivers
+
+load_drivers()
+load_formats()
 
 
 class Bench:
@@ -32,9 +36,14 @@ class Bench:
     def _note(self, event: Event) -> None:
         self.events.append((event.name, event.data()))
 
+    @staticmethod
+    def options(**members: Any) -> BlockdevOptions:
+        """Of blockdev-add; ``_`` in the names stands for ``-``."""
+        return parse(BlockdevOptions, {k.replace("_", "-"): v for k, v in members.items()})
+
     async def open(self, **members: Any) -> Node:
         """blockdev-add."""
-        return await self.graph.open(parse(BlockdevOptions, members))
+        return await self.graph.open(self.options(**members))
 
     async def stream(self, device: str, job_id: str = "s", **options: Any) -> Stream:
         """block-stream."""

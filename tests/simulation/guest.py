@@ -1,0 +1,127 @@
+"""A guest: several requests at a time, of every size and alignment, against a model in memory.
+
+Requests that overlap an unfinished write are not made, since nobody could say what they should
+give; requests to other bytes of the same cluster are, and are what finds races.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from liveblockd.graph.backend import Backend
+
+KIB = 1024
+
+
+class Guest:
+    """``model`` is what the disk holds; ``run`` goes on until ``stop`` is set."""
+
+    def __init__(self, backend: Backend, model: bytearray, rng: random.Random, name: str) -> None:
+        assert backend.length == len(model)
+        self.backend = backend
+        self.model = model
+        self.rng = rng
+        self.name = name
+        self.stop = asyncio.Event()
+        self.requests = 0
+        self._busy: list[tuple[int, int, bool]] = []
+
+    async def run(self, at_once: int = 4) -> None:
+        """Make requests; raises AssertionError for a wrong answer."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        rng = self.rng
+        kinds = {self._read: 8, self._write: 8, self._zeroes: 2, self._discard: 2, self._flush: 1}
+        while not self.stop.is_set():
+            request = rng.choices(list(kinds), list(kinds.values()))[0]
+            await request()
+            self.requests += 1
+            await asyncio.sleep(rng.choice((0, 0, 0, 0.0002, 0.002)))
+
+    def _range(self) -> tuple[int, int]:
+        rng, size = self.rng, len(self.model)
+        unit = rng.choice((1, 512, 512, 4 * KIB, 4 * KIB, 64 * KIB))
+        most = rng.choice((600, 4 * KIB, 20 * KIB, 150 * KIB, 600 * KIB))
+        offset = rng.randrange(size) // unit * unit
+        length = max(1, rng.randrange(most) // unit) * unit
+        return offset, min(length, size - offset)
+
+    def _take(self, writing: bool) -> tuple[int, int] | None:
+        """A range that is free, marked as taken."""
+        offset, length = self._range()
+        for start, end, written in self._busy:
+            if offset < end and start < offset + length and (writing or written):
+                return None
+        self._busy.append((offset, offset + length, writing))
+        return offset, length
+
+    def _give(self, offset: int, length: int, writing: bool) -> None:
+        self._busy.remove((offset, offset + length, writing))
+
+    async def _read(self) -> None:
+        if (place := self._take(False)) is None:
+            return
+        offset, length = place
+        data = self.backend.read_nowait(offset, length) if self.rng.random() < 0.7 else None
+        if data is None:
+            data = await self.backend.read(offset, length)
+        self.expect(offset, data)
+        self._give(offset, length, False)
+
+    async def _write(self) -> None:
+        if (place := self._take(True)) is None:
+            return
+        offset, length = place
+        kind = self.rng.random()
+        data = bytes(length) if kind < 0.1 else self.rng.randbytes(length)
+        if not (self.rng.random() < 0.7 and self.backend.write_nowait(offset, data)):
+            await self.backend.write(offset, data)
+        self.model[offset : offset + length] = data
+        self._give(offset, length, True)
+
+    async def _zeroes(self) -> None:
+        if (place := self._take(True)) is None:
+            return
+        offset, length = place
+        await self.backend.write_zeroes(offset, length, may_unmap=self.rng.random() < 0.5)
+        self.model[offset : offset + length] = bytes(length)
+        self._give(offset, length, True)
+
+    async def _discard(self) -> None:
+        if (place := self._take(True)) is None:
+            return
+        offset, length = place
+        await self.backend.discard(offset, length)
+        data = bytes(await self.backend.read(offset, length))
+        old = self.model[offset : offset + length]
+        if data != old and any(data):
+            # Each byte is as before or zero; anything else came from below.
+            for at, (new, was) in enumerate(zip(data, old, strict=True), offset):
+                assert new in (was, 0), f"{self.name}: a discard uncovered old data at {at:#x}"
+        self.model[offset : offset + length] = data
+        self._give(offset, length, True)
+
+    async def _flush(self) -> None:
+        await self.backend.flush()
+
+    def expect(self, offset: int, data: object) -> None:
+        """Compare bytes at ``offset`` with the model."""
+        got = bytes(data)  # type: ignore[call-overload]
+        wanted = self.model[offset : offset + len(got)]
+        if got != wanted:
+            first = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+            count = sum(a != b for a, b in zip(got, wanted, strict=True))
+            raise AssertionError(
+                f"{self.name}: read {offset:#x}+{len(got):#x}: {count} wrong bytes from "
+                f"{offset + first:#x} on: {got[first]:#x}, not {wanted[first]:#x}"
+            )
+
+    async def compare_all(self) -> None:
+        """Read the whole disk."""
+        for offset in range(0, len(self.model), 256 * KIB):
+            length = min(256 * KIB, len(self.model) - offset)
+            self.expect(offset, await self.backend.read(offset, length))
