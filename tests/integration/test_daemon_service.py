@@ -47,7 +47,7 @@ def test_the_configuration_starts_also_with_what_is_commented_out(tmp_path):
         check=True,
         timeout=20,
     )
-    with DaemonProcess(tmp_path, "--config", "c.toml") as daemon:
+    with DaemonProcess(tmp_path, "--config", "c.toml", monitor=False) as daemon:
         client = daemon.qmp()
         assert client("query-block")[0]["device"] == "virtio0"
         assert client("query-block-exports")[0]["id"] == "virtio0"

@@ -72,15 +72,22 @@ class QmpSocket:
 class DaemonProcess:
     """``with DaemonProcess(directory, *options) as daemon``: it is up in the block."""
 
-    def __init__(self, directory: Path, *options: str, prefix: tuple[str, ...] = (),
-                 environment: dict[str, str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        monitor: bool = True,
+    ) -> None:
         self.directory = directory
         self._clients: list[QmpSocket] = []
         self.pidfile = directory / "daemon.pid"
-        monitor = () if any("--monitor" in o for o in options) else ("--qmp", "qmp.sock")
+        own = not monitor or "--monitor" in options
+        qmp = () if own else ("--qmp", "qmp.sock")
         root = Path(__file__).resolve().parents[2]
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "liveblockd", *options, *monitor,
+            [*prefix, sys.executable, "-m", "liveblockd", *options, *qmp,
              "--pidfile", self.pidfile.name],
             cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(root), **(environment or {})},
