@@ -237,16 +237,16 @@ class Opener:
         else:
             below = None
         file = spec.get("file")
-        if file is None:
+        if isinstance(file, str):
+            spec["file"] = filenames.protocol_options(file)
+        elif file is not None and ("filename" in file or file.get("driver", "file") != "file"):
+            spec["file"] = {"driver": "file"} | dict(file)
+        else:
             named = filenames.protocol_options(filenames.full_backing_filename(node, written))
             if find_driver(str(named.get("driver", "file"))).is_format:
                 spec = named | spec
             else:
-                spec["file"] = named
-        elif isinstance(file, Mapping):
-            spec["file"] = {"driver": "file"} | dict(file)
-        else:
-            spec["file"] = filenames.protocol_options(file)
+                spec["file"] = named | dict(file or {})
         if "driver" not in spec:
             stated = node.driver.backing_format if written else None
             spec["driver"] = stated or await self.probe(spec["file"])
