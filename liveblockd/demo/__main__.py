@@ -24,6 +24,7 @@ from qemu.qmp import EventListener, QMPClient
 from liveblockd.demo import chain
 from liveblockd.demo.guest import Guest, Mismatch, NbdClient
 from liveblockd.demo.screen import Screen
+from liveblockd.errors import BlockError
 
 MIB = 1 << 20
 
@@ -164,7 +165,7 @@ def main() -> int:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liveblockd-")))
         try:
             asyncio.run(run(directory.resolve(), arguments.size_mib * MIB, arguments.seed))
-        except (Failed, Mismatch, OSError) as error:
+        except (Failed, Mismatch, BlockError, OSError) as error:
             print(f"demo: FAILED: {error}", file=sys.stderr)
             return 1
     return 0
