@@ -58,7 +58,8 @@ def pack_counts(counts: Counts, order: int) -> bytes:
     bits = 1 << order
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     parts = counts.astype(np.uint8).reshape(-1, 8 // bits) << shifts
-    return np.bitwise_or.reduce(parts, axis=1).astype(np.uint8).tobytes()
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1).astype(np.uint8)
+    return packed.tobytes()
 
 
 class BlockNeeded(Exception):  # noqa: N818 - a request, not an error

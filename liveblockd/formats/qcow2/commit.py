@@ -62,9 +62,9 @@ class _Sealed(NamedTuple):
 
     def unpin(self) -> None:
         """What was copied is on the disk, or dirty again."""
-        for block, *_ in (*self.refcounts.new, *self.refcounts.blocks):
+        for block in [x[0] for x in self.refcounts.new] + [x[0] for x in self.refcounts.blocks]:
             block.pins -= 1
-        for table, *_ in (*self.new_tables, *self.tables):
+        for table in [x[0] for x in self.new_tables] + [x[0] for x in self.tables]:
             table.pins -= 1
 
 
@@ -123,11 +123,13 @@ class Committer:
         try:
             # A commit makes clusters ready, whose release makes refcounts dirty: two rounds do.
             for _ in range(4):
+                while self._worker is not None:
+                    await asyncio.wait([self._worker])
                 if self.damaged or not (self.is_dirty or not self.metadata.quarantine.is_empty):
                     break
                 await self.flush()
-                while self._worker is not None:
-                    await asyncio.wait([self._worker])
+            while self._worker is not None:
+                await asyncio.wait([self._worker])
         finally:
             self._stop_timer()
 

@@ -1,0 +1,188 @@
+"""A second reading of the qcow2 specification, for tests: slow, simple, shares no code with ours.
+
+``Oracle(content)`` looks at the bytes of an image file: ``errors`` (what qemu-img check calls
+corruptions), ``leaks``, and ``read``, the guest's view. Versions 2 and 3 without extended L2 entries;
+zlib.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import Counter
+
+
+class Oracle:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.errors: list[str] = []
+        self.leaks: list[int] = []
+        (magic, self.version, backing_offset, backing_length, self.cluster_bits, self.size,
+         _, l1_size, l1_offset, table_offset, table_clusters, snapshots, snapshots_offset,
+         ) = struct.unpack(">4sIQIIQIIQQIIQ", self._bytes(0, 72))  # fmt: skip
+        assert magic == b"QFI\xfb", "no qcow2 header"
+        self.incompatible = self.autoclear = 0
+        self.refcount_order, self.header_length = 4, 72
+        if self.version == 3:
+            (self.incompatible, _, self.autoclear, self.refcount_order, self.header_length) = (
+                struct.unpack(">QQQII", self._bytes(72, 32))
+            )
+        self.cluster_size = 1 << self.cluster_bits
+        self.backing = None
+        if backing_offset:
+            self.backing = self._bytes(backing_offset, backing_length).decode()
+        self.extensions = self._extensions()
+        self.l1 = self._entries(l1_offset, l1_size)
+        self.l2_entries = self.cluster_size // 8
+        if l1_size * self.l2_entries * self.cluster_size < self.size:
+            self.errors.append("L1 too small")
+        self.references: Counter[int] = Counter()
+        self._use(0, self.cluster_size)
+        self._use(l1_offset, l1_size * 8)
+        self._use(table_offset, table_clusters * self.cluster_size)
+        self.table = self._entries(table_offset, table_clusters * self.l2_entries)
+        for entry in self.table:
+            if entry:
+                self._use(entry, self.cluster_size)
+        self._snapshots(snapshots, snapshots_offset)
+        self._walk(self.l1, active=True)
+        self._compare()
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        return self.content[offset : offset + length].ljust(length, b"\0")
+
+    def _entries(self, offset: int, count: int) -> list[int]:
+        return list(struct.unpack(f">{count}Q", self._bytes(offset, count * 8)))
+
+    def _extensions(self) -> list[tuple[int, bytes]]:
+        found, position = [], self.header_length
+        while position + 8 <= self.cluster_size:
+            kind, length = struct.unpack(">II", self._bytes(position, 8))
+            if not kind:
+                break
+            if position + 8 + length > self.cluster_size:
+                self.errors.append("extension too long")
+                break
+            found.append((kind, self._bytes(position + 8, length)))
+            position += 8 + (length + 7) // 8 * 8
+        return found
+
+    def _use(self, offset: int, length: int) -> None:
+        if length:
+            first, last = offset >> self.cluster_bits, (offset + length - 1) >> self.cluster_bits
+            for cluster in range(first, last + 1):
+                self.references[cluster] += 1
+
+    def _snapshots(self, count: int, offset: int) -> None:
+        position = offset
+        for _ in range(count):
+            l1_offset, l1_size, id_length, name_length = struct.unpack(
+                ">QIHH", self._bytes(position, 16)
+            )
+            (extra,) = struct.unpack(">I", self._bytes(position + 36, 4))
+            position += 40 + extra + id_length + name_length
+            position = (position + 7) // 8 * 8
+            self._use(l1_offset, l1_size * 8)
+            self._walk(self._entries(l1_offset, l1_size), active=False)
+        if count:
+            self._use(offset, position - offset)
+
+    def _walk(self, l1: list[int], *, active: bool) -> None:
+        for l1_entry in l1:
+            l2_offset = l1_entry & 0x00FFFFFFFFFFFE00
+            if not l2_offset:
+                if l1_entry:
+                    self.errors.append(f"L1 entry {l1_entry:#x}")
+                continue
+            if l2_offset % self.cluster_size or l1_entry & 0x7F000000000001FF:
+                self.errors.append(f"L1 entry {l1_entry:#x}")
+                continue
+            self._use(l2_offset, self.cluster_size)
+            if active and bool(l1_entry >> 63) != (self.refcount(l2_offset) == 1):
+                self.errors.append(f"COPIED of L1 entry {l1_entry:#x}")
+            for entry in self._entries(l2_offset, self.l2_entries):
+                self._walk_entry(entry, active=active)
+
+    def _walk_entry(self, entry: int, *, active: bool) -> None:
+        if not entry:
+            return
+        if entry >> 62 & 1:
+            offset, length = self._compressed(entry)
+            self._use(offset, length)
+            if entry >> 63:
+                self.errors.append(f"compressed and COPIED {entry:#x}")
+            return
+        offset = entry & 0x00FFFFFFFFFFFE00
+        if entry & 0x3F000000000001FE or (self.version < 3 and entry & 1):
+            self.errors.append(f"reserved bits of L2 entry {entry:#x}")
+        if not offset:
+            if entry != 1:
+                self.errors.append(f"L2 entry {entry:#x}")
+            return
+        if offset % self.cluster_size:
+            self.errors.append(f"L2 entry {entry:#x}")
+            return
+        self._use(offset, self.cluster_size)
+        if active and bool(entry >> 63) != (self.refcount(offset) == 1):
+            self.errors.append(f"COPIED of L2 entry {entry:#x}, refcount {self.refcount(offset)}")
+
+    def _compressed(self, entry: int) -> tuple[int, int]:
+        x = 62 - (self.cluster_bits - 8)
+        offset = entry & (1 << x) - 1
+        sectors = (entry & (1 << 62) - 1) >> x
+        return offset, (sectors + 1) * 512 - offset % 512
+
+    def refcount(self, offset: int) -> int:
+        bits = 1 << self.refcount_order
+        per_block = self.cluster_size * 8 // bits
+        index, within = divmod(offset >> self.cluster_bits, per_block)
+        if index >= len(self.table) or not self.table[index]:
+            return 0
+        if bits >= 8:
+            place = self.table[index] + within * bits // 8
+            return int.from_bytes(self._bytes(place, bits // 8), "big")
+        byte = self._bytes(self.table[index] + within * bits // 8, 1)[0]
+        return byte >> (within * bits % 8) & ((1 << bits) - 1)
+
+    def _compare(self) -> None:
+        per_block = self.cluster_size * 8 >> self.refcount_order
+        known = {
+            index * per_block + within
+            for index, entry in enumerate(self.table)
+            if entry
+            for within in range(per_block)
+        }
+        for cluster in sorted(known | set(self.references)):
+            used, counted = self.references[cluster], self.refcount(cluster << self.cluster_bits)
+            if counted < used:
+                self.errors.append(f"cluster {cluster}: refcount {counted}, {used} references")
+            elif counted > used:
+                self.leaks.append(cluster)
+
+    def entry(self, offset: int) -> int:
+        cluster = offset >> self.cluster_bits
+        l2_offset = self.l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
+        if not l2_offset:
+            return 0
+        return self._entries(l2_offset + cluster % self.l2_entries * 8, 1)[0]
+
+    def read(self, below: bytes = b"") -> bytes:
+        """The disk; ``below`` is what the backing file has, if the header names one."""
+        if self.backing is None:
+            below = b""
+        parts = []
+        for offset in range(0, self.size, self.cluster_size):
+            entry = self.entry(offset)
+            if entry >> 62 & 1:
+                place, length = self._compressed(entry)
+                data = zlib.decompressobj(-12).decompress(
+                    self._bytes(place, length), self.cluster_size
+                )
+            elif entry & 1:
+                data = b""
+            elif entry & 0x00FFFFFFFFFFFE00:
+                data = self._bytes(entry & 0x00FFFFFFFFFFFE00, self.cluster_size)
+            else:
+                data = below[offset : offset + self.cluster_size]
+            parts.append(data.ljust(self.cluster_size, b"\0"))
+        return b"".join(parts)[: self.size]
