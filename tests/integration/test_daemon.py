@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import DaemonProcess, QmpError
+from tests.support.daemon import DaemonProcess, QmpError, nbd_write
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -161,6 +161,32 @@ def test_locks_are_gone_at_the_end_and_held_before(chain):
         assert refused.returncode != 0 and "lock" in refused.stderr
         assert daemon.stop() == 0
     subprocess.run(write, cwd=chain, check=True, timeout=20, stdout=subprocess.DEVNULL)
+
+
+@needs_images
+def test_what_was_not_flushed_is_kept_and_the_image_is_closed(chain):
+    options = ("--nbd-server", "addr.type=unix,addr.path=n.sock",
+               "--export", "nbd,id=e,node-name=top,writable=on")  # fmt: skip
+    with DaemonProcess(chain, "--blockdev", TOP, *options) as daemon:
+        nbd_write(str(chain / "n.sock"), "top", 1 << 20, b"\7" * (1 << 20))
+        assert daemon.stop() == 0
+    read = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 1M 1M", "top.qcow2"]
+    done = subprocess.run(read, cwd=chain, capture_output=True, text=True, timeout=20, check=True)
+    assert "Pattern verification failed" not in done.stdout
+    # 0 says: neither errors nor leaked clusters
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
+
+
+@needs_images
+@pytest.mark.parametrize("delay", [0.1, 0.2, 0.3, 0.4, 0.6])
+def test_a_signal_during_the_start(chain, delay):
+    daemon = DaemonProcess(chain, "--blockdev", TOP, "--nbd-server",
+                           "addr.type=unix,addr.path=n.sock")  # fmt: skip
+    time.sleep(delay)
+    # before there is a handler nothing was made that would have to be undone
+    assert daemon.stop() in (0, -signal.SIGTERM)
+    assert sorted(os.listdir(chain)) == ["base.qcow2", "top.qcow2"]
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
 
 
 @needs_images

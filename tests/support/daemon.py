@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -67,6 +68,22 @@ class QmpSocket:
     def close(self) -> None:
         self._file.close()
         self.socket.close()
+
+
+def nbd_write(path: str, export: str, offset: int, data: bytes) -> None:
+    """Write over NBD and hang up without a flush, which no polite client can be made to do."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(TIMEOUT)
+        client.connect(path)
+        stream = client.makefile("rwb")
+        assert stream.read(18)[:16] == b"NBDMAGICIHAVEOPT"
+        name = export.encode()
+        stream.write(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
+        stream.flush()
+        stream.read(10)  # size and flags; flag 2 of ours leaves out the zeros
+        stream.write(struct.pack(">IHHQQI", 0x25609513, 0, 1, 0, offset, len(data)) + data)
+        stream.flush()
+        assert struct.unpack(">II", stream.read(16)[:8]) == (0x67446698, 0)
 
 
 class DaemonProcess:
