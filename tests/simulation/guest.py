@@ -40,7 +40,7 @@ class Guest:
             request = rng.choices(list(kinds), list(kinds.values()))[0]
             await request()
             self.requests += 1
-            await asyncio.sleep(rng.choice((0, 0, 0, 0.0002, 0.002)))
+            await asyncio.sleep(rng.choice((0, 0, 0, 0, 0.001)))
 
     def _range(self) -> tuple[int, int]:
         rng, size = self.rng, len(self.model)

@@ -92,7 +92,7 @@ def check(path: str) -> None:
         ["qemu-img", "check", "-q", path], capture_output=True, text=True, timeout=60, check=False
     )
     if result.returncode == 3:
-        LEAKS.append(f'{path}: {result.stdout}')
+        LEAKS.append(f"{path}: {result.stdout}")
         return
     assert result.returncode == 0, f"{path}: {result.returncode} {result.stdout}{result.stderr}"
 

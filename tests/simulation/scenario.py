@@ -22,6 +22,7 @@ from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
 from tests.simulation.guest import Guest
+from tests.simulation.jitter import JitterPool
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -173,7 +174,7 @@ class Disk:
 async def run_seed(seed: int, directory: str) -> str:
     """Raises AssertionError (or whatever went wrong); a line about what was done else."""
     rng = random.Random(seed)
-    bench = Bench()
+    bench = Bench(JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.004))))
     disks = [
         Disk(bench, random.Random(rng.random()), directory, name)
         for name in ("vda", "vdb")[: rng.choice((1, 1, 2))]
@@ -193,7 +194,7 @@ async def run_seed(seed: int, directory: str) -> str:
         try:
             for disk in disks:
                 await disk.build()
-            guests = [asyncio.create_task(disk.guest.run()) for disk in disks]
+            guests = [asyncio.create_task(disk.guest.run(rng.choice((3, 8)))) for disk in disks]
             async with asyncio.timeout(100):
                 await asyncio.gather(*(disk.disturb() for disk in disks))
                 await asyncio.gather(*guests)
