@@ -1,4 +1,4 @@
-"""Drives and chains of real images: opening as QEMU opens them, block status as qemu-img maps it."""
+"""Drives and chains of real images: opened as QEMU opens them, mapped as QEMU maps them."""
 
 import json
 import os
@@ -160,7 +160,7 @@ async def test_backing_options(graph):
     one = await drive(graph, file="top.img", format="qcow2", backing="base")
     assert one.node.backing.name == "base"
     await delete_drive(graph, one.name)
-    assert list(graph.nodes)[0] == "base"
+    assert next(iter(graph.nodes)) == "base"
 
 
 async def test_probing_raw_warns_and_guards(graph, tmp_path, capfd):

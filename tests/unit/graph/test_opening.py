@@ -176,3 +176,32 @@ async def test_delete_in_qemus_words(world):
     for name in ("y", "x", "f"):
         await graph.delete(name)
     assert not graph.nodes
+
+
+async def test_locks_that_cannot_be_had_leave_all_as_it_was(world):
+    """The first file gets its lock, the second does not: neither keeps anything."""
+    for name in ("a", "b"):
+        world.image(name)
+    ours = [await world.layer(f"n{name}", name, read_only=True) for name in ("a", "b")]
+    world.image("b", 512)
+    reader = await world.layer("r", "b", read_only=True)
+
+    def state():
+        nodes = world.graph.nodes.values()
+        edges = [(e.parent.name, e.role, e.used, e.shared) for n in nodes for e in n.parents]
+        return edges, [(n.name, n.permissions) for n in nodes], [n.read_only for n in nodes]
+
+    before = state()
+    held = [d.held for drivers in layer.OPEN.values() for d in drivers]
+    for node in ours:
+        node.read_only = node.file.read_only = False
+    assert await refused(world.graph.refresh_permissions(*ours)) == 'Failed to get "write" lock'
+    for node in ours:
+        node.read_only = node.file.read_only = True
+    assert state() == before
+    assert [d.held for drivers in layer.OPEN.values() for d in drivers] == held
+    assert await refused(world.graph.set_read_only(ours[1], False)) == 'Failed to get "write" lock'
+    assert state() == before and ours[1].driver.read_only and ours[1].file.driver.read_only
+    await world.graph.delete(reader.name)
+    await world.graph.set_read_only(ours[1], False)
+    assert ours[1].file.driver.held[0] & Permission.WRITE
