@@ -1,0 +1,129 @@
+"""A process that streams under writes until it is killed: ``python -m tests.simulation.victim``.
+
+It tells on stdout what it does, a line at a time and at once: ``ready``; ``w INDEX OFFSET LENGTH``
+when a write begins and ``d INDEX`` when it is done; ``f COUNT`` when a flush is done that began after
+COUNT writes were; ``completed`` when BLOCK_JOB_COMPLETED is published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import struct
+import sys
+from unittest import mock
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain
+from liveblockd.jobs import copying, stream
+from liveblockd.storage.driver import Permission
+from tests.simulation.bench import Bench
+from tests.simulation.jitter import JitterPool
+
+KIB = 1024
+SECTOR = 512
+
+
+def pattern(index: int, length: int) -> bytes:
+    """What write ``index`` writes; every sector of it tells the index. One in nine are zeros."""
+    if index % 9 == 4:
+        return bytes(length)
+    return struct.pack("<Q", 0xABCD_0000_0000 + index) * (length // 8)
+
+
+def tell(line: str) -> None:
+    """A whole line in one system call: what was told is known, whatever comes."""
+    os.write(1, f"{line}\n".encode())
+
+
+class Victim:
+    """One guest with one stream after the other."""
+
+    def __init__(self, bench: Bench, rng: random.Random) -> None:
+        self.bench = bench
+        self.rng = rng
+        self.done = 0
+
+    async def run(self, path: str) -> None:
+        bench = self.bench
+        node = await bench.open(
+            driver="qcow2",
+            node_name="top",
+            discard="unmap",
+            file={"driver": "file", "filename": path},
+        )
+        self.backend = await bench.graph.attach(
+            node, Permission.CONSISTENT_READ | Permission.WRITE, Permission.ALL, name="vda"
+        )
+        bench.publisher.subscribe(self._note)
+        tell("ready")
+        await asyncio.gather(self._write(), self._flush(), self._stream())
+
+    def _note(self, event: object) -> None:
+        if getattr(event, "name", "") == "BLOCK_JOB_COMPLETED" and not event.error:  # type: ignore[attr-defined]
+            tell("completed")
+
+    async def _write(self) -> None:
+        rng, size = self.rng, self.backend.length // SECTOR
+        while True:
+            offset = rng.randrange(size)
+            length = min(rng.choice((1, 1, 8, 8, 64, 300)), size - offset)
+            tell(f"w {self.done} {offset} {length}")
+            data = pattern(self.done, length * SECTOR)
+            if not any(data):
+                await self.backend.write_zeroes(offset * SECTOR, len(data), may_unmap=True)
+            elif not self.backend.write_nowait(offset * SECTOR, data):
+                await self.backend.write(offset * SECTOR, data)
+            tell(f"d {self.done}")
+            self.done += 1
+            await asyncio.sleep(rng.choice((0, 0, 0.001, 0.003)))
+
+    async def _flush(self) -> None:
+        while True:
+            await asyncio.sleep(self.rng.choice((0.001, 0.01, 0.05)))
+            done = self.done
+            await self.backend.flush()
+            tell(f"f {done}")
+
+    async def _stream(self) -> None:
+        number = 0
+        while True:
+            layers = chain.chain(self.backend.node)
+            if len(layers) == 1:
+                await asyncio.sleep(0.01)
+                continue
+            base = self.rng.choice([None, *layers[1:]])
+            speed = self.rng.choice((0, 8 * KIB * KIB))
+            try:
+                job = await self.bench.stream(
+                    "vda", f"s{number}", speed=speed, base_node=base and base.name
+                )
+            except BlockError as error:
+                tell(f"error {error}")
+                return
+            number += 1
+            while job.status != "null":  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+def main(path: str, seed: int) -> None:
+    """Until killed."""
+    rng = random.Random(seed)
+    pool = JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.005)))
+    small = rng.choice((64 * KIB, 512 * KIB))
+    with (
+        mock.patch.multiple(
+            copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
+        ),
+        mock.patch.multiple(stream, READ_CHUNK=small, LEAST_COPY=rng.choice((4, 128)) * KIB),
+    ):
+
+        async def run() -> None:
+            await Victim(Bench(pool), rng).run(path)
+
+        asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
