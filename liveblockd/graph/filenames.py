@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from liveblockd.errors import BlockError
 from liveblockd.qapi import members, to_qmp
@@ -63,7 +63,12 @@ def strong_options(node: Node) -> dict[str, Any]:
     return found
 
 
-def backing_overridden(node: Node) -> bool:
+#: names worked out already: a name may depend on all that is below, so a query of a whole chain
+#: shares what it has found; valid as long as nothing is awaited
+Known: TypeAlias = dict["Node", str]
+
+
+def backing_overridden(node: Node, known: Known | None = None) -> bool:
     """Whether the backing node is another than the header would give."""
     if not node.supports_backing or not node.opened:
         return False
@@ -73,10 +78,10 @@ def backing_overridden(node: Node) -> bool:
         return bool(written)
     if node.implied_backing is not None and node.implied_backing[0] == written:
         written = node.implied_backing[1]
-    return written != backing.filename
+    return written != filename(backing, known)
 
 
-def exact_filename(node: Node) -> str | None:
+def exact_filename(node: Node, known: Known | None = None) -> str | None:
     """The plain name that gives this node again, or None."""
     name = node.driver_class.driver_name
     options = strong_options(node)
@@ -93,7 +98,7 @@ def exact_filename(node: Node) -> str | None:
         if below is None or not _BLKDEBUG_PLAIN.issuperset(options):
             return None
         return f"blkdebug:{options.get('config', '')}:{below}"
-    if node.is_filter or options or backing_overridden(node):
+    if node.is_filter or options or backing_overridden(node, known):
         return None
     is_protocol = not file.driver_class.is_format and (
         not file.is_filter or file.driver_class.driver_name == "blkdebug"
@@ -101,23 +106,26 @@ def exact_filename(node: Node) -> str | None:
     return exact_filename(file) if is_protocol else None
 
 
-def full_options(node: Node) -> dict[str, Any]:
+def full_options(node: Node, known: Known | None = None) -> dict[str, Any]:
     """What blockdev-add would take to make this node, without what makes no difference."""
     found: dict[str, Any] = {"driver": node.driver_class.driver_name, **strong_options(node)}
     for role, edge in node.children.items():
         if role != "backing":
-            found[role] = full_options(edge.child)
-    if backing_overridden(node):
-        found["backing"] = None if node.backing is None else full_options(node.backing)
+            found[role] = full_options(edge.child, known)
+    if backing_overridden(node, known):
+        found["backing"] = None if node.backing is None else full_options(node.backing, known)
     return found
 
 
-def filename(node: Node) -> str:
+def filename(node: Node, known: Known | None = None) -> str:
     """As ``file`` of BlockDeviceInfo shows it."""
-    exact = exact_filename(node)
-    if exact is not None:
-        return exact
-    return "json:" + json.dumps(full_options(node), sort_keys=True)
+    known = {} if known is None else known
+    if (found := known.get(node)) is None:
+        found = exact_filename(node, known)
+        if found is None:
+            found = "json:" + json.dumps(full_options(node, known), sort_keys=True)
+        known[node] = found
+    return found
 
 
 def has_protocol(name: str) -> bool:

@@ -17,6 +17,7 @@ Errors: BlockError in QEMU's words; OSError when flushing fails.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from liveblockd.graph import permissions
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.lock import SurgeryLock, to_its_end
 from liveblockd.graph.node import Edge, Node, Operation
-from liveblockd.graph.opening import BackingMembers, Opener, check_node_name
+from liveblockd.graph.opening import MAX_DEPTH, BackingMembers, Opener, check_node_name
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: bytes; the largest size QEMU knows, 2^63 - 1 rounded down to 1 GiB
 MAX_LENGTH = 9223372035781033984
+#: Python calls by which a request goes from one layer of a chain to the next, with room to spare
+CALLS_A_LAYER = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class Graph:
     """One a daemon."""
 
     def __init__(self, environment: Environment) -> None:
+        # A request that no layer above the base can answer passes through all of them, some calls
+        # each; the error of too deep a recursion would come out of a guest's read.
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), MAX_DEPTH * CALLS_A_LAYER))
         self.environment = environment
         self.publisher: Publisher = environment.publisher
         #: by name, oldest first

@@ -23,22 +23,59 @@ _UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_
 _UNKNOWING = ("null-co", "null-aio", "copy-on-read")
 
 
+class Query:
+    """What one query has found out so far; nodes of one chain share most of it.
+
+    Valid as long as nothing is awaited.
+    """
+
+    def __init__(self, *, flat: bool = False) -> None:
+        self.flat = flat
+        self.names: filenames.Known = {}
+        self._images: dict[Node, dict[str, Any]] = {}
+
+    def image(self, node: Node) -> dict[str, Any]:
+        """ImageInfo, with those of the chain below unless ``flat``."""
+        if self.flat:
+            return _own_image_info(node, self.names)
+        # In a loop from the bottom up: a chain may be deeper than Python's stack likes.
+        layers = [node] if node.is_filter else []
+        for layer in (*layers, *chain.chain(node))[::-1]:
+            if layer in self._images:
+                below = self._images[layer]
+                continue
+            info = _own_image_info(layer, self.names)
+            if layer.is_filter or chain.layer_below(layer) is not None:
+                info["backing-image"] = below
+            self._images[layer] = below = info
+        return below
+
+
 def block_device_info(
-    node: Node, *, flat: bool = False, backend: Backend | None = None
+    node: Node,
+    *,
+    flat: bool = False,
+    backend: Backend | None = None,
+    query: Query | None = None,
 ) -> dict[str, Any]:
-    """BlockDeviceInfo; ``flat`` leaves out what lies behind the image itself."""
+    """BlockDeviceInfo; ``flat`` leaves out what lies behind the image itself.
+
+    Who asks for many nodes hands in one ``query`` for all of them.
+    """
+    query = Query(flat=flat) if query is None else query
+    flat = query.flat
     cache = node.options.cache
     info: dict[str, Any] = {
         "node-name": node.name,
         "drv": node.driver_class.driver_name,
-        "file": node.filename,
+        "file": filenames.filename(node, query.names),
         "ro": node.read_only,
         "encrypted": False,
         "active": True,
         "children": [
             {"child": role, "node-name": edge.child.name} for role, edge in node.children.items()
         ],
-        "backing_file_depth": 0 if flat else max(0, len(chain.chain(node)) - 1),
+        "backing_file_depth": 0 if flat else len(chain.chain(node)) - (not node.is_filter),
         "detect_zeroes": str(node.detect_zeroes),
         "cache": {
             "writeback": not (backend is not None and backend.writethrough),
@@ -47,33 +84,17 @@ def block_device_info(
         },
         "write_threshold": node.write_threshold,
         **_UNLIMITED,
-        "image": image_info(node, flat=flat),
+        "image": query.image(node),
     }
-    if node.is_filter:
-        info["backing_file_depth"] = 0 if flat else len(chain.chain(node))
     if node.backing is not None:
-        info["backing_file"] = node.backing.filename
+        info["backing_file"] = filenames.filename(node.backing, query.names)
     return info
 
 
-def image_info(node: Node, *, flat: bool = False) -> dict[str, Any]:
-    """ImageInfo, with those of the chain below unless ``flat``."""
-    top = info = _own_image_info(node)
-    if flat:
-        return top
-    # In a loop: a chain may be deeper than Python's stack likes.
-    below = chain.layer_below(node) if not node.is_filter else chain.skip_filters(node)
-    while below is not None:
-        info["backing-image"] = _own_image_info(below)
-        info = info["backing-image"]
-        below = chain.layer_below(below)
-    return top
-
-
-def _own_image_info(node: Node) -> dict[str, Any]:
+def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
     driver = node.driver
     info: dict[str, Any] = {
-        "filename": node.filename,
+        "filename": filenames.filename(node, names),
         "format": node.driver_class.driver_name,
         "virtual-size": driver.virtual_size,
         "limits": dict(driver.limits()),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.probe import PROBE_BYTES, probe_format
-from liveblockd.graph import filenames
+from liveblockd.graph import chain, filenames
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Edge, Node
 from liveblockd.qapi import parse
@@ -83,6 +83,21 @@ def inherited(given: BlockdevOptions, parent: Node | None, role: str) -> Blockde
     return given.model_copy(update=found)
 
 
+def check_depth(overlay: Node, backing: Node) -> None:
+    """BlockError if the chain would have more than ``MAX_DEPTH`` images."""
+    above, layers = 0, [overlay]
+    while layers:
+        above += 1
+        layers = [
+            edge.parent
+            for layer in layers
+            for edge in layer.parents
+            if isinstance(edge.parent, Node) and (edge.role == "backing" or edge.parent.is_filter)
+        ]
+    if above + len(chain.chain(backing)) > MAX_DEPTH:
+        raise ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
+
+
 class Opener:
     """One call of ``Graph.open``: it remembers what it made, to undo it."""
 
@@ -134,14 +149,12 @@ class Opener:
                 child_options, members = await self._implied_options(node, written, members)
                 child = await self._open_one(child_options, node, "backing")
                 if (identity := _identity(child)) is not None and identity in seen:
-                    raise _ChainError(f"the backing chain of '{_shown(top)}' has a loop")
+                    raise ChainError(f"the backing chain of '{_shown(top)}' has a loop")
                 seen.append(identity)
-                if len(seen) > MAX_DEPTH:
-                    raise _ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
                 await self._connect(node, "backing", child)
                 links.append((node, written, child))
                 node = child
-        except _ChainError as error:
+        except ChainError as error:
             raise BlockError(f"{PREFIX}{error.message}", errno=error.errno) from error
         except BlockError as error:
             raise BlockError(
@@ -196,6 +209,7 @@ class Opener:
         return node
 
     async def _connect(self, parent: Node, role: str, child: Node) -> None:
+        check_depth(parent, child)
         edge = Edge(parent, role, child)
         self.graph.connect(edge)
         try:
@@ -280,7 +294,7 @@ async def probe_node(node: Node) -> str:
     return probe_format(bytes(head))
 
 
-class _ChainError(BlockError):
+class ChainError(BlockError):
     """The chain as a whole is at fault: said once, not once a link."""
 
 

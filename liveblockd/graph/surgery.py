@@ -20,6 +20,7 @@ from liveblockd.graph.backend import Backend
 from liveblockd.graph.filter import CopyOnRead
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
+from liveblockd.graph.opening import check_depth
 from liveblockd.storage.options import BlockdevDiscardOptions, BlockdevOptions
 
 
@@ -49,6 +50,7 @@ async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
         check_no_cycle(overlay, node)
         if overlay.backing is not None:
             raise BlockError("The overlay already has a backing image")
+        check_depth(overlay, node)
         if overlay.length < node.length:
             _check_no_users_beyond(node, overlay)
         moving = list(node.parents)
@@ -100,6 +102,7 @@ async def replace_backing(graph: Graph, node: Node, backing: Node | None) -> Non
             old.check_not_frozen()
         if backing is not None:
             check_no_cycle(node, backing)
+            check_depth(node, backing)
         was = None if old is None else old.child
         async with graph.drained(node):
             if old is not None:

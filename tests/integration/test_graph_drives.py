@@ -11,9 +11,10 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.formats import load_formats
-from liveblockd.graph import info
+from liveblockd.graph import info, snapshot
 from liveblockd.graph.drives import DriveOptions, delete_drive, open_drive
 from liveblockd.graph.graph import Graph
+from liveblockd.graph.opening import MAX_DEPTH
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
@@ -228,6 +229,44 @@ async def test_refusals_leave_nothing(graph, tmp_path):
         assert not graph.nodes and not graph.backends
     one = await drive(graph, file="a.img", format="raw", **{"throttling.iops-total": "0"})
     assert one.name == "ide0-hd0"
+
+
+def _deep_chain(directory, depth):
+    """Images 000.img (the top) to the base, without running qemu-img for each."""
+    create(f"{depth - 1:03}.img")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", f"{depth - 1:03}.img")
+    run(
+        "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "@@@.img", "-F", "qcow2",
+        "overlay", str(MIB),
+    )  # fmt: skip
+    overlay = (directory / "overlay").read_bytes()
+    assert overlay.count(b"@@@.img") == 1
+    for number in range(depth - 1):
+        named = overlay.replace(b"@@@", b"%03d" % (number + 1))
+        (directory / f"{number:03}.img").write_bytes(named)
+
+
+@needs_qemu
+async def test_the_deepest_chain_can_be_used(graph, tmp_path):
+    _deep_chain(tmp_path, MAX_DEPTH)
+    one = await drive(graph, file="000.img", format="qcow2", id="d")
+    assert bytes(await one.read(10, 2)) == b"\5\5"
+    await one.write(11, b"new")
+    await one.flush()
+    assert bytes(await one.read(10, 5)) == b"\5new\5"
+    assert [tuple(r) for r in await one.block_status(0, MIB)] == [
+        (65536, False, False, 1),
+        (MIB - 65536, True, True, 0),
+    ]
+    query = info.Query()
+    described = [info.block_device_info(n, query=query) for n in graph.nodes.values()]
+    assert len(described) == 2 * MAX_DEPTH
+    with pytest.raises(BlockError, match="deeper than 200 images"):
+        await snapshot.snapshot_sync(
+            graph, device="d", node_name=None, snapshot_file="more.img", console=lambda line: None
+        )
+    assert "more.img" not in os.listdir()
+    assert bytes(await one.read(10, 5)) == b"\5new\5"
 
 
 @needs_qemu

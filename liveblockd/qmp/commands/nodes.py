@@ -101,8 +101,8 @@ async def blockdev_set_active(context: Context, arguments: BlockdevSetActive) ->
 @command("query-named-block-nodes", args=Flat, returns=list[dict[str, Any]], query=True)
 async def query_named_block_nodes(context: Context, arguments: Flat) -> list[dict[str, Any]]:
     """All nodes, newest first."""
-    nodes = reversed(context.graph.nodes.values())
-    return [info.block_device_info(n, flat=arguments.flat) for n in nodes if n.opened]
+    nodes, query = reversed(context.graph.nodes.values()), info.Query(flat=arguments.flat)
+    return [info.block_device_info(n, query=query) for n in nodes if n.opened]
 
 
 @command("query-block", args=Flat, returns=list[dict[str, Any]], query=True)
