@@ -8,6 +8,7 @@ below the top read as they did.
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import sys
 from unittest import mock
@@ -174,6 +175,8 @@ class Disk:
 async def run_seed(seed: int, directory: str) -> str:
     """Raises AssertionError (or whatever went wrong); a line about what was done else."""
     rng = random.Random(seed)
+    unseen: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
     bench = Bench(JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.004))))
     disks = [
         Disk(bench, random.Random(rng.random()), directory, name)
@@ -201,6 +204,9 @@ async def run_seed(seed: int, directory: str) -> str:
             for disk in disks:
                 await disk.guest.compare_all()
             await bench.close()
+            await asyncio.sleep(0)
+            gc.collect()  # a task that died unseen says so when it goes
+            assert not unseen, unseen
             for disk in disks:
                 disk.judge(rng)
         except BaseException:

@@ -1,8 +1,8 @@
 """A process that streams under writes until it is killed: ``python -m tests.simulation.victim``.
 
 It tells on stdout what it does, a line at a time and at once: ``ready``; ``w INDEX OFFSET LENGTH``
-when a write begins and ``d INDEX`` when it is done; ``f COUNT`` when a flush is done that began after
-COUNT writes were; ``completed`` when BLOCK_JOB_COMPLETED is published.
+when a write begins and ``d INDEX`` when it is done; ``f COUNT`` when a flush is done that began
+after COUNT writes were; ``completed`` when BLOCK_JOB_COMPLETED is published.
 """
 
 from __future__ import annotations
