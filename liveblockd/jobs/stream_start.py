@@ -8,6 +8,7 @@ Invariant: a start that fails leaves the graph as it was. Errors: BlockError, in
 from __future__ import annotations
 
 import asyncio
+from errno import ENOTSUP
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, surgery
@@ -16,7 +17,7 @@ from liveblockd.graph.node import Node, Operation
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.stream import Stream, StreamParameters
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.driver import Permission
+from liveblockd.storage.driver import BlockDriver, Permission
 
 
 async def start_stream(graph: Graph, scheduler: Scheduler, parameters: StreamParameters) -> Stream:
@@ -45,6 +46,9 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
     async with graph.lock:
         top, bottom = find_range(graph, parameters)
         job = Stream(parameters, graph, top, bottom)
+        if not job.immediate and type(top.driver).populate is BlockDriver.populate:
+            name = top.driver_class.driver_name
+            raise BlockError(f"Node '{top.name}': {name} cannot be streamed into", errno=ENOTSUP)
         scheduler.check_id(job.id)
         await _take(job)
         try:
