@@ -7,6 +7,7 @@ from errno import EIO, ENOSPC
 import pytest
 
 from liveblockd.errors import BlockError
+from liveblockd.graph import surgery
 from liveblockd.jobs.job import BlockdevOnError
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
@@ -291,6 +292,33 @@ async def test_completed_comes_after_the_header_is_durable():
     bench.publisher.subscribe(note)
     await bench.end(await bench.stream("top"))
     assert seen == [((None, None), True)]
+    await bench.close()
+
+
+async def test_who_hears_null_may_use_the_nodes():
+    bench = await usual()
+    seen = []
+
+    def note(event):
+        if event.data().get("status") == "null":
+            seen.append([list(node.op_blockers) for node in bench.graph.nodes.values()])
+
+    bench.publisher.subscribe(note)
+    await bench.end(await bench.stream("top"))
+    assert seen == [[[], [], []]]
+    await bench.close()
+
+
+async def test_links_are_frozen_meanwhile():
+    bench = await usual()
+    nodes = bench.graph.nodes
+    job = await bench.stream("top", bottom="mid", speed=1)
+    with pytest.raises(BlockError, match="Cannot change frozen 'backing' link from 'top' to 'mid'"):
+        await surgery.replace_backing(bench.graph, nodes["top"], nodes["base"])
+    assert not nodes["mid"].children["backing"].frozen, "the base may be replaced"
+    bench.scheduler.set_speed(job, 0)
+    await bench.end(job)
+    assert not nodes["top"].children["backing"].frozen
     await bench.close()
 
 
