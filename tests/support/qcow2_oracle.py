@@ -1,8 +1,8 @@
 """A second reading of the qcow2 specification, for tests: slow, simple, shares no code with ours.
 
 ``Oracle(content)`` looks at the bytes of an image file: ``errors`` (what qemu-img check calls
-corruptions), ``leaks``, and ``read``, the guest's view. Versions 2 and 3 without extended L2 entries;
-zlib.
+corruptions), ``leaks``, and ``read``, the guest's view. Versions 2 and 3 without extended L2
+entries; zlib.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class Oracle:
         self.content = content
         self.errors: list[str] = []
         self.leaks: list[int] = []
+        self._blocks: dict[int, list[int]] = {}
         (magic, self.version, backing_offset, backing_length, self.cluster_bits, self.size,
          _, l1_size, l1_offset, table_offset, table_clusters, snapshots, snapshots_offset,
          ) = struct.unpack(">4sIQIIQIIQQIIQ", self._bytes(0, 72))  # fmt: skip
@@ -133,16 +134,27 @@ class Oracle:
         return offset, (sectors + 1) * 512 - offset % 512
 
     def refcount(self, offset: int) -> int:
-        bits = 1 << self.refcount_order
-        per_block = self.cluster_size * 8 // bits
+        per_block = self.cluster_size * 8 >> self.refcount_order
         index, within = divmod(offset >> self.cluster_bits, per_block)
-        if index >= len(self.table) or not self.table[index]:
-            return 0
-        if bits >= 8:
-            place = self.table[index] + within * bits // 8
-            return int.from_bytes(self._bytes(place, bits // 8), "big")
-        byte = self._bytes(self.table[index] + within * bits // 8, 1)[0]
-        return byte >> (within * bits % 8) & ((1 << bits) - 1)
+        block = self._block(index)
+        return block[within] if block else 0
+
+    def _block(self, index: int) -> list[int]:
+        """The refcounts of a block; none where there is none."""
+        if index in self._blocks:
+            return self._blocks[index]
+        block: list[int] = []
+        if index < len(self.table) and self.table[index]:
+            data = self._bytes(self.table[index], self.cluster_size)
+            bits = 1 << self.refcount_order
+            if bits >= 8:
+                letter = {8: "B", 16: "H", 32: "I", 64: "Q"}[bits]
+                block = list(struct.unpack(f">{len(data) * 8 // bits}{letter}", data))
+            else:
+                mask = (1 << bits) - 1
+                block = [byte >> shift & mask for byte in data for shift in range(0, 8, bits)]
+        self._blocks[index] = block
+        return block
 
     def _compare(self) -> None:
         per_block = self.cluster_size * 8 >> self.refcount_order
@@ -150,7 +162,8 @@ class Oracle:
             index * per_block + within
             for index, entry in enumerate(self.table)
             if entry
-            for within in range(per_block)
+            for within, count in enumerate(self._block(index))
+            if count
         }
         for cluster in sorted(known | set(self.references)):
             used, counted = self.references[cluster], self.refcount(cluster << self.cluster_bits)

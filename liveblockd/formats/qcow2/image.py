@@ -405,8 +405,14 @@ class Qcow2(BlockDriver):
         self._closed = True
         await self._settle()
         if not self.read_only:
-            await self._committer.close()
+            await self._write_back()
             await self._settle()
+
+    async def _write_back(self) -> None:
+        """Metadata until nothing is left to do, and the data; raises OSError."""
+        await self._committer.close()
+        if not self._damaged:
+            await self.children["file"].flush()
 
     async def set_read_only(self, read_only: bool) -> None:
         """Read-only: everything is written back first. Raises BlockError."""
@@ -417,7 +423,7 @@ class Qcow2(BlockDriver):
             return
         await self._settle()
         try:
-            await self._committer.close()
+            await self._write_back()
         except OSError as error:
             raise BlockError.from_os_error("Could not flush the image", error) from error
         self.read_only = True

@@ -102,7 +102,7 @@ class LateDisk(MemoryDriver):
 
 
 def cut(initial: bytes, events: list[tuple[str, int, bytes, int]], rng: random.Random) -> bytes:
-    """A disk after a power cut behind ``events``: what was flushed, and some sectors of the rest."""
+    """A disk after a power cut behind ``events``: what was flushed, some sectors of the rest."""
     begun: dict[int, tuple[str, int, bytes]] = {}
     ended: list[int] = []
     covered_by: dict[int, set[int]] = {}  # flush -> writes that had ended when it began
@@ -303,7 +303,8 @@ class World:
 
 CONFIGURATIONS = [
     {"cluster_size": 512},
-    {"cluster_size": 1024, "refcount_bits": 64},
+    {"cluster_size": 512, "refcount_bits": 64},
+    {"cluster_size": 1024, "refcount_bits": 32},
     {"cluster_size": 4096, "refcount_bits": 1},
     {"cluster_size": 512, "version": 2},
 ]
@@ -313,7 +314,7 @@ async def make_world(seed: int, *, with_backing: bool = True, **overrides: int) 
     rng = random.Random(seed)
     options: dict[str, int] = {**rng.choice(CONFIGURATIONS), **overrides}
     cluster_size = options["cluster_size"]
-    size = rng.choice((24, 40)) * max(cluster_size, 2048) + rng.choice((0, 512))
+    size = rng.choice((24, 40, 100)) * max(cluster_size, 2048) + rng.choice((0, 512))
     blocks = size // BLOCK
     below_blocks = rng.choice((blocks, blocks // 2 + 1, blocks + 7)) if with_backing else 0
     # Some of what is below is zeros.
