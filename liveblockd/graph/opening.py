@@ -118,19 +118,20 @@ class Opener:
             raise
 
     async def _undo(self) -> None:
+        # Parents were made before their children, and a driver closes with its children in place.
+        for node in self.made:
+            if node.opened:
+                # Nothing was written through it yet.
+                with contextlib.suppress(OSError, BlockError):
+                    await node.driver.close()
         left: list[Node] = []
         for node in reversed(self.made):
             for edge in tuple(node.children.values()):
                 self.graph.disconnect(edge)
                 if edge.child not in self.made:
                     left.append(edge.child)
-        # Parents were made before their children.
         for node in self.made:
             self.graph.nodes.pop(node.name, None)
-            if node.opened:
-                # Nothing was written through it yet.
-                with contextlib.suppress(OSError, BlockError):
-                    await node.driver.close()
         for child in left:
             await self.graph.refresh_permissions(child)
 
