@@ -22,14 +22,14 @@ from typing import Any, cast
 from qemu.qmp import EventListener, QMPClient
 
 from liveblockd.demo import chain
-from liveblockd.demo.guest import Guest, Mismatch, NbdClient
+from liveblockd.demo.guest import Guest, MismatchError, NbdClient
 from liveblockd.demo.screen import Screen
 from liveblockd.errors import BlockError
 
 MIB = 1 << 20
 
 
-class Failed(Exception):
+class DemoError(Exception):
     """The demo did not end as it must."""
 
 
@@ -49,7 +49,7 @@ async def start_daemon(directory: Path, screen: Screen) -> asyncio.subprocess.Pr
     begin = time.monotonic()
     while not (directory / "qmp.sock").exists():
         if daemon.returncode is not None or time.monotonic() - begin > 20:
-            raise Failed("the daemon did not start")
+            raise DemoError("the daemon did not start")
         await asyncio.sleep(0.01)
     screen.say(f"ready after {time.monotonic() - begin:.2f} s")
     return daemon
@@ -73,7 +73,7 @@ async def run_job(
             await asyncio.wait([done], timeout=0.1)
         data = cast(dict[str, Any], done.result()["data"])
     if "error" in data:
-        raise Failed(f"{title}: {data['error']}")
+        raise DemoError(f"{title}: {data['error']}")
     screen.progress(title, data["offset"], data["len"])
     screen.end_progress(time.monotonic() - begin)
     screen.say(f"BLOCK_JOB_COMPLETED {data['device']}; the guest meanwhile: {guest.new_phase()}")
@@ -117,7 +117,7 @@ async def recipes(directory: Path, model: bytearray, seed: int, screen: Screen) 
         with contextlib.suppress(Exception):
             await qmp.disconnect()
         if await asyncio.wait_for(daemon.wait(), 20):
-            raise Failed(f"the daemon ended with status {daemon.returncode}")
+            raise DemoError(f"the daemon ended with status {daemon.returncode}")
     finally:
         if daemon.returncode is None:
             daemon.kill()
@@ -133,11 +133,14 @@ async def verify_alone(directory: Path, model: bytearray, screen: Screen) -> Non
     count = await chain.compare(directory / "copy.qcow2", model)
     screen.ok(f"{count} bytes of copy.qcow2, opened alone, are what the guest wrote")
     verdict = await chain.check_with_qemu_img([directory / "copy.qcow2", away / "A.qcow2"])
-    screen.ok(verdict) if verdict else screen.say("qemu-img is not installed: its check is left out")
+    if verdict:
+        screen.ok(verdict)
+    else:
+        screen.say("qemu-img is not installed: its check is left out")
 
 
 async def run(directory: Path, size: int, seed: int) -> None:
-    """The whole demo in ``directory``; raises Failed, Mismatch or OSError."""
+    """The whole demo in ``directory``; raises DemoError, MismatchError or OSError."""
     screen = Screen()
     begin = time.monotonic()
     screen.title("A chain with data in every image")
@@ -165,7 +168,7 @@ def main() -> int:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liveblockd-")))
         try:
             asyncio.run(run(directory.resolve(), arguments.size_mib * MIB, arguments.seed))
-        except (Failed, Mismatch, BlockError, OSError) as error:
+        except (DemoError, MismatchError, BlockError, OSError) as error:
             print(f"demo: FAILED: {error}", file=sys.stderr)
             return 1
     return 0

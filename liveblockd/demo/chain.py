@@ -1,7 +1,7 @@
 """The images of the demo: made, described and compared with the engine itself.
 
 Runs on the event loop of the demo, before the daemon starts and after it has ended; the locks of
-the images would not let it otherwise. Errors: BlockError, OSError, ``Mismatch``.
+the images would not let it otherwise. Errors: BlockError, OSError, ``MismatchError``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from liveblockd.daemon.drivers import load_all_drivers
-from liveblockd.demo.guest import SEGMENT, Mismatch
+from liveblockd.demo.guest import SEGMENT, MismatchError
 from liveblockd.events import Publisher
 from liveblockd.formats.qcow2.create import create_qcow2, peek_header
 from liveblockd.graph.graph import Graph
@@ -98,7 +98,7 @@ async def compare(path: Path, model: bytearray) -> int:
         node = await graph.open(_image(path, read_only=True))
         for offset in range(0, len(model), SEGMENT):
             if bytes(await node.read(offset, SEGMENT)) != model[offset : offset + SEGMENT]:
-                raise Mismatch(f"{path.name} differs between {offset} and {offset + SEGMENT}")
+                raise MismatchError(f"{path.name} differs between {offset} and {offset + SEGMENT}")
         return node.length
 
 
@@ -113,5 +113,5 @@ async def check_with_qemu_img(paths: list[Path]) -> str | None:
         )  # fmt: skip
         output = (await process.communicate())[0].decode(errors="replace")
         if process.returncode:
-            raise Mismatch(f"qemu-img check {path.name}: {output.strip()}")
+            raise MismatchError(f"qemu-img check {path.name}: {output.strip()}")
     return "qemu-img check finds no error and no leak in " + ", ".join(p.name for p in paths)

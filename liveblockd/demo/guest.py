@@ -4,7 +4,7 @@ The client is written from the NBD specification (doc/proto.md: fixed newstyle h
 NBD_OPT_GO, simple replies) and shares no code with the server, so that a mistake of the one
 is not hidden by the same mistake of the other.
 
-Runs on the event loop. ``Mismatch`` escapes when a byte is not what it must be, ``OSError`` when
+Runs on the event loop. ``MismatchError`` escapes when a byte is not what it must be, ``OSError`` when
 the server refuses a request or goes away.
 """
 
@@ -22,7 +22,7 @@ READ, WRITE, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 3, 4, 6
 DISC = 2
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """The disk holds something else than what the guest wrote."""
 
 
@@ -32,8 +32,9 @@ class NbdClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._waiting: dict[int, tuple[asyncio.Future[bytes], int]] = {}
+        self._receiver: asyncio.Task[None] | None = None
         self._next = 0
-        self.size = 0
+        self.size = 0  # bytes
 
     @classmethod
     async def connect(cls, path: str, export: str) -> NbdClient:
@@ -75,7 +76,9 @@ class NbdClient:
                 if not future.done():
                     future.set_exception(ConnectionResetError("the NBD server went away"))
 
-    async def request(self, kind: int, offset: int = 0, length: int = 0, data: bytes = b"") -> bytes:
+    async def request(
+        self, kind: int, offset: int = 0, length: int = 0, data: bytes = b""
+    ) -> bytes:
         """Send one request and wait for its reply; returns what was read."""
         handle = self._next = self._next + 1
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -89,9 +92,10 @@ class NbdClient:
         """Say goodbye and close."""
         self._writer.write(struct.pack(">IHHQQI", 0x25609513, 0, DISC, 0, 0, 0))
         self._writer.close()
-        self._receiver.cancel()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            await self._receiver
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await self._receiver
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -159,7 +163,8 @@ class Guest:
             length = rng.choice((512, 4096, 4096, 16384, rng.randrange(1, 100_000), 1 << 17))
             offset = start + rng.randrange(0, SEGMENT - length)
             # a request that was sent is carried through: the model must know its outcome
-            step = self._read(offset, length) if rng.random() < 0.5 else self._write(rng, offset, length)
+            reads = rng.random() < 0.5
+            step = self._read(offset, length) if reads else self._write(rng, offset, length)
             task = asyncio.ensure_future(step)
             try:
                 await asyncio.shield(task)
@@ -191,10 +196,10 @@ class Guest:
         self.statistics.bytes += length
 
     def compare(self, offset: int, data: bytes) -> None:
-        """Raise Mismatch unless ``data`` is what the disk must hold at ``offset``."""
+        """Raise MismatchError unless ``data`` is what the disk must hold at ``offset``."""
         if data != self.model[offset : offset + len(data)]:
             where = next(i for i, byte in enumerate(data) if byte != self.model[offset + i])
-            raise Mismatch(f"the byte at {offset + where} is not what was written there")
+            raise MismatchError(f"the byte at {offset + where} is not what was written there")
 
     async def verify(self) -> int:
         """Read the whole disk and compare it; returns the number of bytes."""

@@ -35,7 +35,11 @@ def test_a_wrong_import_is_noticed(tmp_path):
         'containers = ["liveblockd"]\nlayers = ["graph", "storage"]\n'
     )
     result = subprocess.run(
-        LINT, cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        LINT,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
         env={"PYTHONPATH": str(tmp_path), "PATH": ""},
     )
     assert result.returncode != 0
