@@ -4,7 +4,7 @@ The client is written from the NBD specification (doc/proto.md: fixed newstyle h
 NBD_OPT_GO, simple replies) and shares no code with the server, so that a mistake of the one
 is not hidden by the same mistake of the other.
 
-Runs on the event loop. ``MismatchError`` escapes when a byte is not what it must be, ``OSError`` when
+is not hidden by the same mistake of the other.
 the server refuses a request or goes away.
 """
 
