@@ -4,8 +4,8 @@ The client is written from the NBD specification (doc/proto.md: fixed newstyle h
 NBD_OPT_GO, simple replies) and shares no code with the server, so that a mistake of the one
 is not hidden by the same mistake of the other.
 
-is not hidden by the same mistake of the other.
-the server refuses a request or goes away.
+Runs on the event loop. ``MismatchError`` escapes when a byte is not what it must be, ``OSError``
+when the server refuses a request or goes away.
 """
 
 from __future__ import annotations
