@@ -22,14 +22,18 @@ class CopyOnRead(BlockDriver):
         self.children: dict[str, BlockIO] = {"file": child}
         self.read_only = read_only
         self._child = child
-        # A node binds what it finds here: no call in between on the request path.
+        # A node binds what it finds here: no call in between on the request path. Writes are looked
+        # up each time: the child may get a dirty bitmap meanwhile.
         self.read_nowait = child.read_nowait  # type: ignore[method-assign]
-        self.write_nowait = child.write_nowait  # type: ignore[method-assign]
 
     @property
     def length(self) -> int:
         """Bytes."""
         return self._child.length
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """As the child."""
+        return self._child.write_nowait(offset, data)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """As the child."""

@@ -399,12 +399,19 @@ class Graph:
             node.check_operation(Operation.RESIZE)
             if size > MAX_LENGTH:
                 raise BlockError(f"offset({size}) exceeds maximum({MAX_LENGTH})")
+            for bitmap in node.bitmaps:
+                bitmap.check(read_only=node.read_only)
             user = await self.attach(node, Permission.RESIZE)
             try:
                 async with self.drained(node):
-                    await to_its_end(node.driver.truncate(size))
+                    await to_its_end(self._truncate(node, size))
             finally:
                 await self.detach(user)
+
+    async def _truncate(self, node: Node, size: int) -> None:
+        await node.driver.truncate(size)
+        for bitmap in node.bitmaps:
+            bitmap.resize(node.driver.length)
 
     def check_write_threshold(self, node: Node, end: int) -> None:
         """Publish BLOCK_WRITE_THRESHOLD, once, when a write ends beyond the threshold."""

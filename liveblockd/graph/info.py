@@ -88,6 +88,8 @@ def block_device_info(
     }
     if node.backing is not None:
         info["backing_file"] = filenames.filename(node.backing, query.names)
+    if node.bitmaps:
+        info["dirty-bitmaps"] = [bitmap.to_qmp() for bitmap in node.bitmaps]
     return info
 
 
@@ -108,6 +110,9 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
         info["cluster-size"] = driver.cluster_size
     if info["format"] not in _UNKNOWING:
         info["dirty-flag"] = driver.dirty_flag()
+    with contextlib.suppress(BlockError):  # a format without internal snapshots
+        if snapshots := driver.list_snapshots():
+            info["snapshots"] = [snapshot.to_qmp() for snapshot in snapshots]
     specific = driver.format_specific()
     if specific is None and info["format"] in ("file", "host_device"):
         specific = {"type": "file", "data": {}}

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import filenames
-from liveblockd.storage.driver import BlockDriver, Buffer, Extent, HostFile, Permission
+from liveblockd.graph.bitmaps import DirtyBitmap
+from liveblockd.storage.driver import (
+    BlockDriver,
+    Buffer,
+    Extent,
+    HostFile,
+    Permission,
+    StoredBitmap,
+)
 from liveblockd.storage.options import BlockdevDetectZeroesOptions, BlockdevOptions
 
 if TYPE_CHECKING:
@@ -128,15 +136,71 @@ class Node:
         self.implied_backing: tuple[str, str] | None = None
         self.permissions = (Permission.NONE, Permission.ALL)
         self.write_threshold = 0
+        #: newest first; what jobs track for themselves has no name
+        self.bitmaps: list[DirtyBitmap] = []
         self._unmaps = options.unmaps
 
     def bind(self, driver: BlockDriver) -> None:
         """Take the opened driver; its methods become the node's."""
         self.driver = driver
         self.read_only = driver.read_only
+        self._hand_on()
+        for stored in driver.stored_bitmaps():
+            bitmap = DirtyBitmap(driver.length, stored.granularity, name=stored.name)
+            bitmap.persistent = True
+            bitmap.inconsistent = stored.inconsistent
+            bitmap.enabled = stored.enabled and not stored.inconsistent
+            bitmap.load(stored.pieces)
+            self.add_bitmap(bitmap)
+        driver.bitmap_source = self._bitmaps_to_store
+
+    def _hand_on(self) -> None:
         # Instead of the methods below: a request passes here without a call of its own.
         for name in _HANDED_ON:
-            setattr(self, name, getattr(driver, name))
+            setattr(self, name, getattr(self.driver, name))
+        if self.bitmaps:
+            self.write_nowait = self._record_write_nowait  # type: ignore[method-assign]
+            self.write = self._record_write  # type: ignore[method-assign]
+
+    # -- dirty bitmaps
+
+    def add_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """Record writes in ``bitmap`` from now on; call ``Graph.rebind_above`` afterwards."""
+        self.bitmaps.insert(0, bitmap)
+        self._hand_on()
+
+    def remove_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """No longer."""
+        self.bitmaps.remove(bitmap)
+        self._hand_on()
+
+    def find_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The bitmap of that name; those without one are not found."""
+        return next((b for b in self.bitmaps if name and b.name == name), None)
+
+    def record(self, offset: int, length: int) -> None:
+        """A write has ended, well or not."""
+        for bitmap in self.bitmaps:
+            bitmap.record(offset, length)
+
+    def _bitmaps_to_store(self) -> list[StoredBitmap]:
+        return [
+            StoredBitmap(b.name, b.granularity, b.enabled, b.inconsistent, ((0, b.dump()),))
+            for b in reversed(self.bitmaps)
+            if b.persistent
+        ]
+
+    def _record_write_nowait(self, offset: int, data: Buffer) -> bool:
+        if not self.driver.write_nowait(offset, data):
+            return False
+        self.record(offset, len(data))
+        return True
+
+    async def _record_write(self, offset: int, data: Buffer) -> None:
+        try:
+            await self.driver.write(offset, data)
+        finally:
+            self.record(offset, len(data))
 
     @property
     def opened(self) -> bool:
@@ -184,14 +248,20 @@ class Node:
         self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
     ) -> None:
         """As the driver's; without ``discard=unmap`` the space is kept."""
-        await self.driver.write_zeroes(
-            offset, length, may_unmap=may_unmap and self._unmaps, fast_only=fast_only
-        )
+        try:
+            await self.driver.write_zeroes(
+                offset, length, may_unmap=may_unmap and self._unmaps, fast_only=fast_only
+            )
+        finally:
+            self.record(offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
         """As the driver's; nothing without ``discard=unmap``."""
         if self._unmaps:
-            await self.driver.discard(offset, length)
+            try:
+                await self.driver.discard(offset, length)
+            finally:
+                self.record(offset, length)
 
     # -- place in the graph
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from liveblockd.errors import BlockError
@@ -61,6 +61,49 @@ class Extent(NamedTuple):
     length: int  # bytes
     kind: ExtentKind
     host_offset: int = -1  # bytes; of DATA only
+
+
+class StoredBitmap(NamedTuple):
+    """A dirty bitmap as an image keeps it; ``granularity`` in bytes."""
+
+    name: str
+    granularity: int
+    #: writes are recorded from the first one on
+    enabled: bool
+    #: it was in use when its user ended: there are no bits
+    inconsistent: bool
+    #: (offset, bytes) of bytes of the bitmap; bit n is bit n % 8 of byte n // 8, the rest is 0
+    pieces: tuple[tuple[int, bytes], ...] = ()
+
+
+class SnapshotInfo(NamedTuple):
+    """An internal snapshot, as SnapshotInfo of qapi/block-core.json has it."""
+
+    id: str
+    name: str
+    vm_state_size: int  # bytes
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    #: instructions executed, None where that is not known
+    icount: int | None
+    #: bytes
+    disk_size: int
+
+    def to_qmp(self) -> dict[str, Any]:
+        """SnapshotInfo."""
+        info: dict[str, Any] = {
+            "id": self.id,
+            "name": self.name,
+            "vm-state-size": self.vm_state_size,
+            "date-sec": self.date_sec,
+            "date-nsec": self.date_nsec,
+            "vm-clock-sec": self.vm_clock_nsec // 1_000_000_000,
+            "vm-clock-nsec": self.vm_clock_nsec % 1_000_000_000,
+        }
+        if self.icount is not None:
+            info["icount"] = self.icount
+        return info
 
 
 class BlockIO(Protocol):
@@ -232,6 +275,41 @@ class BlockDriver(abc.ABC):
     ) -> None:
         """As ``populate``, for bytes that lie in a host file; a worker copies them directly."""
         raise BlockError(f"{self.driver_name} cannot be streamed into", errno=95)
+
+    # -- persistent dirty bitmaps
+
+    #: gives what to store when the image is closed or becomes read-only; set by who tracks writes.
+    #: Without it what the image had stays marked as in use, for nobody knows what was written.
+    bitmap_source: Callable[[], Sequence[StoredBitmap]] | None = None
+
+    def stored_bitmaps(self) -> Sequence[StoredBitmap]:
+        """The bitmaps that were found when the image was opened."""
+        return ()
+
+    def check_new_bitmap(self, name: str, granularity: int, others: int) -> None:
+        """BlockError if a bitmap cannot be stored beside ``others`` more; errno 95: none ever."""
+        raise BlockError("Operation not supported", errno=95)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """Remove a stored bitmap, durable on return; nothing if there is none of that name."""
+
+    # -- internal snapshots: who calls these has drained the node
+
+    def list_snapshots(self) -> Sequence[SnapshotInfo]:
+        """The internal snapshots, oldest first; BlockError(errno 95) where the format has none."""
+        raise BlockError("Operation not supported", errno=95)
+
+    async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
+        """Keep the disk as it is now; ``date_nsec`` since the epoch. Durable on return."""
+        raise BlockError("Operation not supported", errno=95)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot and give its space back. Durable on return."""
+        raise BlockError("Operation not supported", errno=95)
+
+    async def apply_snapshot(self, snapshot_id: str) -> None:
+        """Make the disk what it was, size included; no user may be above. Durable on return."""
+        raise BlockError("Operation not supported", errno=95)
 
     # -- description
 

@@ -376,12 +376,40 @@ def relink(header: Header, backing_file: bytes | None, backing_format: str | Non
     if len(name) > MAX_BACKING_NAME:
         raise BlockError("Backing file name too long")
     others = [e for e in header.extensions if e[0] != Extension.BACKING_FORMAT]
-    lean = [e for e in others if e[0] != Extension.FEATURE_NAMES]
     changed = replace(
         header, backing_file=name or None, backing_file_offset=0, extensions=(*link, *others)
     )
-    if header.header_length + len(extension_area(changed)) > SECTOR:
-        changed = replace(changed, extensions=(*link, *lean))
+    return _rewrite(header, changed)
+
+
+def replace_extension(
+    header: Header, kind: Extension, data: bytes | None, *, autoclear: int
+) -> Rewrite:
+    """Add, replace or (None) drop an extension and set the autoclear bits, as ``relink`` does."""
+    others = tuple(e for e in header.extensions if e[0] != kind)
+    extensions = others if data is None else (*others, (int(kind), data))
+    changed = replace(header, extensions=extensions, autoclear=autoclear)
+    if header.backing_file is None:
+        return _rewrite(header, changed)
+    end = header.header_length + len(extension_area(_lean(changed)))
+    if end <= min(SECTOR, header.backing_file_offset):  # the name stays where it is
+        changed = _lean(changed)
+        return Rewrite(changed, ((0, serialise(changed).ljust(SECTOR, b"\0")[:SECTOR]),))
+    return _rewrite(header, replace(changed, backing_file_offset=0))
+
+
+def _lean(header: Header) -> Header:
+    """Without the feature name table where it would reach into a second sector."""
+    if header.header_length + len(extension_area(header)) <= SECTOR:
+        return header
+    lean = tuple(e for e in header.extensions if e[0] != Extension.FEATURE_NAMES)
+    return replace(header, extensions=lean)
+
+
+def _rewrite(header: Header, changed: Header) -> Rewrite:
+    """From ``header`` to ``changed``, whose backing name has no place yet. Raises BlockError."""
+    name = changed.backing_file or b""
+    changed = _lean(changed)
     old_end = header.header_length + len(extension_area(header))
     if header.backing_file:
         old_end = max(old_end, header.backing_file_offset + len(header.backing_file))

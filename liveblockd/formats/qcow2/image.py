@@ -17,13 +17,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from errno import EIO, EPERM
 from typing import Any, ClassVar, Self
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted
+from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
@@ -38,7 +39,15 @@ from liveblockd.formats.qcow2.resize import resize
 from liveblockd.formats.qcow2.snapshots import Snapshot
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, HostFile
+from liveblockd.storage.driver import (
+    BlockDriver,
+    BlockIO,
+    Buffer,
+    Extent,
+    ExtentKind,
+    HostFile,
+    StoredBitmap,
+)
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -88,6 +97,7 @@ class Qcow2(BlockDriver):
         self._populator = Populator(
             metadata, self._claims, self._writer, self._eraser, environment.workers
         )
+        self._bitmaps = BitmapStore(metadata, self._committer)
         self._lazy_refcounts = options.lazy_refcounts
         self._tasks: set[asyncio.Task[None]] = set()
         self._damaged = False
@@ -117,6 +127,7 @@ class Qcow2(BlockDriver):
         read_only = bool(options.read_only)
         opened = await open_image(options, children, read_only=read_only)
         self = cls(options, children, environment, opened, autosync=autosync)
+        await self._bitmaps.read()
         if not read_only:
             await self._begin_writing()
         return self
@@ -125,12 +136,15 @@ class Qcow2(BlockDriver):
         """Say in the header what a writer of this kind does not keep up; raises BlockError."""
         header = self._metadata.header
         check_supported(header, read_only=False)
-        if header.autoclear:
-            try:
+        try:
+            if header.autoclear != self._bitmaps.autoclear:
                 async with self._committer.lock:
-                    await self._committer.write_header(replace(header, autoclear=0))
-            except OSError as error:
-                raise BlockError.from_os_error("Could not update qcow2 header", error) from error
+                    await self._committer.write_header(
+                        replace(header, autoclear=self._bitmaps.autoclear)
+                    )
+            await self._bitmaps.mark_in_use()
+        except OSError as error:
+            raise BlockError.from_os_error("Could not update qcow2 header", error) from error
         geometry = self._metadata.geometry
         self._metadata.refcounts.touched(0, geometry.clusters(self.children["file"].length))
         self.read_only = False
@@ -405,12 +419,17 @@ class Qcow2(BlockDriver):
         self._closed = True
         await self._settle()
         if not self.read_only:
-            await self._write_back()
-            await self._settle()
+            try:
+                await self._write_back()
+            finally:
+                await self._settle()
 
     async def _write_back(self) -> None:
-        """Metadata until nothing is left to do, and the data; raises OSError."""
-        await self._committer.close()
+        """Bitmaps, metadata until nothing is left to do, and the data; raises OSError."""
+        try:
+            await self._store_bitmaps()
+        finally:
+            await self._committer.close()
         if not self._damaged:
             await self.children["file"].flush()
 
@@ -427,6 +446,26 @@ class Qcow2(BlockDriver):
         except OSError as error:
             raise BlockError.from_os_error("Could not flush the image", error) from error
         self.read_only = True
+
+    # -- persistent dirty bitmaps
+
+    def stored_bitmaps(self) -> Sequence[StoredBitmap]:
+        """See ``BlockDriver``."""
+        return self._bitmaps.loaded
+
+    def check_new_bitmap(self, name: str, granularity: int, others: int) -> None:
+        """See ``BlockDriver``."""
+        self._bitmaps.check_new(name, granularity, others)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """See ``BlockDriver``."""
+        self._check_writable()
+        await self._run(self._bitmaps.remove, name)
+
+    async def _store_bitmaps(self) -> None:
+        """What the graph has tracked; without it the marks stay that they were in use."""
+        if self.bitmap_source is not None and not self._damaged:
+            await self._run(self._bitmaps.store, self.bitmap_source())
 
     @property
     def backing_file(self) -> str | None:
