@@ -31,7 +31,9 @@ class JobInfo(QapiModel):
 
 
 class BlockJobInfo(QapiModel):
-    """One of query-block-jobs."""
+    """One of query-block-jobs; lengths, offsets and speed in bytes."""
+
+    qapi_tag: ClassVar[str] = "type"
 
     type: JobType
     device: str
@@ -46,6 +48,17 @@ class BlockJobInfo(QapiModel):
     auto_finalize: bool
     auto_dismiss: bool
     error: str | None = None
+
+    @classmethod
+    def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
+        """What a type of job has besides."""
+        return {"mirror": BlockJobInfoMirror}
+
+
+class BlockJobInfoMirror(BlockJobInfo):
+    """Of a mirror: whether guest writes reach the target before they are answered."""
+
+    actively_synced: bool
 
 
 class DeviceArgument(QapiModel):
