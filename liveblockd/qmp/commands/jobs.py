@@ -8,6 +8,7 @@ Runs on the event loop. Errors: BlockError.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class BlockJobInfo(QapiModel):
     error: str | None = None
 
     @classmethod
-    def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
+    def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
         """What a type of job has besides."""
         return {"mirror": BlockJobInfoMirror}
 
@@ -96,7 +97,7 @@ class BlockJobChangeOptions(QapiModel):
     type_: JobType
 
     @classmethod
-    def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
+    def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
         """No kind of job has members of its own yet."""
         return {}
 
