@@ -322,8 +322,11 @@ class Refcounts:
                 raise OSError(EFBIG, "File too large")
             block = self._block(index) if index < len(self.table) else None
             if block is None:
-                self._create_block(index)
+                index = self._create_blocks(index, count if exact else 1)
+                cluster = max(cluster, index * per_block)
+                within = cluster - index * per_block
                 block = self.blocks[index]
+                none_free = False
             while within < per_block:
                 if run == 0:
                     skip = self._next_zero(block, within)
@@ -368,34 +371,43 @@ class Refcounts:
         hit = int(used.argmax())
         return hit if used[hit] else length
 
-    def _create_block(self, index: int) -> None:
-        """A refcount block for clusters none of which is in use; it lies in the first of them."""
-        if index >= len(self.table):
-            self._grow_table(index)
-            return
+    def _create_blocks(self, index: int, count: int) -> int:
+        """Refcount blocks for clusters none of which is in use; the index of the first.
+
+        They lie side by side in the first of these clusters, so that ``count`` clusters can follow
+        them without a gap, however few clusters a block describes.
+        """
         per_block = self.geometry.refcounts_per_block
-        self._add_new_blocks(index, 1, 1)
-        self.table_dirty.add(index, index + 1)
-        self.touched(index * per_block << self.geometry.cluster_bits, 1)
+        blocks = -(-count // (per_block - 1))
+        if index + blocks > len(self.table):
+            return self._grow_table(index, blocks)
+        if blocks > 1 and self.table[index : index + blocks].any():
+            blocks = 1
+        self._add_new_blocks(index, blocks, blocks)
+        self.table_dirty.add(index, index + blocks)
+        self.touched(index * per_block << self.geometry.cluster_bits, blocks)
+        return index
 
-    def _grow_table(self, index: int) -> None:
-        """Move the table, which ends at ``index``, to a larger place behind all that it describes.
+    def _grow_table(self, index: int, needed: int) -> int:
+        """Move the table to a larger place behind all that it can describe; the first new index.
 
-        Blocks and table lie side by side at the start of the region that the new blocks describe.
-        The disk keeps the old table until the header names the new one.
+        There is room for ``needed`` more blocks behind those that describe the table itself.
+
+        Blocks and table lie side by side at the start of what the new blocks describe. The disk
+        keeps the old table until the header names the new one.
         """
         geometry = self.geometry
         per_block = geometry.refcounts_per_block
         per_cluster = geometry.l2_entries
         index = max(index, len(self.table))
-        entries = max(len(self.table) * 3 // 2, index + 1)
+        entries = max(len(self.table) * 3 // 2, index + needed + 1)
         while True:
             entries = -(-entries // per_cluster) * per_cluster
             clusters = entries // per_cluster
             blocks = -(-clusters // (per_block - 1))
-            if index + blocks <= entries:
+            if index + blocks + needed <= entries:
                 break
-            entries = index + blocks
+            entries = index + blocks + needed
         entries = min(entries, geometry.max_refcount_blocks)
         clusters = entries // per_cluster
         if index + blocks > entries:
@@ -418,6 +430,7 @@ class Refcounts:
         self.table_dirty.clear()
         self.moved = self.table_unwritten = True
         self.retired.append(old)
+        return index
 
     def _add_new_blocks(self, index: int, blocks: int, clusters_in_use: int) -> None:
         """Blocks from ``index`` on, at the start of what they describe, of which some is used."""

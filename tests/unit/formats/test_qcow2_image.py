@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import struct
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from errno import EIO, ENOSPC, ENOTSUP, EPERM
 
 import pytest
@@ -42,6 +43,21 @@ async def written(size: int = 1024 * K, **options: object) -> MemoryDriver:
     return disk
 
 
+async def turns(count: int = 50) -> None:
+    """Let everybody else go on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that must come."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it did not come")
+
+
 # -- claims, populate and guest writes
 
 
@@ -52,8 +68,7 @@ async def test_guest_write_does_not_wait_for_a_populate() -> None:
     disk.nowait = False
     disk.hook = lambda op, at, n: gate(op, at, n) if n == 4 * CLUSTER else None
     copy = asyncio.create_task(image.populate(0, b"b" * (4 * CLUSTER)))
-    while not gate.waiting:
-        await asyncio.sleep(0)
+    await until(lambda: gate.waiting)
     await asyncio.wait_for(image.write(CLUSTER + 5, b"guest"), 5)
     assert not copy.done()
     gate.open()
@@ -71,28 +86,23 @@ async def test_populate_does_not_publish_under_a_claim() -> None:
     """Else a write in place to the populated cluster would be undone by the older claim."""
     disk = await new_qcow2(size=1024 * K, backing_file="b")
     image = await open_qcow2(disk, MemoryDriver.of(b"b" * (1024 * K)))
-    gate = Gate("write")
+    gates = [Gate("write"), Gate("write")]
+    left = list(gates)
     disk.nowait = False
-    blocked = False
 
     def hook(operation: str, offset: int, length: int) -> Awaitable[None] | None:
-        nonlocal blocked
-        if operation == "write" and not blocked:
-            blocked = True
-            return gate(operation, offset, length)
-        return None
+        return left.pop(0)(operation, offset, length) if operation == "write" and left else None
 
     disk.hook = hook
-    first = asyncio.create_task(image.write(0, b"1" * 512))
-    while not gate.waiting:
-        await asyncio.sleep(0)
     copy = asyncio.create_task(image.populate(0, b"b" * CLUSTER))
-    for _ in range(50):
-        await asyncio.sleep(0)
+    await until(lambda: gates[0].waiting)
+    first = asyncio.create_task(image.write(0, b"1" * 512))
+    await until(lambda: gates[1].waiting)
+    gates[0].open()
+    await turns()
     second = asyncio.create_task(image.write(4096, b"2" * 512))
-    for _ in range(50):
-        await asyncio.sleep(0)
-    gate.open()
+    await turns()
+    gates[1].open()
     await asyncio.gather(first, copy, second)
     data = bytes(await image.read(0, CLUSTER))
     assert data[:512] == b"1" * 512
@@ -243,8 +253,7 @@ async def test_a_cancelled_write_is_finished() -> None:
     gate = Gate("write")
     disk.hook = gate
     task = asyncio.create_task(image.write(0, b"x" * CLUSTER))
-    while not gate.waiting:
-        await asyncio.sleep(0)
+    await until(lambda: gate.waiting)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -321,8 +330,7 @@ async def test_a_slow_read_keeps_its_cluster() -> None:
     disk.nowait = False
     disk.hook = lambda op, at, n: gate(op, at, n) if at == old else None
     read = asyncio.create_task(image.read(0, CLUSTER))
-    while not gate.waiting:
-        await asyncio.sleep(0)
+    await until(lambda: gate.waiting)
     await image.discard(0, CLUSTER)
     for _ in range(3):
         await image.flush()
@@ -416,16 +424,6 @@ async def test_sizes_that_are_refused() -> None:
         await image.truncate(1 << 62)
     assert image.length == 1024 * K
     await image.close()
-
-
-async def cut_everywhere(disk: LateDisk, initial: bytes, below: bytes, allowed: set[bytes]) -> None:
-    """After every event of the disk, several power cuts: sound, and one of ``allowed`` to read."""
-    rng = random.Random(1)
-    for at in range(len(disk.events) + 1):
-        for _ in range(6):
-            oracle = Oracle(cut(initial, disk.events[:at], rng))
-            assert not oracle.errors, (at, oracle.errors[:3])
-            assert oracle.read(below) in allowed, f"cut at {at} of {len(disk.events)}"
 
 
 async def late_image(seed: int, **options: object) -> tuple[LateDisk, bytes]:
@@ -661,7 +659,7 @@ async def test_damaged_images_harm_nobody(seed: int) -> None:
         length = min(rng.choice((512, 4096)), size - offset)
         if length <= 0:
             continue
-        try:
+        with contextlib.suppress(OSError):
             await rng.choice(
                 (
                     lambda o=offset, n=length: image.read(o, n),
@@ -669,15 +667,11 @@ async def test_damaged_images_harm_nobody(seed: int) -> None:
                     lambda o=offset, n=length: image.discard(o, n),
                     lambda o=offset, n=length: image.map(o, n),
                     lambda o=offset, n=length: image.write_zeroes(o, n),
-                    lambda: image.flush(),
+                    image.flush,
                 )
             )()
-        except OSError:
-            pass
-    try:
+    with contextlib.suppress(OSError):
         await image.close()
-    except OSError:
-        pass
 
 
 # -- the fast path
