@@ -1,0 +1,341 @@
+"""Disks of a simulated machine: the driver ``simdisk``, and the log of all that happens to them.
+
+A ``Medium`` is a file on a disk: its content is what the page cache has. Every write is logged when
+it begins (from then on any of its sectors may reach the disk) and when it ends, every flush when it
+begins and ends: ``crash.Replay`` makes from one log the disks that a power cut at any moment
+could leave. All media of a machine share one log, so that a cut hits them at the same instant.
+
+The content lives in a memfd, so that workers copy from disk to disk by descriptors, as in the real
+daemon; ``SimulatedWorkers`` logs what they did.
+
+One seed decides all delays and faults; delays are of simulated time (``virtual.VirtualLoop``).
+A failed flush is final, as in ``storage.file``: which pages the kernel dropped nobody knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+from errno import EIO, ENOSPC, EPERM
+from typing import Any, NamedTuple, Self, TypeVar
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2 import populate
+from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import Environment, register_driver
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """One line of the log; ``medium`` is -1 for what is no disk's."""
+
+    kind: str  # write, end, fail, flush, flushed, unflushed, and those of ``history``
+    medium: int
+    number: int  # of the request that began or ended
+    offset: int = 0
+    data: Any = b""
+
+
+class Machine:
+    """Disks, their log and their weather."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(f"disks {seed}")
+        self.log: list[Entry] = []
+        self.media: list[Medium] = []
+        self.names: dict[str, Medium] = {}
+        #: no delays, no log: while a chain is prepared
+        self.quiet = True
+        #: probability of a fault by operation: read, write, flush
+        self.faults: dict[str, float] = {}
+        self.injected = 0
+        self._numbers = 0
+
+    def add(self, *names: str) -> Medium:
+        """A new empty file with its names."""
+        medium = Medium(self, len(self.media), names[0])
+        self.media.append(medium)
+        for name in names:
+            self.names[name] = medium
+        return medium
+
+    def number(self) -> int:
+        """Of the next request."""
+        self._numbers += 1
+        return self._numbers
+
+    def note(self, kind: str, number: int = 0, offset: int = 0, data: Any = b"") -> None:
+        """Log what is no disk's."""
+        if not self.quiet:
+            self.log.append(Entry(kind, -1, number, offset, data))
+
+    async def delay(self) -> None:
+        """As long as a disk takes for a step."""
+        if self.quiet:
+            return
+        kind = self.random.randrange(8)
+        if kind < 2:
+            await asyncio.sleep(0)
+        elif kind < 7:
+            await asyncio.sleep(self.random.random() * 0.004)
+        else:
+            await asyncio.sleep(self.random.random() * 0.06)
+
+    def fault(self, operation: str) -> bool:
+        """Whether this one is to fail."""
+        probability = self.faults.get(operation, 0.0)
+        if not probability or self.quiet or self.random.random() >= probability:
+            return False
+        self.injected += 1
+        return True
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        for medium in self.media:
+            os.close(medium.fd)
+
+
+class Medium:
+    """A file of the machine."""
+
+    def __init__(self, machine: Machine, index: int, name: str) -> None:
+        self.machine = machine
+        self.index = index
+        self.name = name
+        self.fd = os.memfd_create(f"simdisk {name}", os.MFD_CLOEXEC)
+        self.length = 0
+        #: a flush has failed: so does every later one
+        self.flush_failed = False
+        #: so many flushes to come do nothing (a defect that tests put in)
+        self.skip_flushes = 0
+
+    @property
+    def direct(self) -> bool:
+        """As ``storage.driver.HostFile``."""
+        return False
+
+    def content(self) -> bytes:
+        """What the page cache has."""
+        return os.pread(self.fd, self.length, 0)
+
+    def load(self, offset: int, length: int) -> bytes:
+        """Bytes; zeros past the end."""
+        return os.pread(self.fd, length, offset).ljust(length, b"\0")
+
+    def store(self, offset: int, data: bytes) -> None:
+        """Into the page cache."""
+        os.pwrite(self.fd, data, offset)
+        self.length = max(self.length, offset + len(data))
+
+    def begin(self, kind: str, offset: int = 0, data: bytes = b"") -> int:
+        """Log the beginning of a request; its number."""
+        machine = self.machine
+        number = machine.number()
+        if not machine.quiet:
+            machine.log.append(Entry(kind, self.index, number, offset, data))
+        return number
+
+    def end(self, kind: str, number: int) -> None:
+        """Log its end."""
+        if not self.machine.quiet:
+            self.machine.log.append(Entry(kind, self.index, number))
+
+
+@register_driver
+class SimulatedDisk(BlockDriver):
+    """A ``Medium`` opened; what ``storage.file`` is for a real file."""
+
+    driver_name = "simdisk"
+    #: where ``open`` finds files; set for the length of a run
+    machine: Machine | None = None
+
+    class Options(BlockdevOptions):
+        """Members of ``blockdev-add``."""
+
+        filename: str
+
+    def __init__(self, medium: Medium, *, read_only: bool = False, unmaps: bool = True) -> None:
+        self.children: dict[str, BlockIO] = {}
+        self.medium = medium
+        self.read_only = read_only
+        self._unmaps = unmaps
+
+    @classmethod
+    async def open(
+        cls, options: Options, children: dict[str, BlockIO], environment: Environment
+    ) -> Self:
+        """As a driver is opened by the graph."""
+        assert cls.machine is not None
+        medium = cls.machine.names.get(options.filename)
+        if medium is None:
+            raise BlockError(f"Could not open '{options.filename}': No such file or directory")
+        return cls(medium, read_only=bool(options.read_only), unmaps=options.unmaps)
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.medium.length
+
+    def host_file(self) -> Medium | None:
+        """For copies by workers."""
+        return self.medium
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        machine = self.medium.machine
+        if not machine.quiet and machine.random.random() < 0.3:
+            return None
+        return self.medium.load(offset, length)
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        medium = self.medium
+        if self.read_only or (not medium.machine.quiet and medium.machine.random.random() < 0.6):
+            return False
+        if medium.machine.faults:
+            return False
+        content = bytes(data)
+        number = medium.begin("write", offset, content)
+        medium.store(offset, content)
+        medium.end("end", number)
+        return True
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        medium = self.medium
+        await medium.machine.delay()
+        if medium.machine.fault("read"):
+            raise OSError(EIO, "injected into read")
+        data = medium.load(offset, length)
+        await medium.machine.delay()
+        return data
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        if self.read_only:
+            raise OSError(EPERM, "Operation not permitted")
+        medium = self.medium
+        machine = medium.machine
+        content = bytes(data)
+        await machine.delay()
+        if machine.fault("write"):
+            content = content[: machine.random.randrange(len(content) // 512 + 1) * 512]
+            number = medium.begin("write", offset, content)
+            medium.store(offset, content)
+            await machine.delay()
+            medium.end("fail", number)
+            raise OSError(machine.random.choice((EIO, ENOSPC)), "injected into write")
+        number = medium.begin("write", offset, content)
+        medium.store(offset, content)
+        await machine.delay()
+        medium.end("end", number)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        await self.write(offset, bytes(length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        # Nobody may count on what a discard leaves.
+        if self._unmaps:
+            await self.write(offset, b"\xdd" * length)
+
+    async def flush(self) -> None:
+        if self.read_only:
+            return
+        medium = self.medium
+        if medium.skip_flushes:
+            medium.skip_flushes -= 1
+            return
+        if medium.flush_failed:
+            raise OSError(EIO, "injected into an earlier flush")
+        await medium.machine.delay()
+        number = medium.begin("flush")
+        await medium.machine.delay()
+        if medium.flush_failed or medium.machine.fault("flush"):
+            medium.flush_failed = True
+            medium.end("unflushed", number)
+            raise OSError(EIO, "injected into flush")
+        medium.end("flushed", number)
+        await medium.machine.delay()
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(length, ExtentKind.DATA, offset)]
+
+    async def set_read_only(self, read_only: bool) -> None:
+        if read_only and not self.read_only:
+            try:
+                await self.flush()
+            except OSError as error:
+                raise BlockError.from_os_error("Could not reopen", error) from error
+        self.read_only = read_only
+
+
+class SimulatedWorkers(WorkerPool):
+    """Jobs run in simulated time; copies from disk to disk are logged as writes."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _submit(
+        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+    ) -> JobFuture[T]:
+        loop = asyncio.get_running_loop()
+        future: JobFuture[T] = JobFuture(loop=loop)
+        task = loop.create_task(self._carry_out(future, fn, args, group))
+        self._outstanding += 1
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return future
+
+    async def _carry_out(
+        self,
+        future: JobFuture[Any],
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+    ) -> None:
+        await self._machine.delay()
+        try:
+            if fn is populate.clone_or_copy:
+                result = await self._copy(args)
+            else:
+                result = fn(*args)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        self._outstanding -= 1
+        if group is not None:
+            group.job_ended()
+        if not self._outstanding:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def _copy(self, args: tuple[Any, ...]) -> Any:
+        """A worker's copy, cluster by cluster as far as it wrote."""
+        _, _, fd, offset, length, cluster_size = args
+        inode = os.fstat(fd).st_ino
+        medium = next(m for m in self._machine.media if os.fstat(m.fd).st_ino == inode)
+        if self._machine.fault("write"):
+            os.close(args[0])
+            os.close(fd)
+            raise OSError(ENOSPC, "injected into copy")
+        zero = populate.clone_or_copy(*args)
+        numbers = []
+        for index in range(-(-length // cluster_size)):
+            if zero is not None and zero[index]:
+                continue
+            start = index * cluster_size
+            part = medium.load(offset + start, min(cluster_size, length - start))
+            medium.length = max(medium.length, offset + start + len(part))
+            numbers.append(medium.begin("write", offset + start, part))
+        await self._machine.delay()
+        for number in numbers:
+            medium.end("end", number)
+        return zero

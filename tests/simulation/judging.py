@@ -1,0 +1,253 @@
+"""Cuts the power at many moments of one course and looks at what is left.
+
+Every cut is judged by ``crashed`` and ``history``; one in a few also by the engine itself, which
+opens the images for writing and reads the same bytes, and one in many by qemu-img.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from liveblockd.formats.qcow2.image import Qcow2
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer
+from tests.simulation import virtual
+from tests.simulation.crash import Bytes, Replay
+from tests.simulation.crashed import Chains, Crashed, NoImageError
+from tests.simulation.history import History
+from tests.simulation.machine import Course
+from tests.support.qcow2_images import open_qcow2
+
+#: one cut in so many is looked at by the engine, by qemu-img
+ENGINE_SHARE, QEMU_SHARE = 24, 400
+
+
+@dataclass
+class Found:
+    """What was wrong after one cut."""
+
+    seed: int
+    position: int
+    how: str
+    corrupt: str | None = None  # the images are
+    lost: str | None = None  # the guest's bytes are
+
+    def __str__(self) -> str:
+        return (
+            f"seed {self.seed}, cut at {self.position}, {self.how}: "
+            f"{'CORRUPT ' + self.corrupt if self.corrupt else ''}"
+            f"{'LOST ' + self.lost if self.lost else ''}"
+        )
+
+
+@dataclass
+class Figures:
+    """Of all cuts together."""
+
+    machines: int = 0
+    requests: int = 0
+    cuts: int = 0
+    kills: int = 0
+    by_engine: int = 0
+    by_qemu: int = 0
+    leaking: int = 0
+    corrupt: int = 0
+    lost: int = 0
+    found: list[Found] = field(default_factory=list)
+
+    def add(self, other: Figures) -> None:
+        """Sum up."""
+        for name in (
+            "machines", "requests", "cuts", "kills", "by_engine", "by_qemu", "leaking", "corrupt",
+            "lost",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.found += other.found
+
+    def note(self, found: Found) -> None:
+        """One more that is wrong."""
+        self.corrupt += found.corrupt is not None
+        self.lost += found.lost is not None
+        self.found.append(found)
+
+    def __str__(self) -> str:
+        return (
+            f"machines {self.machines}, guest requests {self.requests}, cuts {self.cuts} (of which "
+            f"SIGKILL {self.kills}; reopened by the engine {self.by_engine}, by qemu-img "
+            f"{self.by_qemu}), leaking {self.leaking}, corrupt {self.corrupt}, lost {self.lost}"
+        )
+
+
+def moments(course: Course, cuts: int, rng: random.Random) -> list[int]:
+    """Where to cut, ascending: all over the log, and close to what changes much at once."""
+    log = course.log
+    turning = [
+        number
+        for number, entry in enumerate(log)
+        if entry.kind in ("switch", "note", "resized", "flushed")
+        or (entry.kind == "write" and entry.offset == 0)
+    ]
+    found = []
+    for _ in range(cuts):
+        if turning and rng.random() < 0.5:
+            found.append(min(len(log), max(0, rng.choice(turning) + rng.randrange(-2, 12))))
+        else:
+            found.append(rng.randrange(len(log) + 1))
+    return sorted(found)
+
+
+class Judge:
+    """Walks along one course."""
+
+    def __init__(self, course: Course, figures: Figures) -> None:
+        self.course = course
+        self.figures = figures
+        self.random = random.Random(f"cuts {course.plan.seed}")
+        self.history = History(np.frombuffer(course.content, np.uint8).copy(), course.size,
+                               course.top)  # fmt: skip
+        self.replay = Replay(course.log, course.initial)
+        self.replay.listeners.append(self.history)
+        self.chains = Chains(course.names)
+
+    def cut_at(self, position: int, *, kill: bool | None = None) -> None:
+        """One more cut, not before the last one."""
+        rng, replay = self.random, self.replay
+        replay.advance(position)
+        if kill is None:
+            kill = rng.random() < 0.15
+        if kill:
+            disks, how = replay.kill(), "SIGKILL"
+            self.figures.kills += 1
+        else:
+            choice = replay.choose(rng)
+            disks, how = replay.power_cut(choice, rng), str(choice)
+        self.figures.cuts += 1
+        found = self._look(disks, Found(self.course.plan.seed, position, how))
+        if found is not None:
+            self.figures.note(found)
+
+    def _look(self, disks: list[Bytes], found: Found) -> Found | None:
+        versions = [disk.version if not disk.pending else None for disk in self.replay.disks]
+        try:
+            images, view = self.chains.read(self.history.top, disks, versions)
+        except (NoImageError, KeyError) as error:
+            found.corrupt = repr(error)
+            return found
+        for name, image in images:
+            if image.errors:
+                found.corrupt = f"{name}: {image.errors}"
+                return found
+        self.figures.leaking += any(image.leaks for _, image in images)
+        found.lost = self.history.wrong(view)
+        if found.lost is not None:
+            return found
+        content = {name: disks[self.course.names[name]] for name, _ in images}
+        if self.random.randrange(ENGINE_SHARE) == 0:
+            self.figures.by_engine += 1
+            found.lost = virtual.run(_reopen(images, content, view))
+        if self.random.randrange(QEMU_SHARE) == 0 and shutil.which("qemu-img"):
+            self.figures.by_qemu += 1
+            found.corrupt = _ask_qemu(content)
+        return found if found.corrupt or found.lost else None
+
+
+class _Found(BlockDriver):
+    """The bytes of a crashed file, to be opened again."""
+
+    driver_name = "found"
+
+    def __init__(self, content: Bytes) -> None:
+        self.children: dict[str, BlockIO] = {}
+        self.read_only = False
+        self.content = bytearray(content.tobytes())
+
+    @property
+    def length(self) -> int:
+        return len(self.content)
+
+    def read_nowait(self, offset: int, length: int) -> Buffer:
+        return bytes(self.content[offset : offset + length]).ljust(length, b"\0")
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return self.read_nowait(offset, length)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        end = offset + len(data)
+        self.content.extend(bytes(max(0, end - len(self.content))))
+        self.content[offset:end] = data
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
+    ) -> None:
+        await self.write(offset, bytes(length))
+
+    async def flush(self) -> None:
+        return
+
+
+async def _reopen(
+    images: list[tuple[str, Crashed]], content: dict[str, Bytes], view: Bytes
+) -> str | None:
+    """The engine reads the same, goes on writing, and leaves a sound image."""
+    below: Qcow2 | None = None
+    for name, _ in reversed(images):
+        file = _Found(content[name])
+        below = await open_qcow2(file, below, read_only=name != images[0][0])
+    assert below is not None
+    wanted = bytearray(view.tobytes())
+    if bytes(await below.read(0, below.length)) != wanted:
+        return "the engine reads something else"
+    data = b"after the crash "
+    for offset in range(0, below.length - len(data), max(4096, below.length // 7)):
+        await below.write(offset, data)
+        wanted[offset : offset + len(data)] = data
+    await below.close()
+    after = Crashed(np.frombuffer(bytes(file.content), np.uint8))
+    if after.errors:
+        return f"after more writes: {after.errors}"
+    return None
+
+
+def _ask_qemu(content: dict[str, Bytes]) -> str | None:
+    """qemu-img check of every image of the chain; its word on corruptions."""
+    with tempfile.TemporaryDirectory(prefix="liveblockd-powercut-") as directory:
+        for name, data in content.items():
+            path = Path(directory, "image.qcow2")
+            path.write_bytes(data.tobytes())
+            done = subprocess.run(
+                ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)],
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            if not done.stdout:
+                return f"{name}: qemu-img: {done.stderr}"
+            report = json.loads(done.stdout)
+            if report.get("corruptions") or report.get("check-errors"):
+                return f"{name}: qemu-img: {report}"
+    return None
+
+
+def judge(course: Course, cuts: int) -> Figures:
+    """Cut the power ``cuts`` times."""
+    figures = Figures(machines=1, requests=course.requests)
+    walk = Judge(course, figures)
+    for position in moments(course, cuts, walk.random):
+        walk.cut_at(position)
+    return figures
+
+
+def judge_at(course: Course, positions: Iterator[int], *, kill: bool, each: int = 1) -> Figures:
+    """Cut at given, ascending moments."""
+    figures = Figures(machines=1, requests=course.requests)
+    walk = Judge(course, figures)
+    for position in positions:
+        for _ in range(each):
+            walk.cut_at(position, kill=kill)
+    return figures

@@ -1,0 +1,178 @@
+"""Known defects, put into the engine for a while: what finds none of them finds nothing.
+
+``with planted("skip-first-flush"): ...``; each stands for a mistake that is easily made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from liveblockd.formats.qcow2 import cow, populate
+from liveblockd.formats.qcow2.allocator import BlockNeeded
+from liveblockd.formats.qcow2.commit import Committer
+from liveblockd.formats.qcow2.image import Qcow2
+from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK
+from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.quarantine import Batch, Quarantine
+from tests.simulation.disks import SimulatedDisk
+
+
+def _disk(file: Any) -> SimulatedDisk | None:
+    driver = getattr(file, "driver", file)
+    return driver if isinstance(driver, SimulatedDisk) else None
+
+
+def _skip_first_flush(stack: ExitStack) -> None:
+    """A commit writes entries of L2 tables without waiting for data and refcounts."""
+    commit = Committer._commit
+
+    async def mutated(self: Committer) -> None:
+        if (disk := _disk(self.metadata.file)) is not None:
+            disk.medium.skip_flushes = 1
+        await commit(self)
+
+    stack.enter_context(mock.patch.object(Committer, "_commit", mutated))
+
+
+def _publish_before_data(stack: ExitStack) -> None:
+    """The entry of a new cluster is published while its data is still on its way."""
+    write_bytes = cow.write_bytes
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def mutated(file: Any, offset: int, data: Any) -> None:
+        disk = _disk(file)
+        if disk is None or disk.medium.machine.quiet:
+            await write_bytes(file, offset, data)
+            return
+        # Readers see it in the page cache, but the write is not under way yet.
+        content, medium = bytes(data), disk.medium
+        medium.store(offset, content)
+
+        async def later() -> None:
+            await medium.machine.delay()
+            await medium.machine.delay()
+            medium.end("end", medium.begin("write", offset, content))
+
+        task = asyncio.get_running_loop().create_task(later())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    stack.enter_context(mock.patch.object(cow, "write_bytes", mutated))
+    stack.enter_context(mock.patch.object(populate, "write_bytes", mutated))
+
+
+def _header_before_commit(stack: ExitStack) -> None:
+    """The backing file is dropped before what was copied is durable."""
+    change = Qcow2._change_backing_file
+
+    async def mutated(self: Qcow2, name: str | None, backing_format: str | None) -> None:
+        flush = self.flush
+
+        async def nothing() -> None:
+            return
+
+        with mock.patch.object(self, "flush", nothing):
+            await change(self, name, backing_format)
+        await flush()
+
+    stack.enter_context(mock.patch.object(Qcow2, "_change_backing_file", mutated))
+    # The job flushes too: like the reference, it does not here.
+    from liveblockd.jobs.stream import Stream
+
+    prepare = Stream.prepare
+
+    async def unflushed(self: Stream) -> None:
+        async def nothing() -> None:
+            return
+
+        with mock.patch.object(self.top.driver, "flush", nothing):
+            await prepare(self)
+
+    stack.enter_context(mock.patch.object(Stream, "prepare", unflushed))
+
+
+def _reuse_at_once(stack: ExitStack) -> None:
+    """Clusters are free as soon as memory no longer refers to them."""
+    free_entries = Metadata._free_entries
+
+    def mutated(self: Metadata, entries: Any, *, unmap: bool) -> None:
+        left = []
+        for entry in entries.tolist():
+            cluster = (entry & OFFSET_MASK) >> self.geometry.cluster_bits
+            if entry & COMPRESSED:
+                left.append(entry)
+                continue
+            try:
+                self.refcounts.decrement(cluster, 1)
+            except BlockNeeded:
+                left.append(entry)
+        free_entries(self, entries[:0], unmap=unmap)
+
+    stack.enter_context(mock.patch.object(Metadata, "_free_entries", mutated))
+
+
+def _reuse_before_commit(stack: ExitStack) -> None:
+    """Freed clusters wait for the requests under way, but not for the commit."""
+    seal = Quarantine.seal
+
+    def mutated(self: Quarantine) -> Batch:
+        batch = seal(self)
+        self.committed(Batch(batch.epoch, list(batch.freed)))
+        return batch._replace(freed=[]) if hasattr(batch, "_replace") else Batch(batch.epoch, [])
+
+    stack.enter_context(mock.patch.object(Quarantine, "seal", mutated))
+    release = Committer._work
+
+    async def eager(self: Committer) -> None:
+        await release(self)
+
+    stack.enter_context(mock.patch.object(Committer, "_work", eager))
+
+
+def _skip_last_flush(stack: ExitStack) -> None:
+    """A flush returns before the entries of L2 and L1 tables are durable."""
+    flush = SimulatedDisk.flush
+    commit = Committer._commit
+
+    async def mutated(self: Committer) -> None:
+        disk = _disk(self.metadata.file)
+        if disk is None:
+            await commit(self)
+            return
+        count = 0
+
+        async def counted() -> None:
+            nonlocal count
+            count += 1
+            if count == 1:
+                await flush(disk)
+
+        metadata_file = self.metadata.children["file"]
+        with mock.patch.object(metadata_file, "flush", counted):
+            await commit(self)
+
+    stack.enter_context(mock.patch.object(Committer, "_commit", mutated))
+
+
+#: by name; each is caught by the tests
+MUTANTS: dict[str, Callable[[ExitStack], None]] = {
+    "skip-first-flush": _skip_first_flush,
+    "publish-before-data": _publish_before_data,
+    "header-before-commit": _header_before_commit,
+    "reuse-at-once": _reuse_at_once,
+    "reuse-before-commit": _reuse_before_commit,
+    "skip-last-flush": _skip_last_flush,
+}
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Have the defect for a while; None: none."""
+    with ExitStack() as stack:
+        if name is not None:
+            MUTANTS[name](stack)
+        yield

@@ -1,0 +1,56 @@
+"""``python -m tests.simulation.powercut --seeds 500 --cuts 100``: power cuts, and what they cost.
+
+Every seed is a machine: a chain of images on simulated disks, a guest, streams, snapshots, resizes.
+Every cut is a moment of it and one of the states that the disks may be left in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.simulation.judging import Figures, judge
+from tests.simulation.machine import Plan, run_machine
+
+
+def run_seed(seed: int, cuts: int, **plan: object) -> Figures:
+    """One machine and its cuts."""
+    return judge(run_machine(Plan(seed, **plan)), cuts)  # type: ignore[arg-type]
+
+
+def main() -> int:
+    """Exit status 1 when anything was corrupt or lost."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.powercut")
+    parser.add_argument("--seeds", type=int, default=100, help="machines")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
+    parser.add_argument("--cuts", type=int, default=100, help="cuts of each machine")
+    parser.add_argument("--mutant", help="put in a known defect: see mutants.py")
+    parser.add_argument("--quiet", action="store_true", help="only the sum")
+    arguments = parser.parse_args()
+    from tests.simulation.mutants import MUTANTS, planted
+
+    if arguments.mutant is not None and arguments.mutant not in MUTANTS:
+        parser.error(f"--mutant is one of {', '.join(MUTANTS)}")
+    started = time.monotonic()
+    figures = Figures()
+    with planted(arguments.mutant):
+        for seed in range(arguments.start, arguments.start + arguments.seeds):
+            one = run_seed(seed, arguments.cuts)
+            figures.add(one)
+            for found in one.found[:3]:
+                say(f"{found}")
+            if not arguments.quiet and (seed - arguments.start) % 20 == 19:
+                say(f"{time.monotonic() - started:6.0f} s: {figures}")
+    say(f"{figures}; {time.monotonic() - started:.0f} s")
+    return 1 if figures.found else 0
+
+
+def say(line: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
