@@ -44,6 +44,7 @@ class Disk:
         self.flushes: dict[int, list[int]] = {}
         #: changes whenever anything does
         self.version = 0
+        self._pieces = 0
 
     def apply(self, entry: Entry) -> None:
         """Go on by one line of the log."""
@@ -79,21 +80,22 @@ class Disk:
             self.durable = grown
         self.durable[write.offset : end] = write.data
         self.length = max(self.length, end)
-        for other in [p for p in self.pending.values() if p.dead and p.number < write.number]:
-            self._take_out(other, write.offset, end)
+        for key, other in tuple(self.pending.items()):
+            if other.dead and other.number < write.number:
+                self._take_out(key, other, write.offset, end)
 
-    def _take_out(self, dead: Pending, start: int, stop: int) -> None:
+    def _take_out(self, key: int, dead: Pending, start: int, stop: int) -> None:
         """A failed write no longer shows where a later one is durable."""
         end = dead.offset + len(dead.data)
         if stop <= dead.offset or start >= end:
             return
-        # Pieces keep the number, which is what orders them; their keys need not be numbers.
-        del self.pending[dead.number]
+        del self.pending[key]
         for low, high in ((dead.offset, start), (stop, end)):
             if low < high:
                 part = dead.data[low - dead.offset : high - dead.offset]
-                piece = Pending(dead.number, low, part, dead=True)
-                self.pending[-len(self.pending) - 1 - self.version * 1000] = piece
+                # Pieces keep the number, which orders them; their keys are their own.
+                self._pieces -= 1
+                self.pending[self._pieces] = Pending(dead.number, low, part, dead=True)
 
     def _copy(self) -> Bytes:
         end = max((p.offset + len(p.data) for p in self.pending.values()), default=0)

@@ -24,11 +24,20 @@ Bytes = npt.NDArray[np.uint8]
 class Open:
     """A request whose bytes may be there."""
 
+    number: int
     offset: int
     data: Bytes
     ended: bool = False
-    #: of a request that failed: where nothing durable came later
+    #: where nothing durable came later; None: nowhere did it
     left: npt.NDArray[np.bool_] | None = None
+
+    def cover(self, start: int, end: int) -> None:
+        """Something later is durable in a range."""
+        low, high = max(0, start - self.offset), max(0, end - self.offset)
+        if low < high and low < len(self.data):
+            if self.left is None:
+                self.left = np.ones(len(self.data), np.bool_)
+            self.left[low:high] = False
 
 
 @dataclass
@@ -48,14 +57,14 @@ class History:
         number = entry.number
         match entry.kind:
             case "begin":
-                self.open[number] = Open(entry.offset, np.frombuffer(entry.data, np.uint8))
+                self.open[number] = Open(number, entry.offset, np.frombuffer(entry.data, np.uint8))
             case "done":
                 request = self.open[number]
                 request.ended = True
                 if entry.data:
                     request.data = np.frombuffer(entry.data, np.uint8)
             case "failed":
-                self.open[number].left = np.ones(len(self.open[number].data), np.bool_)
+                pass  # it never ends: what it was to write may be there until something later is
             case "sync":
                 self.syncs[number] = [n for n, r in self.open.items() if r.ended]
             case "synced":
@@ -65,7 +74,7 @@ class History:
             case "resize":
                 self.sizes[number] = entry.offset
                 low = min(self.size, entry.offset)
-                self.open[number] = Open(low, np.zeros(len(self.durable) - low, np.uint8))
+                self.open[number] = Open(number, low, np.zeros(len(self.durable) - low, np.uint8))
             case "resized":
                 self.size = self.sizes.pop(number)
                 self._make_durable(self.open.pop(number))
@@ -78,10 +87,14 @@ class History:
 
     def _make_durable(self, request: Open) -> None:
         start, end = request.offset, request.offset + len(request.data)
-        self.durable[start:end] = request.data
+        if request.left is None:
+            self.durable[start:end] = request.data
+        else:
+            self.durable[start:end][request.left] = request.data[request.left]
         for other in self.open.values():
-            if other.left is not None:
-                other.left[max(0, start - other.offset) : max(0, end - other.offset)] = False
+            # What began later, and overlaps, began after this one had ended.
+            if other.number < request.number:
+                other.cover(start, end)
 
     def wrong(self, view: Bytes) -> str | None:
         """What cannot be so in the bytes found after a crash; None if all can."""

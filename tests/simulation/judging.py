@@ -222,8 +222,10 @@ def _ask_qemu(content: dict[str, Bytes]) -> str | None:
         for name, data in content.items():
             path = Path(directory, "image.qcow2")
             path.write_bytes(data.tobytes())
+            file = {"driver": "file", "filename": str(path)}
+            node = {"driver": "qcow2", "backing": None, "file": file}
             done = subprocess.run(
-                ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)],
+                ["qemu-img", "check", "--output=json", f"json:{json.dumps(node)}"],
                 capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
             if not done.stdout:

@@ -213,7 +213,8 @@ class Scene:
         node = chain.skip_filters(self.backend.node)
         if node is not None and node is not self._node:  # None: a filter is on its way in
             self._node = node
-            self.top = node.filename
+            assert node.file is not None and isinstance(node.file.driver, SimulatedDisk)
+            self.top = node.file.driver.medium.name
             self.machine.note("switch", 0, 0, self.top)
 
     # -- meanwhile
@@ -328,6 +329,8 @@ class Scene:
             backing=None,
         )
         await snapshot(self.bench.graph, node.name, overlay.name)
+        # As blockdev-snapshot-sync does it: the header leads to where it stands.
+        overlay.implied_backing = (overlay.driver.backing_file or "", node.filename)
         overlay.monitor_owned = False
 
     async def _do_resize(self) -> None:
