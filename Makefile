@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 SEEDS ?= 200
+CUTS ?= 150
 
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all demo test test-all stress check lint coverage peers clean
+.PHONY: all demo test test-all stress powercut check lint coverage peers clean
 
 all: $(VENV)/.run
 
@@ -36,6 +37,10 @@ test-all: $(VENV)/.dev peers
 
 stress: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.stress --seeds $(SEEDS)
+
+# Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
+powercut: $(VENV)/.dev peers
+	$(BIN)/python -m tests.simulation.powercut --seeds $(SEEDS) --cuts $(CUTS)
 
 check: lint coverage
 

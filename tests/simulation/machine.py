@@ -35,6 +35,8 @@ FORMATS = (
     {"cluster_size": 65536},
     {"cluster_size": 65536, "refcount_bits": 8},
 )
+#: what management does, each as often as it is here
+STEPS = ("stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "rest")
 
 
 @dataclass
@@ -50,8 +52,6 @@ class Plan:
     guest: bool = True
     #: the file of the top is so large already that its refcount table must grow soon
     large: bool | None = None
-    #: no other images than those without a base below the stream
-    whole_chain: bool | None = None
 
 
 @dataclass
@@ -223,8 +223,7 @@ class Scene:
         rng = self.random
         steps = self.plan.steps
         if steps is None:
-            kinds = ("stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "rest")
-            steps = tuple(rng.choice(kinds) for _ in range(rng.randrange(1, 5)))
+            steps = tuple(rng.choice(STEPS) for _ in range(rng.randrange(1, 5)))
         faults = self.plan.faults
         if faults is None:
             faults = rng.random() < 0.15
@@ -288,13 +287,11 @@ class Scene:
         if top.backing is None:
             return
         speed = rng.choice((0, 0, 256 * KIB))
-        job = await self.bench.stream(
-            "drive0", f"stream{self.streams}", speed=speed, **options
-        )
+        job = await self.bench.stream("drive0", f"stream{self.streams}", speed=speed, **options)
         cancel = rng.random() < 0.1
         if cancel:
             await self._wait(0.2)
-        while job.status != "null":  # noqa: ASYNC110
+        while job.status != "null":
             if cancel and job.status == "running":
                 self.bench.scheduler.cancel(job, force=True)
                 cancel = False

@@ -17,7 +17,7 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK
 from liveblockd.formats.qcow2.metadata import Metadata
-from liveblockd.formats.qcow2.quarantine import Batch, Quarantine
+from liveblockd.jobs.stream import Stream
 from tests.simulation.disks import SimulatedDisk
 
 
@@ -66,33 +66,25 @@ def _publish_before_data(stack: ExitStack) -> None:
 
 
 def _header_before_commit(stack: ExitStack) -> None:
-    """The backing file is dropped before what was copied is durable."""
-    change = Qcow2._change_backing_file
-
-    async def mutated(self: Qcow2, name: str | None, backing_format: str | None) -> None:
-        flush = self.flush
-
-        async def nothing() -> None:
-            return
-
-        with mock.patch.object(self, "flush", nothing):
-            await change(self, name, backing_format)
-        await flush()
-
-    stack.enter_context(mock.patch.object(Qcow2, "_change_backing_file", mutated))
-    # The job flushes too: like the reference, it does not here.
-    from liveblockd.jobs.stream import Stream
-
+    """The backing file is dropped, and the job completed, before what was copied is durable."""
+    flush = Qcow2.flush
     prepare = Stream.prepare
+    preparing: set[Qcow2] = set()
 
-    async def unflushed(self: Stream) -> None:
-        async def nothing() -> None:
-            return
-
-        with mock.patch.object(self.top.driver, "flush", nothing):
+    async def mutated(self: Stream) -> None:
+        assert isinstance(self.top.driver, Qcow2)
+        preparing.add(self.top.driver)
+        try:
             await prepare(self)
+        finally:
+            preparing.discard(self.top.driver)
 
-    stack.enter_context(mock.patch.object(Stream, "prepare", unflushed))
+    async def unless_preparing(self: Qcow2) -> None:
+        if self not in preparing:
+            await flush(self)
+
+    stack.enter_context(mock.patch.object(Stream, "prepare", mutated))
+    stack.enter_context(mock.patch.object(Qcow2, "flush", unless_preparing))
 
 
 def _reuse_at_once(stack: ExitStack) -> None:
@@ -116,21 +108,16 @@ def _reuse_at_once(stack: ExitStack) -> None:
 
 
 def _reuse_before_commit(stack: ExitStack) -> None:
-    """Freed clusters wait for the requests under way, but not for the commit."""
-    seal = Quarantine.seal
+    """The refcounts of freed clusters fall before the entries that referred to them are gone."""
+    commit = Committer._commit
 
-    def mutated(self: Quarantine) -> Batch:
-        batch = seal(self)
-        self.committed(Batch(batch.epoch, list(batch.freed)))
-        return batch._replace(freed=[]) if hasattr(batch, "_replace") else Batch(batch.epoch, [])
+    async def mutated(self: Committer) -> None:
+        quarantine = self.metadata.quarantine
+        freed, quarantine._freed = quarantine._freed, []
+        await self._release(freed)
+        await commit(self)
 
-    stack.enter_context(mock.patch.object(Quarantine, "seal", mutated))
-    release = Committer._work
-
-    async def eager(self: Committer) -> None:
-        await release(self)
-
-    stack.enter_context(mock.patch.object(Committer, "_work", eager))
+    stack.enter_context(mock.patch.object(Committer, "_commit", mutated))
 
 
 def _skip_last_flush(stack: ExitStack) -> None:

@@ -36,7 +36,12 @@ def main() -> int:
     figures = Figures()
     with planted(arguments.mutant):
         for seed in range(arguments.start, arguments.start + arguments.seeds):
-            one = run_seed(seed, arguments.cuts)
+            try:
+                one = run_seed(seed, arguments.cuts)
+            except Exception as error:
+                say(f"seed {seed} failed: {error!r}")
+                say(f"again: python -m tests.simulation.powercut --start {seed} --seeds 1")
+                raise
             figures.add(one)
             for found in one.found[:3]:
                 say(f"{found}")

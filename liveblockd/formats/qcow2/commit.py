@@ -136,18 +136,24 @@ class Committer:
     async def rewrite_header(self, make: Callable[[], Rewrite]) -> None:
         """Replace the header by what ``make`` gives: every step durable before the next.
 
-        Raises OSError; the disk has the old header or the new one then.
+        Raises OSError; the disk has the old link or the new one then.
         """
         async with self._lock:
             self._check_damage()
             rewrite = make()
             file = self.metadata.file
-            for offset, data in rewrite.steps:
+            for number, (offset, data) in enumerate(rewrite.steps):
                 await file.write(offset, data)
                 await file.flush()
-            last = rewrite.steps[-1][1]
-            self._first_sector = last[:SECTOR].ljust(SECTOR, b"\0")
-            self.metadata.header = rewrite.header
+                # Up to date after each step: should the next one fail, this is what the disk has.
+                if number == len(rewrite.steps) - 1:
+                    self._has_header(data, rewrite.header)
+                elif number == 0 and rewrite.between is not None:
+                    self._has_header(data, rewrite.between)
+
+    def _has_header(self, first: bytes, header: Header) -> None:
+        self._first_sector = first[:SECTOR].ljust(SECTOR, b"\0")
+        self.metadata.header = header
 
     @property
     def lock(self) -> asyncio.Lock:

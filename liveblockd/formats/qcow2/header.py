@@ -351,10 +351,14 @@ def serialise(header: Header) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A new header and the writes that get there; each step is durable before the next."""
+    """A new header and the writes that get there; each step is durable before the next.
+
+    ``between`` is the header that the disk has after the first step, if that step is one.
+    """
 
     header: Header
     steps: tuple[tuple[int, bytes], ...]
+    between: Header | None = None
 
 
 def relink(header: Header, backing_file: bytes | None, backing_format: str | None) -> Rewrite:
@@ -362,9 +366,10 @@ def relink(header: Header, backing_file: bytes | None, backing_format: str | Non
 
     The name is first stored where neither the old nor the new header has anything; then the first
     sector is written, which switches everything. For that the feature name table, which only
-    serves to word errors, is left out where it would reach into a second sector. Only clusters of
-    less than 4 KiB, or many large unknown extensions, may leave no room: then it is one write.
-    Raises BlockError when the link does not fit at all.
+    serves to word errors, is left out where it would reach into a second sector, and an old link
+    that is in the way is first moved into the first sector. Only with large unknown extensions is
+    it one write of several sectors.
+    Raises BlockError (ENOSPC) when the link does not fit, or not beside the old one.
     """
     link = []
     if backing_format is not None and backing_file is not None:
@@ -425,7 +430,26 @@ def _rewrite(header: Header, changed: Header) -> Rewrite:
         # A name behind the sector only; a short one never comes here.
         return Rewrite(changed, ((apart, name), (0, first)))
     data = serialise(changed)
-    return Rewrite(_placed(changed, new_end), ((0, data),))
+    if new_end > SECTOR:
+        return Rewrite(_placed(changed, new_end), ((0, data),))
+    if old_end <= SECTOR:
+        # The end of the name lies where the old header has nothing, its head in the first sector.
+        steps = ((SECTOR, data[SECTOR:]), (0, data[:SECTOR]))
+        return Rewrite(_placed(changed, new_end), steps)
+    compact = _compact(header)
+    rest = relink(compact, backing_file, backing_format)
+    first = serialise(compact).ljust(SECTOR, b"\0")
+    return Rewrite(rest.header, ((0, first), *rest.steps), between=compact)
+
+
+def _compact(header: Header) -> Header:
+    """The same link, all of it in the first sector; raises BlockError (ENOSPC)."""
+    lean = tuple(e for e in header.extensions if e[0] != Extension.FEATURE_NAMES)
+    changed = replace(header, backing_file_offset=0, extensions=lean)
+    end = header.header_length + len(extension_area(changed))
+    if end + len(header.backing_file or b"") > SECTOR:
+        raise BlockError("No space left on device", errno=ENOSPC)
+    return _placed(changed, end)
 
 
 def _placed(header: Header, offset: int) -> Header:

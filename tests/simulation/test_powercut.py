@@ -1,0 +1,205 @@
+"""Power cuts on simulated disks: nothing corrupt, nothing lost; and what would be noticed."""
+
+import random
+
+import pytest
+
+from tests.simulation import virtual
+from tests.simulation.crash import Replay
+from tests.simulation.crashed import Crashed
+from tests.simulation.disks import Entry, Machine, SimulatedDisk
+from tests.simulation.judging import Figures, judge, judge_at
+from tests.simulation.machine import Course, Plan, run_machine
+from tests.simulation.mutants import MUTANTS, planted
+from tests.simulation.powercut import run_seed
+
+
+def assert_nothing_lost(figures: Figures) -> None:
+    assert not figures.found, "\n".join(str(found) for found in figures.found[:5])
+
+
+@pytest.mark.parametrize("first", range(0, 24, 4))
+def test_random_machines(first: int) -> None:
+    figures = Figures()
+    for seed in range(first, first + 4):
+        figures.add(run_seed(seed, 25))
+    assert figures.cuts == 100
+    assert figures.kills and figures.leaking, "the cuts came where nothing was going on"
+    assert_nothing_lost(figures)
+
+
+def completions(course: Course) -> list[int]:
+    """Where BLOCK_JOB_COMPLETED was published."""
+    return [n for n, entry in enumerate(course.log) if entry.kind == "note"]
+
+
+def kills_after_completed(seed: int) -> Figures:
+    course = run_machine(
+        Plan(seed, depth=2 + seed % 3, steps=("stream",), faults=False, large=False)
+    )
+    found = completions(course)
+    positions = [p for end in found for p in range(end, end + 9) if p <= len(course.log)]
+    return judge_at(course, iter(positions), kill=True)
+
+
+def cuts_around_end(seed: int, each: int = 2) -> Figures:
+    steps = ("stream",) if seed % 3 else ("stream_to_base",)
+    course = run_machine(Plan(seed, depth=2 + seed % 3, steps=steps, faults=False, large=False))
+    found = completions(course)
+    around = sorted({p for end in found for p in range(end - 30, end + 15)})
+    positions = [p for p in around if 0 <= p <= len(course.log)]
+    return judge_at(course, iter(positions), kill=False, each=each)
+
+
+def test_kill_right_after_completed_loses_nothing() -> None:
+    """SIGKILL right after BLOCK_JOB_COMPLETED: the page cache survives, nothing else does."""
+    figures = Figures()
+    for seed in range(500, 512):
+        figures.add(kills_after_completed(seed))
+    assert figures.cuts == figures.kills > 60
+    assert_nothing_lost(figures)
+
+
+def test_power_cut_around_end_of_stream_reads_no_zeros() -> None:
+    figures = Figures()
+    for seed in range(600, 608):
+        figures.add(cuts_around_end(seed))
+    assert figures.cuts > 300
+    assert_nothing_lost(figures)
+
+
+def test_both_would_notice_a_header_that_is_early() -> None:
+    with planted("header-before-commit"):
+        assert any(kills_after_completed(seed).lost for seed in range(500, 512))
+        assert any(cuts_around_end(seed).lost for seed in range(600, 608))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_defect_is_noticed(name: str) -> None:
+    with planted(name):
+        for seed in range(30):
+            try:
+                found = run_seed(seed, 40).found
+            except BaseExceptionGroup:  # the guest itself read wrong bytes
+                continue
+            if found:
+                return
+    pytest.fail("no cut showed it")
+
+
+def test_refcount_table_grows() -> None:
+    figures = Figures()
+    moved = 0
+    for seed in (1, 2):
+        course = run_machine(
+            Plan(seed, large=True, depth=2, steps=("rest", "resize"), faults=False)
+        )
+        top = course.names[course.top]
+        headers = [e.data for e in course.log if e.medium == top and e.data and e.offset == 0]
+        moved += any(header[48:56] != course.initial[top][48:56] for header in headers)
+        figures.add(judge(course, 40))
+    assert moved, "the refcount table stayed where it was"
+    assert_nothing_lost(figures)
+
+
+def test_one_seed_one_course() -> None:
+    first, second = run_machine(Plan(5)), run_machine(Plan(5))
+    assert first.log == second.log
+    assert str(judge(first, 10)) == str(judge(second, 10))
+
+
+# -- the instruments themselves
+
+
+def replay(*log: Entry) -> Replay:
+    found = Replay(list(log), [bytes(2048)])
+    found.advance(len(log))
+    return found
+
+
+def states(found: Replay) -> set[bytes]:
+    rng = random.Random(1)
+    return {found.power_cut(found.choose(rng), rng)[0].tobytes()[:1024] for _ in range(200)}
+
+
+A, B, Z = b"a" * 512, b"b" * 512, bytes(512)
+
+
+def test_what_a_cut_may_leave() -> None:
+    write = Entry("write", 0, 1, 0, A + B)
+    torn = {x + y for x in (Z, A) for y in (Z, B)}
+    assert states(replay(write)) == torn
+    assert states(replay(write, Entry("end", 0, 1))) == torn
+    # A flush covers what had ended before it began, once it has ended.
+    late = (write, Entry("flush", 0, 2), Entry("end", 0, 1), Entry("flushed", 0, 2))
+    assert states(replay(*late)) == torn
+    begun = (write, Entry("end", 0, 1), Entry("flush", 0, 2))
+    assert states(replay(*begun)) == torn
+    assert states(replay(*begun, Entry("flushed", 0, 2))) == {A + B}
+    assert states(replay(*begun, Entry("unflushed", 0, 2))) == torn
+    # A later write may be there without the earlier one.
+    assert B + Z in states(replay(Entry("write", 0, 1, 512, A), Entry("write", 0, 2, 0, B)))
+
+
+def test_a_failed_write_is_gone_once_a_later_one_is_durable() -> None:
+    log = (
+        Entry("write", 0, 1, 0, A + A),
+        Entry("fail", 0, 1),
+        Entry("write", 0, 2, 0, B),
+        Entry("end", 0, 2),
+        Entry("flush", 0, 3),
+        Entry("flushed", 0, 3),
+    )
+    assert states(replay(*log)) == {B + Z, B + A}
+
+
+def test_a_kill_leaves_the_page_cache() -> None:
+    log = (Entry("write", 0, 1, 0, A), Entry("write", 0, 2, 0, B))
+    assert replay(*log).kill()[0].tobytes()[:1024] == B + Z
+
+
+def test_a_flush_that_failed_fails_again() -> None:
+    async def main() -> None:
+        machine = Machine(1)
+        disk = SimulatedDisk(machine.add("x"))
+        machine.quiet = False
+        machine.faults = {"flush": 1.0}
+        with pytest.raises(OSError, match="injected"):
+            await disk.flush()
+        machine.faults = {}
+        with pytest.raises(OSError, match="injected"):
+            await disk.flush()
+        machine.close()
+
+    virtual.run(main())
+
+
+def test_crashed_notices_damage() -> None:
+    """What it must see in an image, one thing at a time."""
+    course = run_machine(Plan(3, depth=1, cluster_size=4096, steps=("rest",), faults=False))
+    good = Replay(course.log, course.initial)
+    good.advance(len(course.log))
+    content = good.kill()[0]
+    image = Crashed(content)
+    assert not image.errors
+    index, entries = next(iter(image.tables.items()))
+    place = (int(image.l1[index]) & 0x00FFFFFFFFFFFE00) + 8 * int(entries.nonzero()[0][0])
+    changed = content.copy()
+    changed[place + 5] ^= 0x40  # another host cluster
+    assert Crashed(changed).errors
+    changed = content.copy()
+    changed[place] ^= 0x80  # COPIED
+    assert Crashed(changed).errors
+    changed = content.copy()
+    block = int.from_bytes(changed[image.table_offset : image.table_offset + 8].tobytes(), "big")
+    changed[block : block + 64] = 0
+    assert Crashed(changed).errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_machines() -> None:
+    figures = Figures()
+    for seed in range(10_000, 10_150):
+        figures.add(run_seed(seed, 100))
+    assert_nothing_lost(figures)
