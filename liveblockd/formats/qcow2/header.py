@@ -437,9 +437,9 @@ def _rewrite(header: Header, changed: Header) -> Rewrite:
         steps = ((SECTOR, data[SECTOR:]), (0, data[:SECTOR]))
         return Rewrite(_placed(changed, new_end), steps)
     compact = _compact(header)
-    rest = relink(compact, backing_file, backing_format)
-    first = serialise(compact).ljust(SECTOR, b"\0")
-    return Rewrite(rest.header, ((0, first), *rest.steps), between=compact)
+    rest = _rewrite(compact, changed)
+    moved = serialise(compact).ljust(SECTOR, b"\0")
+    return Rewrite(rest.header, ((0, moved), *rest.steps), between=compact)
 
 
 def _compact(header: Header) -> Header:
