@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM
 from os import strerror
 from time import perf_counter_ns
@@ -142,11 +142,13 @@ class Backend:
             or self.read_only
             or node.detect_zeroes is not BlockdevDetectZeroesOptions.OFF
         )
-        if self._quiesced:
-            self._read_end = self._write_end = -1
-        else:
-            self._read_end = node.driver.length
-            self._write_end = self._read_end if plain else -1
+        self._read_end = self._write_end = -1
+        if not self._quiesced:
+            # Without a size (a dead file server) each request asks again and gets the error: it
+            # must not come from here, where others are still to be let go on.
+            with suppress(OSError):
+                self._read_end = node.driver.length
+                self._write_end = self._read_end if plain else -1
         for callback in tuple(self.on_change):
             callback()
 

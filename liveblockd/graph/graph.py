@@ -254,34 +254,46 @@ class Graph:
         """Change ``node``, and the children that were opened as a part of it.
 
         Read-only: flushed before, locks given up after. BlockError or OSError: nothing changed.
+        What cannot be is refused before a guest could notice.
         """
         if node.read_only == read_only:
             return
         async with self.lock:
             parts = [n for n in _own_parts(node) if n.read_only != read_only]
-            done: list[Node] = []
-            try:
-                # Read-write from the bottom up, read-only from the top down.
-                for part in parts if read_only else reversed(parts):
-                    if not read_only:
-                        # The file has to be writable and locked before its format starts to write.
-                        part.read_only = False
-                        await self.refresh_permissions(part)
-                    done.append(part)
-                    await part.driver.set_read_only(read_only)
-                    part.read_only = read_only
-                await self.refresh_permissions(node)
-            except BaseException:
-                for part in reversed(done):
-                    if part.driver.read_only is read_only:
-                        await part.driver.set_read_only(not read_only)
-                for part in parts:
-                    part.read_only = not read_only
-                await self.refresh_permissions(node)
-                raise
+            if not read_only:
+                if any(part.options.force_share for part in parts):
+                    raise BlockError("force-share=on can only be used with read-only images")
+                await self._set_read_only(node, parts, read_only)
+                return
             for part in parts:
-                part.change_options(read_only=read_only)
-            self.rebind_above(node)
+                permissions.check_no_writer(part, apart_from=parts)
+            async with self.drained(node):
+                await self._set_read_only(node, parts, read_only)
+
+    async def _set_read_only(self, node: Node, parts: list[Node], read_only: bool) -> None:
+        done: list[Node] = []
+        try:
+            # Read-write from the bottom up, read-only from the top down.
+            for part in parts if read_only else reversed(parts):
+                if not read_only:
+                    # The file has to be writable and locked before its format starts to write.
+                    part.read_only = False
+                    await self.refresh_permissions(part)
+                done.append(part)
+                await part.driver.set_read_only(read_only)
+                part.read_only = read_only
+            await self.refresh_permissions(node)
+        except BaseException:
+            for part in reversed(done):
+                if part.driver.read_only is read_only:
+                    await part.driver.set_read_only(not read_only)
+            for part in parts:
+                part.read_only = not read_only
+            await self.refresh_permissions(node)
+            raise
+        for part in parts:
+            part.change_options(read_only=read_only)
+        self.rebind_above(node)
 
     # -- users
 

@@ -13,6 +13,8 @@ Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-o
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from liveblockd.errors import BlockError
 from liveblockd.graph.node import Edge, Node
 from liveblockd.storage.driver import Permission
@@ -24,6 +26,7 @@ _NAMES = (
     (Permission.RESIZE, "resize"),
 )
 _CHANGES = Permission.WRITE | Permission.RESIZE
+_WRITES = _CHANGES | Permission.WRITE_UNCHANGED
 
 
 def describe(permissions: Permission) -> str:
@@ -69,11 +72,18 @@ def _is_storage(parent: Node) -> bool:
     return parent.driver_class.is_format and parent.driver_class.driver_name != "raw"
 
 
+def check_no_writer(node: Node, *, apart_from: Collection[Node] = ()) -> None:
+    """BlockError when a user of ``node`` writes: it cannot become read-only."""
+    for edge in node.parents:
+        if edge.parent not in apart_from and edge.used & _WRITES:
+            raise BlockError("Block node is read-only", errno=1)
+
+
 def check(node: Node) -> None:
     """BlockError when two users of ``node`` conflict, or one writes to it though read-only."""
     edges = node.parents
     for edge in edges:
-        if node.read_only and edge.used & (_CHANGES | Permission.WRITE_UNCHANGED):
+        if node.read_only and edge.used & _WRITES:
             raise BlockError("Block node is read-only", errno=1)
     for edge in edges:
         for other in edges:

@@ -23,7 +23,7 @@ import enum
 import os
 import stat
 from dataclasses import dataclass
-from errno import EACCES, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM, EROFS
+from errno import EACCES, EBADF, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM, EROFS
 from functools import partial
 from typing import Self
 
@@ -295,6 +295,8 @@ class FileDriver(BlockDriver):
         """fdatasync; calls that come while one is under way share the next one."""
         if self._no_flush or self.read_only:
             return
+        if self._fd < 0:
+            raise OSError(EBADF, os.strerror(EBADF))
         if self._flush_error is not None:
             raise self._again(self._flush_error)
         if self._flush_job is None:
@@ -371,11 +373,13 @@ class FileDriver(BlockDriver):
 
     async def _close(self) -> None:
         await self._jobs.idle()
-        await self._jobs.run(self._release)
+        # Whoever comes late must not reach the file that gets this number next.
+        fd, self._fd = self._fd, -1
+        await self._jobs.run(self._release, fd)
 
-    def _release(self) -> None:
+    def _release(self, fd: int) -> None:
         self._locks.release()
-        os.close(self._fd)
+        os.close(fd)
 
     async def set_permissions(self, used: Permission, shared: Permission) -> None:
         """Take and look for the image locks; BlockError when somebody else has the image.

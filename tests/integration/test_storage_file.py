@@ -672,3 +672,26 @@ async def test_a_full_file_system_keeps_what_there_was(environment, full_directo
     await disk.write(4096, b"C" * 4096)
     assert bytes(await disk.read(0, 8192)) == b"A" * 4096 + b"C" * 4096
     await disk.close()
+
+
+async def test_who_comes_after_the_close_does_not_reach_another_file(environment, tmp_path):
+    path = make(tmp_path, bytes(4096))
+    driver = await open_file(environment, path)
+    number = driver._fd
+    await driver.close()
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    try:
+        assert other == number, "the test needs the number to be used again"
+        for late in (
+            lambda: driver.write(0, b"x" * 512),
+            lambda: driver.write_zeroes(0, 512),
+            lambda: driver.read(0, 512),
+            lambda: driver.truncate(512),
+            driver.flush,
+        ):
+            with pytest.raises(OSError) as info:
+                await late()
+            assert info.value.errno == errno.EBADF
+        assert os.fstat(other).st_size == 0
+    finally:
+        os.close(other)

@@ -24,6 +24,7 @@ Errors: OSError from ``flush``; EIO for good once the image is ``damaged``.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from errno import EIO
@@ -43,6 +44,8 @@ from liveblockd.formats.qcow2.tables import DamageError, to_disk
 
 #: dirty metadata is committed after this time, in seconds, if nobody flushes before
 AUTOSYNC_SECONDS = 1.0
+#: freed clusters that are released in one go; a flush that is waited for comes in between
+RELEASE_CLUSTERS = 1024
 #: writes of a stage that are handed to the file child at once
 PARALLEL_WRITES = 16
 _PER_SECTOR = SECTOR // ENTRY_BYTES
@@ -85,12 +88,17 @@ class Committer:
         self._waiters: list[asyncio.Future[None]] = []
         self._worker: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
+        #: ready for use again, but for what ``_release`` has to do
+        self._to_release: deque[Freed] = deque()
+        self._ended = True
         metadata.on_dirty = self._on_dirty
 
     # -- what others call
 
     async def flush(self) -> None:
         """Return when everything that memory has now is durable; raises OSError."""
+        if self._ended:
+            raise OSError(EIO, "the image is read-only")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._wake()
@@ -133,6 +141,17 @@ class Committer:
         finally:
             self._stop_timer()
 
+    def begin(self) -> None:
+        """The image is writable."""
+        self._ended = False
+
+    async def end(self) -> None:
+        """It is read-only or closed: nothing is written any more, by the timer or otherwise."""
+        self._ended = True
+        while self._worker is not None:
+            await asyncio.wait([self._worker])
+        self._stop_timer()
+
     async def rewrite_header(self, make: Callable[[], Rewrite]) -> None:
         """Replace the header by what ``make`` gives: every step durable before the next.
 
@@ -171,14 +190,14 @@ class Committer:
     # -- the task that does it
 
     def _wake(self) -> None:
-        if self._worker is None:
+        if self._worker is None and not self._ended:
             self._worker = asyncio.get_running_loop().create_task(self._work())
 
     def _on_dirty(self) -> None:
         metadata = self.metadata
         if len(metadata.dirty_tables) * 2 > metadata.max_tables:
             self._wake_for_commit()
-        if self._timer is None and self._autosync is not None:
+        if self._timer is None and self._autosync is not None and not self._ended:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._autosync, self._on_timer)
 
@@ -214,8 +233,10 @@ class Committer:
                             waiter.set_result(None)
                         else:
                             waiter.set_exception(OSError(error.errno, error.strerror))
+                elif self._to_release:
+                    await self._release()
                 elif freed := self.metadata.quarantine.ready():
-                    await self._release(freed)
+                    self._to_release.extend(freed)
                 else:
                     break
         finally:
@@ -370,21 +391,32 @@ class Committer:
 
     # -- freed clusters
 
-    async def _release(self, freed: list[Freed]) -> None:
+    async def _release(self) -> None:
         """The disk does not refer to these any more: lower their refcounts.
 
-        What cannot be done for an I/O error stays allocated, which leaks space but no data.
+        What cannot be done for an I/O error stays allocated, which leaks space but no data. To give
+        much space back takes long: whoever waits for a commit does not wait for all of that.
         """
-        for number, item in enumerate(freed):
+        number = 0
+        while self._to_release and not self._waiters:
             if self.damaged:
+                self._to_release.clear()
                 return
+            item = self._to_release.popleft()
+            if item.clusters > RELEASE_CLUSTERS:
+                rest = RELEASE_CLUSTERS << self.metadata.geometry.cluster_bits
+                self._to_release.appendleft(
+                    Freed(item.host_offset + rest, item.clusters - RELEASE_CLUSTERS, item.unmap)
+                )
+                item = item._replace(clusters=RELEASE_CLUSTERS)
             try:
                 await self._release_one(item)
             except DamageError as damage:
                 self.on_damage(damage)
             except OSError:
                 continue
-            if number % 256 == 255:
+            number += 1
+            if number % 256 == 0:
                 await asyncio.sleep(0)
 
     async def _release_one(self, item: Freed) -> None:
@@ -407,17 +439,23 @@ class Committer:
         """Give the space of clusters that nothing else refers to back to the host."""
         metadata = self.metadata
         bits = metadata.geometry.cluster_bits
-        for number in range(cluster, cluster + count):
-            try:
-                references = metadata.refcounts.refcount(number)
-            except BlockNeeded as needed:
-                await metadata.load_block(needed.index)
-                references = metadata.refcounts.refcount(number)
-            if references == 1:
+        first = cluster  # of the run that nothing else refers to
+        for number in range(cluster, cluster + count + 1):
+            if number < cluster + count and await self._references(number) == 1:
+                continue
+            if first < number:
                 try:
-                    await metadata.file.discard(number << bits, 1 << bits)
+                    await metadata.file.discard(first << bits, (number - first) << bits)
                 except OSError:
                     return  # a wish only
+            first = number + 1
+
+    async def _references(self, cluster: int) -> int:
+        while True:
+            try:
+                return self.metadata.refcounts.refcount(cluster)
+            except BlockNeeded as needed:
+                await self.metadata.load_block(needed.index)
 
 
 def _merged(writes: Sequence[Write]) -> list[Write]:

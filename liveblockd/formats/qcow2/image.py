@@ -136,6 +136,7 @@ class Qcow2(BlockDriver):
         """Say in the header what a writer of this kind does not keep up; raises BlockError."""
         header = self._metadata.header
         check_supported(header, read_only=False)
+        self._committer.begin()
         try:
             if header.autoclear != self._bitmaps.autoclear:
                 async with self._committer.lock:
@@ -418,11 +419,12 @@ class Qcow2(BlockDriver):
             return
         self._closed = True
         await self._settle()
-        if not self.read_only:
-            try:
+        try:
+            if not self.read_only:
                 await self._write_back()
-            finally:
-                await self._settle()
+        finally:
+            await self._settle()
+            await self._committer.end()
 
     async def _write_back(self) -> None:
         """Bitmaps, metadata until nothing is left to do, and the data; raises OSError."""
@@ -446,6 +448,7 @@ class Qcow2(BlockDriver):
         except OSError as error:
             raise BlockError.from_os_error("Could not flush the image", error) from error
         self.read_only = True
+        await self._committer.end()
 
     # -- persistent dirty bitmaps
 

@@ -4,8 +4,9 @@ Specification: docs/interop/qcow2, "Header" (size, l1_size). Runs on: the event 
 the engine, with no guest request in flight.
 
 Invariants: new bytes read as zeros, whatever the backing file has there; the new size is durable
-when ``resize`` returns. A crash leaves the old size or the new one. Shrinking first stores the
-size and then frees what is beyond it, so that an old size never goes with freed clusters.
+when ``resize`` returns. A crash leaves the old size or the new one. Growing makes the zeros durable
+before the size that shows them. Shrinking first stores the size and then frees what is beyond it,
+so that an old size never goes with freed clusters; what a crash leaves there, growing frees.
 Errors: ``BlockError`` in QEMU's words; OSError.
 """
 
@@ -40,6 +41,7 @@ async def resize(
     try:
         if size > old_size:
             await _zero_new_part(metadata, eraser, old_size, size)
+            await committer.flush()
         metadata.pending_fields["size"] = size
         metadata.on_dirty()
         await committer.flush()
@@ -69,7 +71,9 @@ async def _grow_l1(metadata: Metadata, size: int) -> None:
 async def _zero_new_part(metadata: Metadata, eraser: Eraser, old_size: int, size: int) -> None:
     """What is behind the old end in its last cluster, and what the backing file has further on."""
     cluster_size = metadata.geometry.cluster_size
-    edge = min(size, -(-old_size // cluster_size) * cluster_size)
+    first = metadata.geometry.clusters(old_size)
+    await eraser.drop(first, metadata.geometry.clusters(size) - first)
+    edge = min(size, first * cluster_size)
     if old_size < edge:
         await eraser.write_zeroes(old_size, edge - old_size, may_unmap=False, fast_only=False)
     backing = metadata.children.get("backing")

@@ -318,3 +318,88 @@ async def test_random_surgery_under_requests(world, seed):
     assert bytes(await user.read(0, 16 * CLUSTER)) == bytes(model), f"{seed=}"
     await world.graph.close()
     assert not world.graph.nodes and not any(layer.OPEN.values())
+
+
+async def test_a_refused_reopen_does_not_disturb_the_guest(world, monkeypatch):
+    """Not for a moment may a guest that writes find its disk read-only."""
+    world.image("top")
+    top = await world.layer("top", "top")
+    user = await world.graph.attach(top, READ_WRITE)
+    failures = []
+
+    async def guest():
+        while True:
+            try:
+                if not user.write_nowait(0, b"x"):
+                    await user.write(0, b"x")
+            except OSError as error:
+                failures.append(error)
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(guest())
+    change = top.file.driver.set_read_only
+
+    async def slowly(read_only):
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await change(read_only)
+
+    monkeypatch.setattr(top.file.driver, "set_read_only", slowly)
+    file = {"driver": "named", "filename": "top"}
+    options = {"driver": "layer", "node-name": "top", "file": file, "read-only": True}
+    with pytest.raises(BlockError, match="Block node is read-only"):
+        await reopen(world.graph, [parse(BlockdevOptions, options)])
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert not failures and not top.read_only
+
+
+async def test_nobody_reads_while_a_node_becomes_read_only(world):
+    world.image("top")
+    top = await world.layer("top", "top")
+    user = await world.graph.attach(top)
+    top.driver.gate = asyncio.Event()
+    reader = asyncio.create_task(user.read(0, 1))
+    await asyncio.sleep(0)
+    change = asyncio.create_task(world.graph.set_read_only(top, True))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not change.done() and not top.driver.read_only
+    top.driver.gate.set()
+    await asyncio.wait_for(change, 1)
+    assert top.driver.read_only and bytes(await reader) == b"\0"
+
+
+async def test_a_shared_image_never_becomes_writable(world):
+    """force-share takes no locks: somebody else may be writing to that image."""
+    world.image("top")
+    top = await world.layer("top", "top", read_only=True, force_share=True)
+    with pytest.raises(BlockError, match="force-share=on can only be used with read-only images"):
+        await world.graph.set_read_only(top, False)
+    assert top.read_only and top.driver.read_only and top.file.driver.read_only
+
+
+async def test_a_drain_lets_all_go_on_whatever_happens(world, monkeypatch):
+    world.image("top")
+    top = await world.layer("top", "top")
+    users = [await world.graph.attach(top, READ_WRITE) for _ in range(3)]
+    broken = True
+    kind = type(top.driver)
+    length = kind.length.fget
+
+    def failing(self):
+        if broken:
+            raise OSError(EIO, "the size cannot be had")
+        return length(self)
+
+    async with world.graph.drained(top):
+        waiting = [asyncio.create_task(user.write(0, b"x")) for user in users]
+        await asyncio.sleep(0)
+        monkeypatch.setattr(kind, "length", property(failing))
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
+    assert [type(result) for result in results] == [OSError] * 3
+    broken = False
+    for user in users:
+        await asyncio.wait_for(user.write(0, b"x"), 1)
+        assert user.in_flight == 0

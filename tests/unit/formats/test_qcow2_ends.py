@@ -1,0 +1,137 @@
+"""How an image lets go: nothing of it may touch the file after ``close``, nor keep a flush waiting.
+
+And a resize that is cut off at any write: the old size or the new one, and zeros behind the old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from liveblockd.formats.qcow2.image import Qcow2
+from liveblockd.storage.driver import BlockIO
+from tests.support.memory import Gate, MemoryDriver
+from tests.support.qcow2_images import new_qcow2, open_qcow2
+from tests.support.qcow2_oracle import Oracle
+
+CLUSTER = 512
+SIZE = 64 * CLUSTER
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if reached():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("never reached")
+
+
+async def test_a_slow_read_does_not_wake_a_closed_image() -> None:
+    """What the read kept from being freed is freed when it ends: but not by writing any more."""
+    disk = await new_qcow2(size=SIZE, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, autosync=0.01)
+    await image.write(0, b"x" * CLUSTER)
+    await image.flush()
+    disk.nowait = False
+    gate = disk.hook = Gate("read")
+    reader = asyncio.create_task(image.read(0, CLUSTER))
+    await until(lambda: gate.waiting > 0)
+    await image.discard(0, CLUSTER)
+    await image.set_read_only(True)
+    gate.open()
+    assert await reader == b"x" * CLUSTER
+    late: list[str] = []
+    # A change of mode that says "read-only" is one, and so is the end.
+    disk.hook = lambda operation, *_: late.append(operation) if operation == "write" else None
+    await asyncio.sleep(0.05)
+    await image.close()
+    await asyncio.sleep(0.05)
+    assert not late
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+async def test_a_flush_does_not_wait_for_all_that_was_discarded(contiguous: bool) -> None:
+    clusters = 2000
+    disk = await new_qcow2(size=clusters * CLUSTER, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, discard="unmap")
+    order = range(clusters) if contiguous else [*range(0, clusters, 2), *range(1, clusters, 2)]
+    for cluster in order:
+        await image.write(cluster * CLUSTER, b"x" * CLUSTER)
+    await image.flush()
+    discards = 0
+
+    async def slowly() -> None:
+        nonlocal discards
+        discards += 1
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    disk.hook = lambda operation, *_: slowly() if operation == "discard" else None
+    await image.discard(0, clusters * CLUSTER - CLUSTER)
+    await image.flush()
+    await until(lambda: discards > 0)
+    before = discards
+    await image.write(clusters * CLUSTER - CLUSTER, b"y" * CLUSTER)
+    await image.flush()
+    assert discards - before < 5
+    await image.close()
+    assert discards < (100 if contiguous else clusters + 100)
+    oracle = Oracle(disk.content())
+    assert not oracle.errors and not oracle.leaks
+
+
+async def every_state(disk: MemoryDriver, image: Qcow2, size: int) -> list[bytes]:
+    """What the disk holds before each request of a resize, and after it."""
+    states: list[bytes] = []
+    disk.hook = lambda *_: states.append(disk.content())
+    await image.truncate(size)
+    disk.hook = None
+    return [*states, disk.content()]
+
+
+def size_of(state: bytes) -> int:
+    return int.from_bytes(state[24:32], "big")
+
+
+async def test_growing_never_shows_what_is_below_behind_the_old_end() -> None:
+    below = b"b" * SIZE
+    old = SIZE // 2 + CLUSTER // 4
+    disk = await new_qcow2(size=old // 512 * 512, cluster_size=CLUSTER, backing_file="below")
+    image = await open_qcow2(disk, MemoryDriver.of(below))
+    states = await every_state(disk, image, SIZE)
+    sizes = {size_of(state) for state in states}
+    assert sizes == {old // 512 * 512, SIZE}
+    for state in states:
+        oracle = Oracle(state)
+        assert not oracle.errors
+        if size_of(state) == SIZE:
+            assert not any(oracle.read(below)[old // 512 * 512 :])
+    await image.close()
+
+
+@pytest.mark.parametrize("backing", [True, False])
+async def test_growing_after_a_cut_off_shrink(backing: bool) -> None:
+    """A shrink that was cut off after the size was stored leaves clusters behind the end."""
+    below = b"b" * SIZE
+    name = "below" if backing else None
+    disk = await new_qcow2(size=SIZE, cluster_size=CLUSTER, backing_file=name)
+    image = await open_qcow2(disk, MemoryDriver.of(below) if backing else None)
+    await image.write(0, b"x" * SIZE)
+    await image.flush()
+    half = SIZE // 2
+    states = await every_state(disk, image, half)
+    await image.close()
+    cut_off = [state for state in states if size_of(state) == half]
+    assert len(cut_off) > 1
+    for state in cut_off:
+        again = MemoryDriver.of(state)
+        children: BlockIO | None = MemoryDriver.of(below) if backing else None
+        grown = await open_qcow2(again, children)
+        await grown.truncate(SIZE)
+        assert await grown.read(0, SIZE) == b"x" * half + bytes(half)
+        await grown.close()
+        oracle = Oracle(again.content())
+        assert not oracle.errors
+        assert oracle.read(below if backing else b"") == b"x" * half + bytes(half)
