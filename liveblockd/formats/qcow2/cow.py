@@ -82,7 +82,8 @@ class Writer:
             assert entry & ZERO
             count = contiguous_count(table.entries, index, count, geometry.cluster_size)
             return await self._write_new(table, cluster, count, offset, data, entry & OFFSET_MASK)
-        count = not_in_place_count(table.entries, index, count)
+        if count > 1:
+            count = not_in_place_count(table.entries, index, count)
         return await self._write_new(table, cluster, count, offset, data, None)
 
     async def _write_in_place(self, host_offset: int, data: memoryview) -> None:
