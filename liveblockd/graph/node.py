@@ -39,6 +39,7 @@ class Operation(enum.StrEnum):
 
     DELETE = "delete"
     SNAPSHOT = "snapshot"
+    INTERNAL_SNAPSHOT = "internal snapshot"
     RESIZE = "resize"
     STREAM = "stream"
     COMMIT_SOURCE = "commit source"

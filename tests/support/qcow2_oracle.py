@@ -45,8 +45,13 @@ class Oracle:
         for entry in self.table:
             if entry:
                 self._use(entry, self.cluster_size)
+        #: (id, name, L1 table, size of the disk)
+        self.snapshots: list[tuple[str, str, list[int], int]] = []
         self._snapshots(snapshots, snapshots_offset)
         self._walk(self.l1, active=True)
+        #: (flags, granularity, bits) by name
+        self.bitmaps: dict[str, tuple[int, int, bytes]] = {}
+        self._bitmaps()
         self._compare()
 
     def _bytes(self, offset: int, length: int) -> bytes:
@@ -81,12 +86,47 @@ class Oracle:
                 ">QIHH", self._bytes(position, 16)
             )
             (extra,) = struct.unpack(">I", self._bytes(position + 36, 4))
-            position += 40 + extra + id_length + name_length
+            size = self.size
+            if extra >= 16:
+                (size,) = struct.unpack(">Q", self._bytes(position + 48, 8))
+            position += 40 + extra
+            text = self._bytes(position, id_length + name_length).decode()
+            position += id_length + name_length
+            l1 = self._entries(l1_offset, l1_size)
+            self.snapshots.append((text[:id_length], text[id_length:], l1, size))
             position = (position + 7) // 8 * 8
             self._use(l1_offset, l1_size * 8)
             self._walk(self._entries(l1_offset, l1_size), active=False)
         if count:
             self._use(offset, position - offset)
+
+    def _bitmaps(self) -> None:
+        data = dict(self.extensions).get(0x23852875)
+        if data is None or not self.autoclear & 1:
+            return
+        count, _, length, offset = struct.unpack(">IIQQ", data)
+        self._use(offset, length)
+        position = offset
+        for _ in range(count):
+            table, entries, flags, kind, bits, name_length, extra = struct.unpack(
+                ">QIIBBHI", self._bytes(position, 24)
+            )
+            name = self._bytes(position + 24 + extra, name_length).decode()
+            position += (24 + extra + name_length + 7) // 8 * 8
+            if kind != 1:
+                self.errors.append(f"type of bitmap {name}")
+            self._use(table, entries * 8)
+            parts = []
+            for entry in self._entries(table, entries):
+                host = entry & 0x00FFFFFFFFFFFE00
+                if host:
+                    self._use(host, self.cluster_size)
+                    parts.append(self._bytes(host, self.cluster_size))
+                else:
+                    parts.append((b"\xff" if entry & 1 else b"\0") * self.cluster_size)
+            self.bitmaps[name] = (flags, 1 << bits, b"".join(parts))
+        if position != offset + length:
+            self.errors.append("bitmap directory")
 
     def _walk(self, l1: list[int], *, active: bool) -> None:
         for l1_entry in l1:
@@ -172,20 +212,31 @@ class Oracle:
             elif counted > used:
                 self.leaks.append(cluster)
 
-    def entry(self, offset: int) -> int:
+    def entry(self, offset: int, l1: list[int] | None = None) -> int:
         cluster = offset >> self.cluster_bits
-        l2_offset = self.l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
+        l1 = self.l1 if l1 is None else l1
+        if cluster // self.l2_entries >= len(l1):
+            return 0
+        l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
         if not l2_offset:
             return 0
         return self._entries(l2_offset + cluster % self.l2_entries * 8, 1)[0]
 
-    def read(self, below: bytes = b"") -> bytes:
+    def read_snapshot(self, number: int, below: bytes = b"") -> bytes:
+        """The disk as a snapshot has kept it."""
+        _, _, l1, size = self.snapshots[number]
+        return self.read(below, l1, size)
+
+    def read(
+        self, below: bytes = b"", l1: list[int] | None = None, size: int | None = None
+    ) -> bytes:
         """The disk; ``below`` is what the backing file has, if the header names one."""
+        size = self.size if size is None else size
         if self.backing is None:
             below = b""
         parts = []
-        for offset in range(0, self.size, self.cluster_size):
-            entry = self.entry(offset)
+        for offset in range(0, size, self.cluster_size):
+            entry = self.entry(offset, l1)
             if entry >> 62 & 1:
                 place, length = self._compressed(entry)
                 data = zlib.decompressobj(-12).decompress(
@@ -198,4 +249,4 @@ class Oracle:
             else:
                 data = below[offset : offset + self.cluster_size]
             parts.append(data.ljust(self.cluster_size, b"\0"))
-        return b"".join(parts)[: self.size]
+        return b"".join(parts)[:size]

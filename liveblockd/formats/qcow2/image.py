@@ -36,7 +36,7 @@ from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.resize import resize
-from liveblockd.formats.qcow2.snapshots import Snapshot
+from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
@@ -46,6 +46,7 @@ from liveblockd.storage.driver import (
     Extent,
     ExtentKind,
     HostFile,
+    SnapshotInfo,
     StoredBitmap,
 )
 from liveblockd.storage.options import BlockdevOptions
@@ -75,7 +76,6 @@ class Qcow2(BlockDriver):
     ) -> None:
         self.children = children
         self.read_only = True
-        self.snapshots: list[Snapshot] = opened.snapshots
         metadata = opened.metadata
         geometry = metadata.geometry
         self.cluster_size = geometry.cluster_size
@@ -97,6 +97,11 @@ class Qcow2(BlockDriver):
         self._populator = Populator(
             metadata, self._claims, self._writer, self._eraser, environment.workers
         )
+        self._snapshots = SnapshotStore(
+            metadata, self._committer, opened.snapshots, opened.snapshots_length
+        )
+        #: whether the host gets back what a deleted snapshot had
+        self._unmap_snapshots = options.pass_discard_snapshot is not False
         self._bitmaps = BitmapStore(metadata, self._committer)
         self._lazy_refcounts = options.lazy_refcounts
         self._tasks: set[asyncio.Task[None]] = set()
@@ -449,6 +454,51 @@ class Qcow2(BlockDriver):
             raise BlockError.from_os_error("Could not flush the image", error) from error
         self.read_only = True
         await self._committer.end()
+
+    # -- internal snapshots
+
+    def list_snapshots(self) -> Sequence[SnapshotInfo]:
+        """See ``BlockDriver``."""
+        size = self._metadata.header.size
+        return [snapshot.info(size) for snapshot in self._snapshots.snapshots]
+
+    async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
+        """See ``BlockDriver``."""
+        taken = Taken(date_nsec, vm_clock_nsec)
+        await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """See ``BlockDriver``."""
+        snapshot = self._snapshots.find(snapshot_id)
+        await self._on_snapshots("delete", lambda: self._snapshots.delete(snapshot))
+
+    async def apply_snapshot(self, snapshot_id: str) -> None:
+        """See ``BlockDriver``."""
+        snapshot = self._snapshots.find(snapshot_id)
+        await self._on_snapshots("apply", lambda: self._snapshots.apply(snapshot))
+        self._writer.disk_size = self._metadata.header.size
+
+    async def _on_snapshots(
+        self, what: str, operation: Callable[[], Coroutine[Any, Any, Ranges]]
+    ) -> None:
+        self._check_writable()
+
+        async def run() -> None:
+            try:
+                freed = await operation()
+            except DamageError as damage:
+                # Found before anything was changed, and perhaps in a snapshot only: the disk
+                # goes on.
+                raise BlockError(
+                    f"Could not {what} snapshot: {damage.message}", errno=EIO
+                ) from damage
+            if self._unmap_snapshots:
+                with contextlib.suppress(OSError):  # a wish only
+                    for offset, length in freed:
+                        await self.children["file"].discard(offset, length)
+
+        await self._settle()
+        await self._run(run)
 
     # -- persistent dirty bitmaps
 

@@ -180,6 +180,18 @@ class Metadata:
         self.pending_fields.update(l1_table_offset=host_offset, l1_size=len(entries))
         self.on_dirty()
 
+    def adopt(self, header: Header, l1: Entries, refcounts: Refcounts) -> None:
+        """Go on with what another header names; the disk has all of it, and no request is there."""
+        assert not self.dirty_tables and not self._loading and not self.pending_fields
+        self.header = header
+        self.geometry = header.geometry
+        self.refcounts = refcounts
+        self.l1 = l1
+        self.l1_view = memoryview(cast(Buffer, l1))
+        self.l1_offset = header.l1_table_offset
+        self.bad_l1.clear()
+        self.tables.clear()
+
     # -- L2
 
     async def load(self, l1_index: int) -> L2Table | None:

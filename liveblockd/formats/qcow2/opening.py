@@ -40,6 +40,8 @@ class Opened(NamedTuple):
     metadata: Metadata
     first_sector: bytes
     snapshots: list[Snapshot]
+    #: bytes of the snapshot table
+    snapshots_length: int
 
 
 async def read_header(file: BlockIO) -> tuple[Header, bytes]:
@@ -93,7 +95,7 @@ async def open_image(
         max_tables=sizes.l2_tables,
         max_refcount_blocks=sizes.refcount_blocks,
     )
-    return Opened(metadata, first_sector, snapshots)
+    return Opened(metadata, first_sector, snapshots, snapshots_length)
 
 
 def _check_compression(header: Header) -> None:

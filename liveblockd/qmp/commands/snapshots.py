@@ -1,11 +1,13 @@
-"""Commands that take external snapshots (qapi/block-core.json).
+"""Commands that take snapshots, external and internal (qapi/block-core.json).
 
 Runs on the event loop. Errors: BlockError, OSError of a flush.
 """
 
 from __future__ import annotations
 
-from liveblockd.graph import snapshot
+from typing import Any
+
+from liveblockd.graph import internal_snapshot, snapshot
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.qapi import QapiModel
 from liveblockd.qmp.context import Context
@@ -49,3 +51,41 @@ async def blockdev_snapshot_sync(context: Context, arguments: BlockdevSnapshotSy
 async def blockdev_snapshot(context: Context, arguments: BlockdevSnapshot) -> None:
     """Put an overlay that is open already above a node and its users."""
     await snapshot.snapshot(context.graph, arguments.node, arguments.overlay)
+
+
+class BlockdevSnapshotInternal(QapiModel):
+    """Arguments of blockdev-snapshot-internal-sync."""
+
+    device: str
+    name: str
+
+
+class BlockdevSnapshotDeleteInternal(QapiModel):
+    """Arguments of blockdev-snapshot-delete-internal-sync."""
+
+    device: str
+    id: str | None = None
+    name: str | None = None
+
+
+@command("blockdev-snapshot-internal-sync", args=BlockdevSnapshotInternal)
+async def blockdev_snapshot_internal_sync(
+    context: Context, arguments: BlockdevSnapshotInternal
+) -> None:
+    """Keep the disk as it is now, inside its image."""
+    await internal_snapshot.create(context.graph, arguments.device, arguments.name)
+
+
+@command(
+    "blockdev-snapshot-delete-internal-sync",
+    args=BlockdevSnapshotDeleteInternal,
+    returns=dict[str, Any],
+)
+async def blockdev_snapshot_delete_internal_sync(
+    context: Context, arguments: BlockdevSnapshotDeleteInternal
+) -> dict[str, Any]:
+    """Forget an internal snapshot; returns what it was."""
+    gone = await internal_snapshot.delete(
+        context.graph, arguments.device, arguments.id, arguments.name
+    )
+    return gone.to_qmp()

@@ -1,0 +1,111 @@
+"""Internal snapshots of nodes in use, and what goes back to one offline.
+
+Specification: qapi/block-core.json (blockdev-snapshot-internal-sync and its opposite).
+
+Runs on the event loop. The node is drained; the driver switches at one instant. Invariant: what
+fails leaves the image and its snapshots as they were.
+Errors: BlockError in QEMU's words; OSError.
+"""
+
+from __future__ import annotations
+
+import time
+from errno import EBUSY, ENOENT, EPERM
+
+from liveblockd.errors import BlockError
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.lock import to_its_end
+from liveblockd.graph.node import Node, Operation
+from liveblockd.storage.driver import SnapshotInfo
+
+
+async def create(graph: Graph, device: str, name: str) -> SnapshotInfo:
+    """blockdev-snapshot-internal-sync; what was made."""
+    async with graph.lock:
+        node = graph.lookup_any(device)
+        node.check_operation(Operation.INTERNAL_SNAPSHOT)
+        _check_writable(node, device)
+        try:
+            known = node.driver.list_snapshots()
+        except BlockError:
+            raise BlockError(
+                f"Block format '{node.driver_class.driver_name}' used by device '{device}' "
+                "does not support internal snapshots",
+                errno=95,
+            ) from None
+        if not name:
+            raise BlockError("Name is empty")
+        if any(snapshot.name == name for snapshot in known):
+            raise BlockError(f"Snapshot with name '{name}' already exists on device '{device}'")
+        async with graph.drained(node):
+            try:
+                await to_its_end(node.driver.create_snapshot(name, date_nsec=time.time_ns()))
+            except OSError as error:
+                raise BlockError.from_os_error(
+                    f"Failed to create snapshot '{name}' on device '{device}'", error
+                ) from error
+        return node.driver.list_snapshots()[-1]
+
+
+async def delete(
+    graph: Graph, device: str, snapshot_id: str | None, name: str | None
+) -> SnapshotInfo:
+    """blockdev-snapshot-delete-internal-sync; what was deleted."""
+    async with graph.lock:
+        node = graph.lookup_any(device)
+        if not snapshot_id and not name:
+            raise BlockError("Name or id must be provided")
+        node.check_operation(Operation.INTERNAL_SNAPSHOT)
+        try:
+            known = node.driver.list_snapshots()
+        except BlockError as error:
+            raise BlockError(
+                f"Failed to get a snapshot list: {error.message}", errno=error.errno
+            ) from None
+        found = next(
+            (s for s in known if snapshot_id in (None, s.id) and name in (None, s.name)), None
+        )
+        if found is None:
+            raise BlockError(
+                f"Snapshot with id '{snapshot_id or 'null'}' and name '{name or 'null'}' "
+                f"does not exist on device '{device}'",
+                errno=ENOENT,
+            )
+        _check_writable(node, device)
+        async with graph.drained(node):
+            await to_its_end(node.driver.delete_snapshot(found.id))
+        return found
+
+
+async def apply(graph: Graph, device: str, name_or_id: str) -> SnapshotInfo:
+    """Go back to a snapshot, by its id or else its name; nobody may use the disk.
+
+    Bitmaps that record writes say afterwards that all of the disk was written to.
+    """
+    async with graph.lock:
+        node = graph.lookup_any(device)
+        node.check_operation(Operation.INTERNAL_SNAPSHOT)
+        if node.parents:
+            raise BlockError(f"Node '{node.name}' is in use", errno=EBUSY)
+        _check_writable(node, device)
+        known = node.driver.list_snapshots()
+        found = next((s for s in known if s.id == name_or_id), None)
+        found = found or next((s for s in known if s.name == name_or_id), None)
+        if found is None:
+            raise BlockError(f"Can't find snapshot '{name_or_id}'", errno=ENOENT)
+        for bitmap in node.bitmaps:
+            bitmap.check(allow_inconsistent=True)
+        await to_its_end(_apply(node, found.id))
+        return found
+
+
+async def _apply(node: Node, snapshot_id: str) -> None:
+    await node.driver.apply_snapshot(snapshot_id)
+    for bitmap in node.bitmaps:
+        bitmap.resize(node.length)
+        bitmap.record(0, node.length)
+
+
+def _check_writable(node: Node, device: str) -> None:
+    if node.read_only:
+        raise BlockError(f"Device '{device}' is read only", errno=EPERM)
