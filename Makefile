@@ -17,6 +17,7 @@ $(VENV)/.run: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || tools/debian-packages python3-venv
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	@$(BIN)/python -m compileall -q liveblockd # where PYTHONDONTWRITEBYTECODE is set, nobody else does
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

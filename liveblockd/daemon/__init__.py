@@ -15,6 +15,8 @@ def run_daemon(prog: str, line: CommandLine) -> int:
     background = go_to_background() if line.daemonize else Background()
     # numpy would start a thread a core for linear algebra, of which there is none here
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # pydantic would look through everything that is installed, for plugins of its own
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # imported after the fork: nothing of it shall run in the process that only waits
     from liveblockd.daemon.core import Daemon
     from liveblockd.runtime.loop import run

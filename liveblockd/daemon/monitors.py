@@ -14,7 +14,6 @@ from liveblockd.errors import BlockError, ConfigError
 from liveblockd.qmp import server
 from liveblockd.qmp.commands.chardev import Chardev, NullChardev, SocketChardev, StdioChardev
 from liveblockd.qmp.context import Context
-from liveblockd.qmp.hmp.readline import ReadlineSession
 
 
 @dataclass(slots=True)
@@ -44,7 +43,7 @@ class Monitors:
             _server_chardev(options),
             mode=mode,
             pretty=pretty,
-            make_readline=ReadlineSession,
+            make_readline=_make_readline,
         )
         chardev.is_open = lambda: monitor.is_open
         self._waiting.append(_Waiting(where, monitor))
@@ -80,11 +79,17 @@ class Monitors:
         await asyncio.gather(*(monitor.close() for monitor in self._started))
 
 
+def _make_readline(context: Context) -> server.ReadlineSession:
+    from liveblockd.qmp.hmp.readline import ReadlineSession  # not before somebody wants it
+
+    return ReadlineSession(context)
+
+
 def _server_chardev(options: SocketChardev | StdioChardev) -> server.Chardev:
     if isinstance(options, StdioChardev):
-        return server.Chardev(id=options.id, backend="stdio")
+        return server.Chardev.model_construct(id=options.id, backend="stdio")
     reconnect = options.reconnect or -(-(options.reconnect_ms or 0) // 1000)
-    return server.Chardev(
+    return server.Chardev.model_construct(  # checked when it was parsed
         id=options.id,
         backend="socket",
         path=options.path,

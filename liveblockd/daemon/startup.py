@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from liveblockd.cli import Action, CommandLine
 from liveblockd.cli.arguments import monitor_address
-from liveblockd.config import Configuration, load
 from liveblockd.daemon.process import inherited_fd
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.qapi import QapiModel, parse
@@ -21,6 +20,7 @@ from liveblockd.qmp.commands.objects import ObjectOptions, object_registry
 from liveblockd.qmp.context import Context
 
 if TYPE_CHECKING:
+    from liveblockd.config import Configuration
     from liveblockd.daemon.monitors import Monitors
 
 
@@ -121,6 +121,8 @@ def expand(line: CommandLine) -> tuple[list[Action], str | None]:
         if action.option != "config":
             actions.append(action)
             continue
+        from liveblockd.config import load  # few want it: 2 MiB
+
         path = action.value["file"]
         try:
             configuration = load(path)

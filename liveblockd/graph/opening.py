@@ -15,7 +15,7 @@ Errors: BlockError in QEMU's words.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -45,6 +45,8 @@ BackingMembers: TypeAlias = Mapping[str, Any] | None
 MAX_DEPTH: Final = 200
 PREFIX: Final = "Could not open backing file: "
 
+log = logging.getLogger(__name__)
+
 _NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]*", re.ASCII)
 _MAX_NAME: Final = 31  # bytes
 
@@ -66,7 +68,7 @@ def inherited(given: BlockdevOptions, parent: Node | None, role: str) -> Blockde
     direct = cache.direct if cache else None
     no_flush = cache.no_flush if cache else None
     found: dict[str, Any] = {
-        "cache": BlockdevCacheOptions(
+        "cache": BlockdevCacheOptions.model_construct(
             direct=direct if direct is not None else bool(upper and upper.direct),
             no_flush=no_flush if no_flush is not None else bool(upper and upper.no_flush),
         ),
@@ -120,10 +122,14 @@ class Opener:
     async def _undo(self) -> None:
         # Parents were made before their children, and a driver closes with its children in place.
         for node in self.made:
-            if node.opened:
-                # Nothing was written through it yet.
-                with contextlib.suppress(OSError, BlockError):
-                    await node.driver.close()
+            if not node.opened:
+                continue
+            try:
+                await node.driver.close()
+            except (OSError, BlockError) as error:  # nothing was written through it yet
+                log.info("closing node %s: %s", node.name, error)
+            except Exception:  # a bug in one driver must not leave the others open
+                log.exception("closing node %s", node.name)
         left: list[Node] = []
         for node in reversed(self.made):
             for edge in tuple(node.children.values()):

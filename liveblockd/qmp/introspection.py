@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Final
@@ -132,7 +133,10 @@ class _Builder:
 
     def add_command(self, command: registry.Command) -> None:
         """A command with its argument and return types."""
-        returns = type_of(command.returns) if command.returns is not None else None
+        annotation = command.returns
+        if isinstance(annotation, types.FunctionType):
+            annotation = annotation()
+        returns = type_of(annotation) if annotation is not None else None
         entity: Entity = {
             "name": command.name,
             "meta-type": "command",

@@ -30,7 +30,11 @@ class NoArguments(QapiModel):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A QMP command; ``returns`` is an annotation (a QapiModel, ``list[X]``, ``str``) or None."""
+    """A QMP command.
+
+    ``returns`` is an annotation (a QapiModel, ``list[X]``, ``str``), a function that gives one (so
+    that its models are imported when the schema is asked for), or None.
+    """
 
     name: str
     function: Callable[[Context, Any], Awaitable[Any]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import stat
 from errno import EINVAL, EIO, ENODEV, ENOSPC, ENOSYS, ENOTSUP, ENOTTY, ENXIO, EOPNOTSUPP
@@ -258,13 +259,15 @@ def _grow(fd: int, size: int) -> bool:
         raise
 
 
-_ZEROES = aligned_buffer(PIECE)
-fill_zeroes(_ZEROES, 0)
+# private, anonymous and never written: every page is the kernel's own zero page and takes no memory
+_ZEROES = memoryview(
+    mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+)
 
 
 def zeroes(length: int) -> memoryview:
     """Up to ``PIECE`` aligned zero bytes, shared: not to be written to."""
-    return _ZEROES.toreadonly()[:length]
+    return _ZEROES[:length]
 
 
 def write_zeroes(fd: int, offset: int, length: int) -> None:

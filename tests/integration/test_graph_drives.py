@@ -247,6 +247,22 @@ def _deep_chain(directory, depth):
 
 
 @needs_qemu
+async def test_a_format_is_closed_before_its_children_when_the_open_is_undone(graph, caplog):
+    create("disk.img")
+    members = {"driver": "file", "node-name": "file", "filename": "disk.img"}
+    await graph.open(parse(BlockdevOptions, members))
+    for file in ("file", {"driver": "file", "filename": "disk.img"}):
+        members = {"driver": "qcow2", "node-name": "top", "file": file, "backing": "nowhere"}
+        with pytest.raises(BlockError, match="backing file: Cannot find device='nowhere'"):
+            await graph.open(parse(BlockdevOptions, members))
+        if file == "file":
+            await graph.delete("file")
+    assert graph.nodes == {}
+    assert caplog.records == []
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 4k", "disk.img")  # nobody holds it
+
+
+@needs_qemu
 async def test_the_deepest_chain_can_be_used(graph, tmp_path):
     _deep_chain(tmp_path, MAX_DEPTH)
     one = await drive(graph, file="000.img", format="qcow2", id="d")

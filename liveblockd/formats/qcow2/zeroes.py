@@ -24,11 +24,11 @@ from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZER
 from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
 from liveblockd.formats.qcow2.tables import Entries
+from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import ExtentKind
 
 #: zeros that are written at a time where there are no zero clusters (version 2)
 PIECE = 1 << 20
-_ZEROES = bytes(PIECE)
 #: new entries for old ones
 _Change = Callable[[Entries], Entries]
 
@@ -120,7 +120,7 @@ class Eraser:
     async def _write(self, start: int, stop: int) -> None:
         while start < stop:
             part = min(PIECE, stop - start)
-            await self._writer.write(start, memoryview(_ZEROES)[:part])
+            await self._writer.write(start, hostcalls.zeroes(part))
             start += part
 
     async def _zero_clusters(self, cluster: int, count: int, *, may_unmap: bool) -> None:

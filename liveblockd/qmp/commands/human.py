@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from liveblockd.qapi import QapiModel
 from liveblockd.qmp.context import Context
-from liveblockd.qmp.hmp import run_line
 from liveblockd.qmp.registry import command
 
 
@@ -21,4 +20,6 @@ class HumanMonitorCommand(QapiModel):
 @command("human-monitor-command", args=HumanMonitorCommand, returns=str)
 async def human_monitor_command(context: Context, arguments: HumanMonitorCommand) -> str:
     """What the line prints; its errors are part of that text, not errors of this command."""
+    from liveblockd.qmp.hmp import run_line  # not before somebody wants it
+
     return await run_line(context, arguments.command_line)

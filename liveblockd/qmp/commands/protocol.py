@@ -10,7 +10,7 @@ import enum
 from typing import Any
 
 from liveblockd.qapi import QapiModel
-from liveblockd.qmp import introspection, registry
+from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context, asking_session
 from liveblockd.qmp.registry import NoArguments, command
 from liveblockd.qmp.session import VERSION
@@ -101,12 +101,22 @@ async def query_commands(context: Context, arguments: NoArguments) -> list[dict[
 @command("query-events", returns=list[EventInfo], query=True)
 async def query_events(context: Context, arguments: NoArguments) -> list[dict[str, str]]:
     """All events (QEMU had this command up to 6.2)."""
+    from liveblockd.qmp import introspection
+
     return [{"name": event.name} for event in introspection.events()]
 
 
-@command("query-qmp-schema", returns=list[introspection.SchemaInfo], query=True)
+def _schema_info() -> Any:
+    from liveblockd.qmp import introspection  # not before somebody asks
+
+    return list[introspection.SchemaInfo]
+
+
+@command("query-qmp-schema", returns=_schema_info, query=True)
 async def query_qmp_schema(context: Context, arguments: NoArguments) -> list[dict[str, Any]]:
     """Commands, events and their types."""
+    from liveblockd.qmp import introspection
+
     return introspection.schema()
 
 
