@@ -144,6 +144,10 @@ class BitmapStore:
         if header.version < 3:
             raise BlockError("Cannot store dirty bitmaps in qcow2 v2 files", errno=95)
         check_limits(name, granularity, header.size, others)
+        if self._place is None:
+            # Better refused now than lost when the image is closed.
+            space = serialise_extension(DirectoryPlace(1, 0, 0))
+            replace_extension(header, Extension.BITMAPS, space, autoclear=0)
 
     async def store(self, bitmaps: Sequence[StoredBitmap]) -> None:
         """Replace all that is stored; the inconsistent ones stay as they are.
