@@ -289,12 +289,6 @@ def check_supported(header: Header, *, read_only: bool) -> None:
         return
     if header.corrupt:
         raise BlockError("qcow2: Image is corrupt; cannot be opened read/write", errno=EACCES)
-    if header.dirty:
-        raise BlockError(
-            "qcow2: Image is dirty (it was not closed cleanly with lazy refcounts); "
-            "run 'qemu-img check -r all' before opening it read/write",
-            errno=ENOTSUP,
-        )
 
 
 def feature_name_table() -> bytes:

@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Self
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted
 from liveblockd.formats.qcow2.bitmap_store import BitmapStore
+from liveblockd.formats.qcow2.check import CheckResult, Fix
+from liveblockd.formats.qcow2.checking import check_image
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
@@ -76,12 +78,23 @@ class Qcow2(BlockDriver):
     ) -> None:
         self.children = children
         self.read_only = True
+        self._options = options
+        self._environment = environment
+        self._autosync = autosync
+        self._lazy_refcounts = options.lazy_refcounts
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._damaged = False
+        self._closed = False
+        self._assemble(opened)
+
+    def _assemble(self, opened: Opened) -> None:
+        """The parts, for what was read from the disk; nothing is dirty."""
+        options, children, environment = self._options, self.children, self._environment
         metadata = opened.metadata
         geometry = metadata.geometry
         self.cluster_size = geometry.cluster_size
-        self._environment = environment
         self._metadata = metadata
-        self._committer = Committer(metadata, opened.first_sector, autosync=autosync)
+        self._committer = Committer(metadata, opened.first_sector, autosync=self._autosync)
         self._committer.on_damage = self._on_damage
         self._claims = Claims()
         self._reader = Reader(metadata, children, environment.workers)
@@ -103,10 +116,6 @@ class Qcow2(BlockDriver):
         #: whether the host gets back what a deleted snapshot had
         self._unmap_snapshots = options.pass_discard_snapshot is not False
         self._bitmaps = BitmapStore(metadata, self._committer)
-        self._lazy_refcounts = options.lazy_refcounts
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._damaged = False
-        self._closed = False
         #: bytes of the image file that are known to be there
         self._file_end = children["file"].length
         # For the request path
@@ -139,8 +148,10 @@ class Qcow2(BlockDriver):
 
     async def _begin_writing(self) -> None:
         """Say in the header what a writer of this kind does not keep up; raises BlockError."""
+        check_supported(self._metadata.header, read_only=False)
+        if self._metadata.header.dirty:
+            await self._repair_dirty()
         header = self._metadata.header
-        check_supported(header, read_only=False)
         self._committer.begin()
         try:
             if header.autoclear != self._bitmaps.autoclear:
@@ -154,6 +165,27 @@ class Qcow2(BlockDriver):
         geometry = self._metadata.geometry
         self._metadata.refcounts.touched(0, geometry.clusters(self.children["file"].length))
         self.read_only = False
+
+    async def _repair_dirty(self) -> None:
+        """A writer with lazy refcounts was interrupted: make the refcounts right. BlockError."""
+        try:
+            result = await check_image(self.children["file"], fix=Fix.ALL)
+        except OSError as error:
+            raise BlockError.from_os_error("Could not repair dirty image", error) from error
+        if result.check_errors:  # as QEMU: other damage is found when it is met
+            raise BlockError("Could not repair dirty image: Input/output error", errno=EIO)
+        self._assemble(await open_image(self._options, self.children, read_only=False))
+        await self._bitmaps.read()
+
+    async def check(self) -> CheckResult:
+        """What ``qemu-img check`` would say of the open image; the caller has quiesced it.
+
+        Nothing is repaired. Raises OSError, BlockError.
+        """
+        await self._settle()
+        if not self.read_only:
+            await self._committer.close()  # also the refcounts of what was freed
+        return await check_image(self.children["file"])
 
     @property
     def length(self) -> int:

@@ -117,8 +117,13 @@ def serialise_snapshots(snapshots: Iterable[Snapshot]) -> bytes:
     return data
 
 
-def parse_snapshots(data: bytes, count: int, geometry: Geometry) -> tuple[list[Snapshot], int]:
-    """``count`` snapshots from the start of ``data``, and the length of the table in bytes."""
+def parse_snapshots(
+    data: bytes, count: int, geometry: Geometry, *, check_l1: bool = True
+) -> tuple[list[Snapshot], int]:
+    """``count`` snapshots from the start of ``data``, and the length of the table in bytes.
+
+    Without ``check_l1`` an L1 table that cannot be is left for the caller to find.
+    """
     found: list[Snapshot] = []
     position = 0
     for _ in range(count):
@@ -128,7 +133,8 @@ def parse_snapshots(data: bytes, count: int, geometry: Geometry) -> tuple[list[S
          extra_length) = _ENTRY.unpack_from(data, position)  # fmt: skip
         if extra_length > MAX_SNAPSHOT_EXTRA_BYTES:
             raise BlockError("Too much extra metadata in snapshot table entry")
-        _check_l1(l1_offset, l1_size, geometry)
+        if check_l1:
+            _check_l1(l1_offset, l1_size, geometry)
         start = position + _ENTRY.size
         strings = start + extra_length
         end = strings + id_length + name_length

@@ -616,10 +616,8 @@ async def test_too_low_refcounts_are_found_before_a_cluster_is_used_twice() -> N
 async def test_dirty_images_open_read_only() -> None:
     disk = await written()
     patch(disk, 79, b"\x01")
-    with pytest.raises(BlockError, match="dirty"):
-        await open_qcow2(disk)
     image = await open_qcow2(disk, read_only=True)
-    assert image.dirty_flag()
+    assert image.dirty_flag()  # a writer would repair it: test_qcow2_check
     with pytest.raises(OSError) as caught:
         await image.write(0, b"x")
     assert caught.value.errno == EPERM
