@@ -1,6 +1,7 @@
 """liveblockctl: a friendly client of liveblockd, for people and for shell scripts.
 
-It speaks QMP through qemu.qmp's ``QMPClient``; whatever it does, any other QMP client can do.
+``liveblockctl image`` works without a daemon (``imagetool``). All the rest
+speaks QMP through qemu.qmp's ``QMPClient``; whatever it does, any other QMP client can do.
 
 Exit status: 0 done, 1 the daemon refused or a job failed, 2 wrong usage, 3 no connection (or it
 broke), 4 a job that was waited for was cancelled, 130 interrupted (the job goes on).
@@ -495,6 +496,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("names", nargs="*", help="only these")
     one.add_argument("--count", type=int, help="end after so many")
     verb("quit", quit_, "end the daemon; running jobs are cancelled")
+    # `main` hands its words on: their options are not ours.
+    verbs.add_parser("image", help="work on images without a daemon: info, check, convert, ...")
     return top
 
 
@@ -556,7 +559,12 @@ async def _run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["image"]:
+        from liveblockd.imagetool.command import main as image
+
+        return image(words[1:])
+    args = parser().parse_args(words)
     try:
         return asyncio.run(_run(args))
     except ControlError as exc:

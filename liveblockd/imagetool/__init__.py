@@ -1,0 +1,1 @@
+"""Work on images that no daemon has open: ``liveblockctl image ...`` (README.md)."""

@@ -1,0 +1,149 @@
+"""The command line of ``liveblockctl image``, option by option that of qemu-img.
+
+Runs on an event loop of its own, made for one command. Nothing escapes ``main`` but ``SystemExit``
+of argparse (status 1 for wrong usage, as qemu-img).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from liveblockd.errors import BlockError, ConfigError
+from liveblockd.imagetool.images import ToolError, reason
+from liveblockd.imagetool.output import warn
+from liveblockd.runtime.loop import run
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands; each is run by the module of its name."""
+    top = _Parser(prog="liveblockctl image", description="Work on disk images that are not in use.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        added.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+        return added
+
+    _describing(command)
+    _changing(command)
+    return top
+
+
+def _describing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    one = command("check", "check an image, and repair it on request")
+    _image(one, output=True)
+    one.add_argument("-r", dest="repair", choices=("leaks", "all"), help="repair")
+    _cache(one)
+    one.add_argument("filename")
+
+    one = command("info", "what an image says of itself")
+    _image(one, output=True)
+    one.add_argument("--backing-chain", action="store_true", help="all images below it, too")
+    one.add_argument("filename")
+
+    one = command("map", "which image of a chain has which range")
+    _image(one, output=True)
+    one.add_argument("-s", "--start-offset", help="begin there (64k, 1G)")
+    one.add_argument("-l", "--max-length", help="so many bytes")
+    one.add_argument("filename")
+
+    one = command("compare", "whether two images hold the same bytes")
+    _image(one)
+    one.add_argument("-F", dest="format2", help="format of the second image")
+    one.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation as well")
+    one.add_argument("-p", "--progress", action="store_true")
+    _cache(one)
+    one.add_argument("filename1")
+    one.add_argument("filename2")
+
+
+def _changing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    one = command("create", "make an image")
+    one.add_argument("-f", "--format", default="raw")
+    one.add_argument("-b", dest="backing", help="backing file")
+    one.add_argument("-F", dest="backing_format", help="format of the backing file")
+    one.add_argument("-u", dest="unsafe", action="store_true", help="do not look at it")
+    one.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE,...")
+    one.add_argument("filename")
+    one.add_argument("size", nargs="?")
+
+    one = command("convert", "copy an image into a new one, of another format")
+    _image(one)
+    one.add_argument("-O", dest="output_format", default="raw", help="format of the new image")
+    one.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE,...")
+    one.add_argument("-B", "-b", dest="backing", help="backing file of the new image")
+    one.add_argument("-F", dest="backing_format", help="format of the backing file")
+    one.add_argument("-c", dest="compress", action="store_true", help="compressed clusters")
+    one.add_argument("-n", dest="no_create", action="store_true", help="the target is there")
+    one.add_argument("-p", "--progress", action="store_true")
+    one.add_argument("-S", dest="sparse_size", help="bytes of zeros that become a hole; 0: never")
+    one.add_argument("--target-is-zero", action="store_true", help="the target reads as zeros")
+    one.add_argument("-W", dest="out_of_order", action="store_true", help="has no effect here")
+    one.add_argument("-m", dest="coroutines", type=int, help="has no effect here")
+    _cache(one)
+    one.add_argument("-t", dest="target_cache", help=argparse.SUPPRESS)
+    one.add_argument("source")
+    one.add_argument("target")
+
+    one = command("resize", "change the size of the disk in an image")
+    one.add_argument("-f", "--format")
+    one.add_argument("--shrink", action="store_true", help="allow it to become smaller")
+    one.add_argument("filename")
+    one.add_argument("size", help="[+|-]SIZE")
+
+
+def _image(one: argparse.ArgumentParser, *, output: bool = False) -> None:
+    one.add_argument("-f", "--format", help="format of the image; else it is guessed")
+    one.add_argument(
+        "-U", "--force-share", action="store_true", help="although others may be writing to it"
+    )
+    if output:
+        one.add_argument("--output", choices=("human", "json"), default="human")
+
+
+def _cache(one: argparse.ArgumentParser) -> None:
+    one.add_argument("-T", dest="source_cache", help=argparse.SUPPRESS)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; the exit status."""
+    args = parser().parse_args(_with_negative_sizes(argv))
+    module = importlib.import_module(f"liveblockd.imagetool.{args.command}")
+    try:
+        status: int = run(module.run(args))
+        return status
+    except ToolError as error:
+        warn(error.message)
+        return error.status
+    except (BlockError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        warn(reason(error))
+        return 1
+    except ConfigError as error:
+        warn(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _with_negative_sizes(argv: Sequence[str]) -> list[str]:
+    """``resize IMAGE -1G``: the size is no option."""
+    words = list(argv)
+    if words[:1] == ["resize"] and words[-1][0:1] == "-" and words[-1][1:2].isdigit():
+        words.insert(-1, "--")
+    return words

@@ -1,0 +1,37 @@
+"""``image resize``: another size for the disk in an image.
+
+Runs on an event loop of its own. Words and exit status are those of ``qemu-img resize``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from liveblockd.errors import BlockError
+from liveblockd.imagetool.images import Images, ToolError, reason, size_of
+from liveblockd.imagetool.output import say, warn
+
+
+async def run(args: argparse.Namespace) -> int:
+    """The command."""
+    sign = args.size[:1] if args.size[:1] in "+-" else ""
+    amount = size_of(args.size.removeprefix(sign))
+    async with Images() as images:
+        node = await images.open(args.filename, args.format, writable=True)
+        current = node.driver.virtual_size
+        size = {"+": current + amount, "-": current - amount}.get(sign, amount)
+        if size <= 0:
+            raise ToolError("New image size must be positive")
+        if size < current and not args.shrink:
+            warn(
+                "warning: Shrinking an image will delete all data beyond the shrunken image's "
+                "end. Before performing such an operation, make sure there is no important data "
+                "there."
+            )
+            raise ToolError("Use the --shrink option to perform a shrink operation.")
+        try:
+            await images.graph.resize(node, size)
+        except (BlockError, OSError) as error:
+            raise ToolError(reason(error)) from error
+    say("Image resized.", quiet=args.quiet)
+    return 0
