@@ -144,6 +144,11 @@ def main(argv: Sequence[str]) -> int:
 def _with_negative_sizes(argv: Sequence[str]) -> list[str]:
     """``resize IMAGE -1G``: the size is no option."""
     words = list(argv)
-    if words[:1] == ["resize"] and words[-1][0:1] == "-" and words[-1][1:2].isdigit():
+    if (
+        words[:1] == ["resize"]
+        and "--" not in words
+        and words[-1][0:1] == "-"
+        and words[-1][1:2].isdigit()
+    ):
         words.insert(-1, "--")
     return words

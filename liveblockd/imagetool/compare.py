@@ -49,27 +49,28 @@ class _Side:
     def __init__(self, filename: str, backend: Backend) -> None:
         self.filename = filename
         self.backend = backend
-        self.length = backend.length
+        self.length = backend.node.driver.virtual_size
+        self._end = backend.length  # a file may end within its last sector
         self._start = 0
         self._runs: list[StatusRun] = []
 
     async def status(self, offset: int) -> tuple[StatusRun, int]:
         """The run at ``offset``, and how many bytes of it come from there on."""
-        if offset >= self.length:
+        if offset >= self._end:
             return StatusRun(1 << 62, True, True, 0), 1 << 62
         while self._runs and offset >= self._start + self._runs[0].length:
             self._start += self._runs.pop(0).length
         if not self._runs:
             self._start = offset
             # `status` is asked for a prefix: what is far away is not worth the memory.
-            span = min(self.length - offset, 1 << 30)
+            span = min(self._end - offset, 1 << 30)
             self._runs = await self._guard(self.backend.block_status(offset, span, limit=1024))
         run = self._runs[0]
         return run, self._start + run.length - offset
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Bytes; zeros beyond the end."""
-        inside = max(0, min(length, self.length - offset))
+        inside = max(0, min(length, self._end - offset))
         if not inside:
             return bytes(length)
         data = await self._guard(self.backend.read(offset, inside))
@@ -87,15 +88,15 @@ async def _compare(one: _Side, two: _Side, args: argparse.Namespace) -> int:
     if one.length != two.length and args.strict:
         say("Strict mode: Image size mismatch!", quiet=args.quiet)
         return DIFFERENT
-    total = max(one.length, two.length)
-    if one.length != two.length:
-        say("Warning: Image size mismatch!", quiet=args.quiet)
+    total, common = max(one.length, two.length), min(one.length, two.length)
     progress = Progress(args.progress)
     offset = 0
     while offset < total:
+        if offset == common:
+            say("Warning: Image size mismatch!", quiet=args.quiet)
         first, length1 = await one.status(offset)
         second, length2 = await two.status(offset)
-        length = min(length1, length2, total - offset)
+        length = min(length1, length2, (common if offset < common else total) - offset)
         if args.strict and (first.zero, first.hole) != (second.zero, second.hole):
             say(f"Strict mode: Offset {offset} block status mismatch!", quiet=args.quiet)
             return DIFFERENT

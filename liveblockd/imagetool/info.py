@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Final
 
-from liveblockd.graph.info import image_info
+from liveblockd.graph.info import Query
 from liveblockd.imagetool.images import Images, ToolError
 from liveblockd.imagetool.output import say, show_json
 from liveblockd.qmp.hmp.images import describe_image
@@ -46,7 +46,7 @@ async def run(args: argparse.Namespace) -> int:
 async def _one(filename: str, image_format: str | None, *, force_share: bool) -> dict[str, Any]:
     async with Images() as images:
         node = await images.open(filename, image_format, backing=False, force_share=force_share)
-        info = image_info(node, flat=True)
+        info = Query(flat=True).image(node)
         # An image that is opened without its chain is still shown by its name.
         info["filename"] = filename
         return {name: value for name, value in info.items() if name not in _NOT_SHOWN}

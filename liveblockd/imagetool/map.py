@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
+from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.imagetool.images import Images, ToolError, size_of
@@ -121,14 +122,19 @@ async def _ask(layers: list[Node], depth: int, start: int, end: int) -> list[_Qu
     layer = layers[depth]
     length = layer.driver.length
     if start >= length:  # the last sector of a file that ends within it
-        return [Entry(start, end - start, depth, False, True, False, None, None)]
+        return [_entry(layer, start, depth, Extent(end - start, ExtentKind.ZERO))]
     # What lies beyond the end of the image below reads as zeros in this one.
     below = layers[depth + 1].driver.virtual_size if depth + 1 < len(layers) else 0
     answer: list[_Question | Entry] = []
     position = start
     for extent in await layer.map(start, min(end, length) - start):
         stop = position + extent.length
-        if extent.kind is not ExtentKind.UNALLOCATED:
+        if extent.kind is ExtentKind.ZERO and isinstance(layer.driver, Qcow2):
+            place = position
+            for part in await layer.driver.map_zeroes(position, extent.length):
+                answer.append(_entry(layer, place, depth, part))
+                place += part.length
+        elif extent.kind is not ExtentKind.UNALLOCATED:
             answer.append(_entry(layer, position, depth, extent))
         else:
             middle = max(position, min(stop, below))
@@ -144,7 +150,7 @@ async def _ask(layers: list[Node], depth: int, start: int, end: int) -> list[_Qu
 
 def _entry(layer: Node, position: int, depth: int, extent: Extent) -> Entry:
     data = extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED)
-    offset: int | None = extent.host_offset if extent.kind is ExtentKind.DATA else None
+    offset = extent.host_offset if extent.host_offset >= 0 else None
     if extent.kind is ExtentKind.ZERO and not layer.supports_backing:
         offset = position  # a hole in a file that holds the bytes as they are
     file = layer.file if layer.driver_class.is_format else layer

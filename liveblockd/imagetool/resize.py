@@ -23,12 +23,12 @@ async def run(args: argparse.Namespace) -> int:
         if size <= 0:
             raise ToolError("New image size must be positive")
         if size < current and not args.shrink:
-            warn(
+            warn("Use the --shrink option to perform a shrink operation.")
+            raise ToolError(
                 "warning: Shrinking an image will delete all data beyond the shrunken image's "
                 "end. Before performing such an operation, make sure there is no important data "
                 "there."
             )
-            raise ToolError("Use the --shrink option to perform a shrink operation.")
         try:
             await images.graph.resize(node, size)
         except (BlockError, OSError) as error:

@@ -365,6 +365,10 @@ class Qcow2(BlockDriver):
             if quarantine.leave(epoch):
                 self._committer.kick()
 
+    async def map_zeroes(self, offset: int, length: int) -> list[Extent]:
+        """For a range that ``map`` calls ZERO: with the host clusters that are kept for it."""
+        return await self._reader.map_zeroes(offset, length)
+
     # -- a job's copies
 
     async def populate(self, offset: int, data: Buffer) -> None:
@@ -607,10 +611,11 @@ class Qcow2(BlockDriver):
         data: dict[str, Any] = {
             "compat": "1.1" if header.version >= 3 else "0.10",
             "compression-type": Compression(header.compression_type).name.lower(),
-            "refcount-bits": header.geometry.refcount_bits,
         }
         if header.version >= 3:
             data["lazy-refcounts"] = header.lazy_refcounts
+        data["refcount-bits"] = header.geometry.refcount_bits
+        if header.version >= 3:
             data["corrupt"] = header.corrupt
             data["extended-l2"] = False
         return {"type": "qcow2", "data": data}

@@ -14,7 +14,9 @@ import zlib
 from collections.abc import Mapping
 from errno import EIO
 
-from liveblockd.formats.qcow2.layout import Compression
+import numpy as np
+
+from liveblockd.formats.qcow2.layout import OFFSET_MASK, Compression
 from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.tables import compressed_range
@@ -23,6 +25,7 @@ from liveblockd.storage.driver import BlockIO, Buffer, Extent, ExtentKind
 
 #: extents in one answer of ``map``
 MAP_LIMIT = 4096
+_OFFSET_BITS = np.uint64(OFFSET_MASK)
 _WINDOW_BITS = -12  # what is in qcow2 images: raw deflate with a window of 4 KiB
 
 
@@ -174,6 +177,44 @@ class Reader:
                 for part in await self._parts(position, stop - position):
                     append_extent(extents, part.extent)
             position = stop
+        return extents
+
+    async def map_zeroes(self, offset: int, length: int) -> list[Extent]:
+        """Extents of a range of zero clusters: ``host_offset`` says where they are preallocated."""
+        metadata = self._metadata
+        geometry = metadata.geometry
+        bits, size = geometry.cluster_bits, geometry.cluster_size
+        extents: list[Extent] = []
+        position, end = offset, offset + length
+        while position < end:
+            stop = min(end, (position // geometry.span + 1) * geometry.span)
+            table = await metadata.load(position // geometry.span)
+            first = position >> bits & (geometry.l2_entries - 1)
+            count = (stop - 1 >> bits) - (position >> bits) + 1
+            hosts = np.zeros(0, np.uint64)
+            if table is not None:
+                hosts = table.entries[first : first + count] & _OFFSET_BITS
+            if not np.any(hosts):  # mostly none is kept
+                last = extents[-1] if extents else None
+                if last is not None and last.host_offset == -1:
+                    extents[-1] = last._replace(length=last.length + stop - position)
+                else:
+                    extents.append(Extent(stop - position, ExtentKind.ZERO))
+                position = stop
+                continue
+            for host in map(int, hosts):
+                inside = position & (size - 1)
+                part = min(stop - position, size - inside)
+                place = host + inside if host else -1
+                last = extents[-1] if extents else None
+                if last is not None and (
+                    place == last.host_offset == -1
+                    or (place >= 0 and place == last.host_offset + last.length)
+                ):
+                    extents[-1] = last._replace(length=last.length + part)
+                else:
+                    extents.append(Extent(part, ExtentKind.ZERO, place))
+                position += part
         return extents
 
     def _next_table(self, l1_index: int) -> int:
