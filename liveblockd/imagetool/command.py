@@ -94,7 +94,9 @@ def _changing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("-W", dest="out_of_order", action="store_true", help="has no effect here")
     one.add_argument("-m", dest="coroutines", type=int, help="has no effect here")
     _cache(one)
-    one.add_argument("-t", dest="target_cache", help=argparse.SUPPRESS)
+    one.add_argument(
+        "-t", dest="target_cache", help="unsafe: do not wait until the target is durable"
+    )
     one.add_argument("source")
     one.add_argument("target")
 

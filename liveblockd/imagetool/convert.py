@@ -2,7 +2,7 @@
 
 Runs on an event loop of its own; files of the host are copied by workers. What the chain says is
 zeros is not read, and zeros in its data take no space in the target. The target is durable when the
-command ends.
+command ends, unless ``-t unsafe`` says that nobody needs that.
 
 Invariants: pieces are written in the order of their offsets, so that what is contiguous for the
 guest is so in the file. Exit status and words are those of ``qemu-img convert``.
@@ -65,7 +65,13 @@ async def run(args: argparse.Namespace) -> int:
         size = source.driver.virtual_size
         if not args.no_create:
             await _create(images, args, options, size)
-        target = await images.open(args.target, args.output_format, writable=True, backing=False)
+        target = await images.open(
+            args.target,
+            args.output_format,
+            writable=True,
+            backing=False,
+            no_flush=args.target_cache == "unsafe",
+        )
         writer = await images.use(target, writable=True)
         if writer.length < size:
             raise ToolError("output file is smaller than input file")

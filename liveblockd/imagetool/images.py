@@ -95,6 +95,7 @@ class Images:
         writable: bool = False,
         backing: bool = True,
         force_share: bool = False,
+        no_flush: bool = False,
     ) -> Node:
         """The node of an image, with its chain if ``backing``; ToolError."""
         probed = False
@@ -105,6 +106,7 @@ class Images:
             members = self._members(
                 filename, image_format, writable, backing=backing, force_share=force_share
             )
+            members["cache"] = {"no-flush": no_flush}
             options = parse(BlockdevOptions, members)
             return await self.graph.open(options, probed=probed)
         except (BlockError, OSError) as error:
