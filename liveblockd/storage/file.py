@@ -359,9 +359,18 @@ class FileDriver(BlockDriver):
         try:
             await self._jobs.run(os.ftruncate, self._fd, length)
             if not self._no_flush:
-                await self._jobs.run(os.fsync, self._fd)
+                await self._sync_size()
         finally:
             self._serialiser.leave(section)
+
+    async def _sync_size(self) -> None:
+        try:
+            await self._jobs.run(os.fsync, self._fd)
+        except OSError as error:
+            # The kernel tells of lost pages once: those of a guest's writes may be among them.
+            if not self._direct:
+                self._flush_error = error
+            raise
 
     async def close(self) -> None:
         """Wait for what is under way, then let go of locks and descriptor. Twice is harmless."""

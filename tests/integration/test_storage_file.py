@@ -695,3 +695,23 @@ async def test_who_comes_after_the_close_does_not_reach_another_file(environment
         assert os.fstat(other).st_size == 0
     finally:
         os.close(other)
+
+
+async def test_a_failed_sync_of_a_resize_counts_as_a_failed_flush(
+    environment, tmp_path, monkeypatch
+):
+    """The kernel tells of a lost page once; it must not be lost on the resize."""
+    driver = await open_file(environment, make(tmp_path, bytes(4096)))
+    await driver.write(0, b"x" * 4096)
+
+    def lost(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError):
+        await driver.truncate(8192)
+    monkeypatch.undo()
+    with pytest.raises(OSError) as info:
+        await driver.flush()
+    assert info.value.errno == errno.EIO
+    await driver.close()

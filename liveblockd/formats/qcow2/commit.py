@@ -86,6 +86,9 @@ class Committer:
         self._autosync = autosync
         self._timer: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
+        self._wanted = False  # a commit, though nobody waits for it
+        #: a flush failed and nobody was told: writes before it may be lost for good
+        self._lost: OSError | None = None
         self._worker: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         #: ready for use again, but for what ``_release`` has to do
@@ -124,6 +127,7 @@ class Committer:
             or metadata.pending_fields
             or metadata.refcounts.is_dirty
             or metadata.quarantine.has_freed
+            or self._lost is not None
         )
 
     async def close(self) -> None:
@@ -208,10 +212,7 @@ class Committer:
 
     def _wake_for_commit(self) -> None:
         """A commit that nobody waits for; if it fails, the timer or a flush tries again."""
-        if not self._waiters:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._waiters.append(waiter)
+        self._wanted = True
         self._wake()
 
     def _stop_timer(self) -> None:
@@ -223,16 +224,11 @@ class Committer:
         waiters: list[asyncio.Future[None]] = []
         try:
             while True:
-                if self._waiters:
+                if self._waiters or self._wanted:
                     waiters, self._waiters = self._waiters, []
+                    self._wanted = False
                     error = await self._try_commit()
-                    for waiter in waiters:
-                        if waiter.done():
-                            continue
-                        if error is None:
-                            waiter.set_result(None)
-                        else:
-                            waiter.set_exception(OSError(error.errno, error.strerror))
+                    self._tell(waiters, error)
                 elif self._to_release:
                     await self._release()
                 elif freed := self.metadata.quarantine.ready():
@@ -245,6 +241,25 @@ class Committer:
             for waiter in (*waiters, *self._waiters):
                 if not waiter.done():
                     waiter.set_exception(OSError(EIO, "the commit was aborted"))
+
+    def _tell(self, waiters: list[asyncio.Future[None]], error: OSError | None) -> None:
+        """Answer those who wait, with a loss that nobody has heard of as well."""
+        waiting = [waiter for waiter in waiters if not waiter.done()]
+        if not waiting:
+            return
+        error, self._lost = error or self._lost, None
+        for waiter in waiting:
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(OSError(error.errno, error.strerror))
+
+    async def _sync(self) -> None:
+        try:
+            await self.metadata.file.flush()
+        except OSError as error:
+            self._lost = error
+            raise
 
     async def _try_commit(self) -> OSError | None:
         try:
@@ -273,7 +288,7 @@ class Committer:
         try:
             if refcounts.new:
                 await self._write([write for _, write in refcounts.new])
-                await metadata.file.flush()
+                await self._sync()
                 for block, _ in refcounts.new:
                     block.is_new = False
             first = [*refcounts.table, *(write for _, _, write in refcounts.blocks)]
@@ -281,7 +296,7 @@ class Committer:
             if sealed.l1_whole is not None:
                 first.append(sealed.l1_whole)
             await self._write(first)
-            await metadata.file.flush()
+            await self._sync()
             for table, _ in sealed.new_tables:
                 # From here on the disk may name it: it is changed in place, after its data.
                 table.is_new = False
@@ -301,7 +316,7 @@ class Committer:
                 second.append(sealed.l1_write)
             if second:
                 await self._write(second)
-                await metadata.file.flush()
+                await self._sync()
             done = True
         finally:
             sealed.unpin()
@@ -372,7 +387,7 @@ class Committer:
         length = min(MIN_HEADER_LENGTH_V3, header.header_length)
         sector = fixed_fields(header)[:length] + self._first_sector[length:]
         await self.metadata.file.write(0, sector)
-        await self.metadata.file.flush()
+        await self._sync()
         self._first_sector = sector
         self.metadata.header = header
 
@@ -398,7 +413,7 @@ class Committer:
         much space back takes long: whoever waits for a commit does not wait for all of that.
         """
         number = 0
-        while self._to_release and not self._waiters:
+        while self._to_release and not (self._waiters or self._wanted):
             if self.damaged:
                 self._to_release.clear()
                 return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from errno import EIO, ENOSPC
 
 import pytest
 
@@ -135,3 +136,51 @@ async def test_growing_after_a_cut_off_shrink(backing: bool) -> None:
         oracle = Oracle(again.content())
         assert not oracle.errors
         assert oracle.read(below if backing else b"") == b"x" * half + bytes(half)
+
+
+@pytest.mark.parametrize("dirty_again", [False, True])
+async def test_a_failed_flush_in_the_background_is_told_to_the_guest(dirty_again: bool) -> None:
+    """A commit of the timer whose flush failed may have lost what the guest wrote before."""
+    disk = await new_qcow2(size=SIZE, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, autosync=0.01)
+    failed = asyncio.Event()
+
+    def fail_once(operation: str, *_: int) -> None:
+        if operation == "flush" and not failed.is_set():
+            failed.set()
+            raise OSError(EIO, "injected")
+
+    disk.hook = fail_once
+    await image.write(0, b"x" * CLUSTER)
+    await asyncio.wait_for(failed.wait(), 1)
+    # The timer tries again, with success.
+    flushes = disk.flushes
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if disk.flushes >= flushes + 2:
+            break
+    if dirty_again:
+        await image.write(CLUSTER, b"x" * CLUSTER)
+    with pytest.raises(OSError, match="injected"):
+        await image.flush()
+    await image.flush()
+    await image.close()
+
+
+async def test_a_failed_write_in_the_background_is_made_good() -> None:
+    """It loses nothing: the next commit writes it again, and nobody need hear of it."""
+    disk = await new_qcow2(size=SIZE, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, autosync=0.01)
+    failed = asyncio.Event()
+
+    def fail_once(operation: str, *_: int) -> None:
+        if operation == "write" and image._committer.is_idle is False and not failed.is_set():
+            failed.set()
+            raise OSError(ENOSPC, "injected")
+
+    disk.hook = fail_once
+    await image.write(0, b"x" * CLUSTER)
+    await asyncio.wait_for(failed.wait(), 1)
+    await image.flush()
+    await image.close()
+    assert Oracle(disk.synced_content()).read(b"")[:CLUSTER] == b"x" * CLUSTER
