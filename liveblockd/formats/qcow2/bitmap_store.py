@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 
@@ -43,6 +44,9 @@ from liveblockd.storage.driver import StoredBitmap
 
 #: bytes of bits that one image may bring into memory when it is opened
 MAX_LOADED_BYTES = 1 << 30
+
+#: Qcow2BitmapInfoFlags
+_FLAGS: Final = ((IN_USE, "in-use"), (AUTO, "auto"))
 
 
 class BitmapStore:
@@ -87,6 +91,17 @@ class BitmapStore:
         self._guard(place.host_offset, place.length)
         for entry in entries:
             self._guard(entry.table_offset, table_bytes(entry.table_entries))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Qcow2BitmapInfo of those on the disk."""
+        return [
+            {
+                "flags": [name for bit, name in _FLAGS if entry.flags & bit],
+                "name": entry.text,
+                "granularity": 1 << entry.granularity_bits,
+            }
+            for entry in self.entries
+        ]
 
     async def _read(self, host_offset: int, length: int) -> bytes:
         if host_offset + length > -(-self._metadata.file.length // 512) * 512:

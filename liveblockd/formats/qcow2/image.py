@@ -618,6 +618,8 @@ class Qcow2(BlockDriver):
         if header.version >= 3:
             data["corrupt"] = header.corrupt
             data["extended-l2"] = False
+        if stored := self._bitmaps.describe():
+            data["bitmaps"] = stored
         return {"type": "qcow2", "data": data}
 
     def limits(self) -> dict[str, int]:
