@@ -35,7 +35,7 @@ BETTER = {
 }
 ELSEWHERE = {
     "entry into a refcount block", "refcount block missing", "refcount block is data",
-    "refcount block beyond the end",
+    "refcount block beyond the end", "snapshots, refcount block missing",
 }  # fmt: skip
 
 Verdict = tuple[int, dict[str, int]]

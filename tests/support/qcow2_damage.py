@@ -154,6 +154,11 @@ def _snapshot_shared_low(image: Image) -> None:
     image.set_refcount(image.host(200 + 312), 1)  # three tables refer to it
 
 
+def _snapshots_block_missing(image: Image) -> None:
+    _snapshots(image)
+    image.put(image.reftable, ">Q", 0)
+
+
 def _cut(image: Image) -> None:
     with image.path.open("r+b") as file:
         file.truncate(image.host(1024) + CLUSTER)
@@ -206,6 +211,7 @@ DAMAGES: dict[str, Damage] = {
     "last cluster short": _shrunk_end,
     "snapshots": _snapshots,
     "snapshot shares, refcount low": _snapshot_shared_low,
+    "snapshots, refcount block missing": _snapshots_block_missing,
     "snapshot L1 unaligned": _snapshot_l1_unaligned,
     "bitmap": _bitmap,
     "bitmap, autoclear bit lost": lambda i: (_bitmap(i), i.put(88, ">Q", 0)),

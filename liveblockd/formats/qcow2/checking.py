@@ -73,6 +73,16 @@ async def check_image(file: BlockIO, *, fix: Fix = Fix.NONE) -> CheckResult:
     return await _Check(file, header, fix).run()
 
 
+async def repair_dirty(file: BlockIO) -> None:
+    """A writer with lazy refcounts was interrupted: make the refcounts right; raises BlockError."""
+    try:
+        result = await check_image(file, fix=Fix.ALL)
+    except OSError as error:
+        raise BlockError.from_os_error("Could not repair dirty image", error) from error
+    if result.check_errors:  # as QEMU: other damage is found when it is met
+        raise BlockError("Could not repair dirty image: Input/output error", errno=EIO)
+
+
 class L2Table(NamedTuple):
     """One L2 table that was read."""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from errno import EIO, EPERM
 from typing import Any, ClassVar, Self
@@ -25,13 +25,14 @@ from typing import Any, ClassVar, Self
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted
 from liveblockd.formats.qcow2.bitmap_store import BitmapStore
-from liveblockd.formats.qcow2.check import CheckResult, Fix
-from liveblockd.formats.qcow2.checking import check_image
+from liveblockd.formats.qcow2.check import CheckResult
+from liveblockd.formats.qcow2.checking import check_image, repair_dirty
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
+from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
-from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, Compression
+from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
 from liveblockd.formats.qcow2.opening import Opened, open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
@@ -42,13 +43,11 @@ from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
-    BlockDriver,
     BlockIO,
     Buffer,
     Extent,
     ExtentKind,
     HostFile,
-    SnapshotInfo,
     StoredBitmap,
 )
 from liveblockd.storage.options import BlockdevOptions
@@ -59,7 +58,7 @@ NOWAIT_LIMIT = 1 << 20
 
 
 @register_driver
-class Qcow2(BlockDriver):
+class Qcow2(Described):
     """One qcow2 image; ``open`` makes it."""
 
     driver_name = "qcow2"
@@ -168,12 +167,7 @@ class Qcow2(BlockDriver):
 
     async def _repair_dirty(self) -> None:
         """A writer with lazy refcounts was interrupted: make the refcounts right. BlockError."""
-        try:
-            result = await check_image(self.children["file"], fix=Fix.ALL)
-        except OSError as error:
-            raise BlockError.from_os_error("Could not repair dirty image", error) from error
-        if result.check_errors:  # as QEMU: other damage is found when it is met
-            raise BlockError("Could not repair dirty image: Input/output error", errno=EIO)
+        await repair_dirty(self.children["file"])
         self._assemble(await open_image(self._options, self.children, read_only=False))
         await self._bitmaps.read()
 
@@ -493,11 +487,6 @@ class Qcow2(BlockDriver):
 
     # -- internal snapshots
 
-    def list_snapshots(self) -> Sequence[SnapshotInfo]:
-        """See ``BlockDriver``."""
-        size = self._metadata.header.size
-        return [snapshot.info(size) for snapshot in self._snapshots.snapshots]
-
     async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
         """See ``BlockDriver``."""
         taken = Taken(date_nsec, vm_clock_nsec)
@@ -556,16 +545,6 @@ class Qcow2(BlockDriver):
         if self.bitmap_source is not None and not self._damaged:
             await self._run(self._bitmaps.store, self.bitmap_source())
 
-    @property
-    def backing_file(self) -> str | None:
-        """The string of the header."""
-        return self._metadata.header.backing_name
-
-    @property
-    def backing_format(self) -> str | None:
-        """The format of the header."""
-        return self._metadata.header.backing_format
-
     async def change_backing_file(
         self, backing_file: str | None, backing_format: str | None
     ) -> None:
@@ -585,48 +564,3 @@ class Qcow2(BlockDriver):
             return relink(self._metadata.header, name, backing_format)
 
         await self._committer.rewrite_header(rewrite)
-
-    # -- description
-
-    def actual_size(self) -> int | None:
-        """Bytes of the file child in use."""
-        file = self.children["file"]
-        size = getattr(getattr(file, "driver", file), "actual_size", None)
-        return None if size is None else size()
-
-    def dirty_flag(self) -> bool:
-        """The dirty bit of the header."""
-        return self._metadata.header.dirty
-
-    @property
-    def lazy_refcounts(self) -> bool:
-        """What the header or the options say; refcounts are kept strictly in any case."""
-        if self._lazy_refcounts is not None:
-            return self._lazy_refcounts
-        return self._metadata.header.lazy_refcounts
-
-    def format_specific(self) -> Mapping[str, Any]:
-        """ImageInfoSpecificQCow2."""
-        header = self._metadata.header
-        data: dict[str, Any] = {
-            "compat": "1.1" if header.version >= 3 else "0.10",
-            "compression-type": Compression(header.compression_type).name.lower(),
-        }
-        if header.version >= 3:
-            data["lazy-refcounts"] = header.lazy_refcounts
-        data["refcount-bits"] = header.geometry.refcount_bits
-        if header.version >= 3:
-            data["corrupt"] = header.corrupt
-            data["extended-l2"] = False
-        if stored := self._bitmaps.describe():
-            data["bitmaps"] = stored
-        return {"type": "qcow2", "data": data}
-
-    def limits(self) -> dict[str, int]:
-        """Zeros and discards work on clusters."""
-        size = self._metadata.geometry.cluster_size
-        return {
-            **super().limits(),
-            "write-zeroes-alignment": size,
-            "discard-alignment": size,
-        }

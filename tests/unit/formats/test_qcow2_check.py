@@ -109,6 +109,19 @@ async def test_repair_may_be_cut_anywhere(what: str) -> None:
         assert Oracle(crashed.content()).read() == content, cut
 
 
+async def test_new_refcounts_are_durable_before_the_header_names_them() -> None:
+    disk = await written()
+    put(disk, number(disk, 48), 0)
+    seen: list[tuple[str, int]] = []
+    disk.nowait = False
+    disk.hook = lambda operation, offset, length: seen.append((operation, offset))
+    await check_image(disk, fix=Fix.ALL)
+    where = [(op, offset) for op, offset in seen if op in ("write", "flush")]
+    header = where.index(("write", 0))
+    assert header > 1 and where[header - 1][0] == "flush"
+    assert where[header + 1][0] == "flush"
+
+
 async def test_dirty_image_is_repaired_when_it_is_opened_for_writing() -> None:
     disk = await written()
     content = Oracle(disk.content()).read()

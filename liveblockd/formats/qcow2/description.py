@@ -1,0 +1,84 @@
+"""What the driver ``qcow2`` says of its image.
+
+Specification: qapi/block-core.json (ImageInfo, ImageInfoSpecificQCow2, BlockLimitsInfo).
+
+Runs on: the event loop; looks at what is in memory and waits for nothing. Errors: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from liveblockd.formats.qcow2.bitmap_store import BitmapStore
+from liveblockd.formats.qcow2.layout import Compression
+from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
+from liveblockd.storage.driver import BlockDriver, SnapshotInfo
+
+
+class Described(BlockDriver):
+    """The part of the driver that describes; ``image.Qcow2`` is all of it."""
+
+    _metadata: Metadata
+    _snapshots: SnapshotStore
+    _bitmaps: BitmapStore
+    _lazy_refcounts: bool | None
+
+    @property
+    def backing_file(self) -> str | None:
+        """The string of the header."""
+        return self._metadata.header.backing_name
+
+    @property
+    def backing_format(self) -> str | None:
+        """The format of the header."""
+        return self._metadata.header.backing_format
+
+    def list_snapshots(self) -> Sequence[SnapshotInfo]:
+        """See ``BlockDriver``."""
+        size = self._metadata.header.size
+        return [snapshot.info(size) for snapshot in self._snapshots.snapshots]
+
+    def actual_size(self) -> int | None:
+        """Bytes of the file child in use."""
+        file = self.children["file"]
+        size = getattr(getattr(file, "driver", file), "actual_size", None)
+        return None if size is None else size()
+
+    def dirty_flag(self) -> bool:
+        """The dirty bit of the header."""
+        return self._metadata.header.dirty
+
+    @property
+    def lazy_refcounts(self) -> bool:
+        """What the header or the options say; refcounts are kept strictly in any case."""
+        if self._lazy_refcounts is not None:
+            return self._lazy_refcounts
+        return self._metadata.header.lazy_refcounts
+
+    def format_specific(self) -> Mapping[str, Any]:
+        """ImageInfoSpecificQCow2."""
+        header = self._metadata.header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "compression-type": Compression(header.compression_type).name.lower(),
+        }
+        if header.version >= 3:
+            data["lazy-refcounts"] = header.lazy_refcounts
+        data["refcount-bits"] = header.geometry.refcount_bits
+        if header.version >= 3:
+            data["corrupt"] = header.corrupt
+            data["extended-l2"] = False
+        if stored := self._bitmaps.describe():
+            data["bitmaps"] = stored
+        return {"type": "qcow2", "data": data}
+
+    def limits(self) -> dict[str, int]:
+        """Zeros and discards work on clusters."""
+        size = self._metadata.geometry.cluster_size
+        return {
+            **super().limits(),
+            "write-zeroes-alignment": size,
+            "discard-alignment": size,
+        }
