@@ -114,7 +114,8 @@ def _reuse_before_commit(stack: ExitStack) -> None:
     async def mutated(self: Committer) -> None:
         quarantine = self.metadata.quarantine
         freed, quarantine._freed = quarantine._freed, []
-        await self._release(freed)
+        for item in freed:
+            await self._release_one(item)
         await commit(self)
 
     stack.enter_context(mock.patch.object(Committer, "_commit", mutated))
