@@ -1,0 +1,108 @@
+"""A file system that is really full: jobs and guests are told, and nothing is lost."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.support.daemon import DaemonProcess
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
+
+
+def run(*command, cwd, ok=(0,)):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode in ok, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A tmpfs of 24 MiB, with an overlay over a base of 32 MiB that lies elsewhere."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("needs root, and mount")
+    try:
+        run("qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "32M", cwd=tmp_path)
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 32M", "base.qcow2", cwd=tmp_path)
+        backing = ("-b", str(tmp_path / "base.qcow2"), "-F", "qcow2")
+        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, "top.qcow2", cwd=mount)
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def daemon_on(mount):
+    return DaemonProcess(
+        mount,
+        *("--drive", "file=top.qcow2,if=virtio,format=qcow2,node-name=disk,discard=unmap"),
+        *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
+        *("--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"),
+    )
+
+
+def guest(mount, *commands, ok=(0,)):
+    words = [word for command in commands for word in ("-c", command)]
+    return run("qemu-io", "-f", "raw", *words, "nbd+unix:///disk?socket=nbd.sock", cwd=mount, ok=ok)
+
+
+def verdict(mount):
+    """qemu-img check with leaks allowed: never an error."""
+    run("qemu-img", "check", "-q", "-f", "qcow2", "top.qcow2", cwd=mount, ok=(0, 3))
+
+
+def test_the_job_reports(small):
+    with daemon_on(small) as daemon:
+        qmp = daemon.qmp()
+        guest(small, "write -P 5 1M 1M", "flush")
+        qmp("block-stream", device="virtio0", job_id="s")
+        end = qmp.wait("BLOCK_JOB_COMPLETED", device="s")["data"]
+        assert end["error"] == "No space left on device"
+        qmp.wait("JOB_STATUS_CHANGE", id="s", status="null")
+        guest(small, "read -P 9 0 1M", "read -P 5 1M 1M", "read -P 9 2M 30M")
+        qmp("quit")
+    verdict(small)
+    run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 5 1M 1M", "top.qcow2", cwd=small)
+    assert "base.qcow2" in run("qemu-img", "info", "top.qcow2", cwd=small)
+
+
+@pytest.mark.parametrize("policy", ["stop", "enospc"])
+def test_the_job_waits_for_space(small, policy):
+    with daemon_on(small) as daemon:
+        qmp = daemon.qmp()
+        qmp("block-stream", device="virtio0", job_id="s", on_error=policy)
+        error = qmp.wait("BLOCK_JOB_ERROR", device="s")["data"]
+        assert (error["operation"], error["action"]) == ("write", "stop")
+        qmp.wait("JOB_STATUS_CHANGE", id="s", status="paused")
+        assert qmp("query-block-jobs")[0]["io-status"] == "nospace"
+        guest(small, "read -P 9 0 32M")
+        run("mount", "-o", "remount,size=64m", str(small), cwd="/")
+        qmp("block-job-resume", device="s")
+        assert "error" not in qmp.wait("BLOCK_JOB_COMPLETED", device="s")["data"]
+        qmp("quit")
+    (small.parent / "base.qcow2").unlink()
+    run("qemu-img", "check", "-f", "qcow2", "top.qcow2", cwd=small)
+    run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 9 0 32M", "top.qcow2", cwd=small)
+
+
+def test_the_guest_is_told_and_goes_on(small):
+    with daemon_on(small) as daemon:
+        qmp = daemon.qmp()
+        guest(small, "write -P 5 0 8M", "flush")
+        said = guest(small, "write -P 6 8M 20M", ok=(0, 1))
+        assert "No space left on device" in said or "failed" in said
+        guest(small, "read -P 5 0 8M", "read -P 9 28M 4M")
+        guest(small, "write -P 7 0 8M", "flush", "discard 0 4M", "flush", "read -P 7 4M 4M")
+        qmp("quit")
+    verdict(small)
+    commands = ("-c", "read -P 0 0 4M", "-c", "read -P 7 4M 4M", "-c", "read -P 9 28M 4M")
+    run("qemu-io", "-r", "-f", "qcow2", *commands, "top.qcow2", cwd=small)
