@@ -7,8 +7,14 @@ image, for the header is written last. Errors: ``BlockError`` (options), OSError
 
 from __future__ import annotations
 
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.header import Header, parse
 from liveblockd.formats.qcow2.newimage import NewImage, lay_out
+from liveblockd.formats.qcow2.opening import open_image
+from liveblockd.formats.qcow2.options import Qcow2Options
+from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
+from liveblockd.qapi import parse as parse_options
 from liveblockd.storage.driver import BlockIO
 
 
@@ -22,8 +28,16 @@ async def create_qcow2(
     backing_file: str | None = None,
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
+    preallocation: Preallocation | str = Preallocation.OFF,
 ) -> None:
     """Make ``file`` an empty qcow2 image of ``size`` bytes; what the file had is lost."""
+    if preallocation not in list(Preallocation):
+        raise BlockError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
+    mode = Preallocation(preallocation)
+    if mode is not Preallocation.OFF and backing_file is not None:
+        raise BlockError(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+        )
     layout = lay_out(
         NewImage(
             size=size,
@@ -39,6 +53,23 @@ async def create_qcow2(
         await file.write(write.offset, write.data)
     await file.flush()
     await file.write(0, layout.header)
+    await file.flush()
+    if mode is not Preallocation.OFF:
+        await _preallocate(file, mode, size)
+
+
+async def _preallocate(file: BlockIO, mode: Preallocation, size: int) -> None:
+    options = parse_options(Qcow2Options, {"driver": "qcow2", "file": "file"})
+    opened = await open_image(options, {"file": file}, read_only=False)
+    metadata = opened.metadata
+    metadata.refcounts.touched(0, metadata.geometry.clusters(file.length))
+    committer = Committer(metadata, opened.first_sector, autosync=None)
+    committer.begin()
+    try:
+        await preallocate(metadata, committer, mode, 0, size)
+    finally:
+        await committer.close()
+        await committer.end()
     await file.flush()
 
 

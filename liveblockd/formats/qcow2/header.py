@@ -397,6 +397,11 @@ def replace_extension(
     return _rewrite(header, replace(changed, backing_file_offset=0))
 
 
+def change_version(header: Header, changed: Header) -> Rewrite:
+    """From version 2 to 3 or back; ``changed`` has the fields and extensions of the new one."""
+    return _rewrite(header, replace(changed, backing_file_offset=0))
+
+
 def _lean(header: Header) -> Header:
     """Without the feature name table where it would reach into a second sector."""
     if header.header_length + len(extension_area(header)) <= SECTOR:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from errno import EIO, EPERM
 from typing import Any, ClassVar, Self
@@ -33,13 +33,13 @@ from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
 from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
 from liveblockd.formats.qcow2.opening import Opened, open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
-from liveblockd.formats.qcow2.resize import resize
-from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
+from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
@@ -48,7 +48,6 @@ from liveblockd.storage.driver import (
     Extent,
     ExtentKind,
     HostFile,
-    StoredBitmap,
 )
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
@@ -58,7 +57,7 @@ NOWAIT_LIMIT = 1 << 20
 
 
 @register_driver
-class Qcow2(Described):
+class Qcow2(Management, Described):
     """One qcow2 image; ``open`` makes it."""
 
     driver_name = "qcow2"
@@ -443,11 +442,6 @@ class Qcow2(Described):
 
     # -- management
 
-    async def truncate(self, length: int) -> None:
-        """Grow or shrink the virtual disk; durable on return. Raises BlockError, OSError."""
-        self._check_writable()
-        await self._run(resize, self._metadata, self._committer, self._writer, self._eraser, length)
-
     async def close(self) -> None:
         """Write everything back; raises OSError when that fails, and is closed all the same."""
         if self._closed:
@@ -485,65 +479,6 @@ class Qcow2(Described):
         self.read_only = True
         await self._committer.end()
 
-    # -- internal snapshots
-
-    async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
-        """See ``BlockDriver``."""
-        taken = Taken(date_nsec, vm_clock_nsec)
-        await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
-
-    async def delete_snapshot(self, snapshot_id: str) -> None:
-        """See ``BlockDriver``."""
-        snapshot = self._snapshots.find(snapshot_id)
-        await self._on_snapshots("delete", lambda: self._snapshots.delete(snapshot))
-
-    async def apply_snapshot(self, snapshot_id: str) -> None:
-        """See ``BlockDriver``."""
-        snapshot = self._snapshots.find(snapshot_id)
-        await self._on_snapshots("apply", lambda: self._snapshots.apply(snapshot))
-        self._writer.disk_size = self._metadata.header.size
-
-    async def _on_snapshots(
-        self, what: str, operation: Callable[[], Coroutine[Any, Any, Ranges]]
-    ) -> None:
-        self._check_writable()
-
-        async def run() -> None:
-            try:
-                freed = await operation()
-            except DamageError as damage:
-                # Found before anything was changed, and perhaps in a snapshot only: the disk
-                # goes on.
-                raise BlockError(
-                    f"Could not {what} snapshot: {damage.message}", errno=EIO
-                ) from damage
-            if self._unmap_snapshots:
-                with contextlib.suppress(OSError):  # a wish only
-                    for offset, length in freed:
-                        await self.children["file"].discard(offset, length)
-
-        await self._settle()
-        await self._run(run)
-
-    # -- persistent dirty bitmaps
-
-    def stored_bitmaps(self) -> Sequence[StoredBitmap]:
-        """See ``BlockDriver``."""
-        return self._bitmaps.loaded
-
-    def check_new_bitmap(self, name: str, granularity: int, others: int) -> None:
-        """See ``BlockDriver``."""
-        self._bitmaps.check_new(name, granularity, others)
-
-    async def remove_bitmap(self, name: str) -> None:
-        """See ``BlockDriver``."""
-        self._check_writable()
-        await self._run(self._bitmaps.remove, name)
-
-    async def _store_bitmaps(self) -> None:
-        """What the graph has tracked; without it the marks stay that they were in use."""
-        if self.bitmap_source is not None and not self._damaged:
-            await self._run(self._bitmaps.store, self.bitmap_source())
 
     async def change_backing_file(
         self, backing_file: str | None, backing_format: str | None

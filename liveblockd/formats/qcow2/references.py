@@ -10,9 +10,14 @@ Errors: ``BlockNeeded``, ``DamageError``, OverflowError (a width of few bits), w
 
 from __future__ import annotations
 
+from dataclasses import replace
+from errno import EFBIG
+
 import numpy as np
 
-from liveblockd.formats.qcow2.allocator import Counts, RefcountBlock, Refcounts
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.allocator import Counts, RefcountBlock, Refcounts, unpack_counts
+from liveblockd.formats.qcow2.layout import ENTRY_BYTES, MAX_REFCOUNT_TABLE_BYTES
 from liveblockd.formats.qcow2.tables import DamageError, Entries
 
 
@@ -28,6 +33,44 @@ class ForkedRefcounts(Refcounts):
         other.high_water = refcounts.high_water
         other._first_free = refcounts._first_free
         other._bad = set(refcounts._bad)
+        return other
+
+    def recounted(self, order: int) -> ForkedRefcounts:
+        """The same in 2^``order`` bits each, without a place on the disk; all blocks are loaded.
+
+        BlockError where a refcount needs more bits.
+        """
+        geometry = replace(self.geometry, refcount_order=order)
+        per_old, per_new = self.geometry.refcounts_per_block, geometry.refcounts_per_block
+        dtype = unpack_counts(bytes(8), order).dtype
+        arrays: dict[int, Counts] = {}
+        for index, block in sorted(self.blocks.items()):
+            clusters = np.flatnonzero(block.counts) + index * per_old
+            counts = block.counts[clusters - index * per_old]
+            wrong = np.flatnonzero(counts > geometry.refcount_max)
+            if len(wrong):
+                raise BlockError(
+                    f"Cannot decrease refcount entry width to {1 << order} bits: Cluster at offset "
+                    f"{int(clusters[wrong[0]]) << geometry.cluster_bits:#x} has a refcount of "
+                    f"{int(counts[wrong[0]])}"
+                )
+            for number in np.unique(clusters // per_new).tolist():
+                part = clusters // per_new == number
+                target = arrays.setdefault(number, np.zeros(per_new, dtype))
+                target[clusters[part] % per_new] = counts[part].astype(dtype)
+        entries = max(arrays, default=0) + 1
+        per_cluster = geometry.cluster_size // ENTRY_BYTES
+        table = np.zeros(-(-entries // per_cluster) * per_cluster, np.uint64)
+        if table.nbytes > MAX_REFCOUNT_TABLE_BYTES:
+            raise BlockError("The refcount table would be too large", errno=EFBIG)
+        other = ForkedRefcounts(geometry, table, 0)
+        other.metadata = set(self.metadata)
+        other.metadata_version = self.metadata_version + 1
+        other.high_water = self.high_water
+        for number, array in arrays.items():
+            block = RefcountBlock(number, 0, array, is_new=False)
+            block.dirty.add(0, per_new)
+            other.blocks[number] = block
         return other
 
     def counts_of(self, clusters: Entries) -> Counts:

@@ -99,7 +99,7 @@ class SnapshotStore:
             used = metadata.geometry.l1_size(metadata.header.size)
             l1 = np.zeros(len(metadata.l1), np.uint64)
             l1[:used] = await self._fork(switch, metadata.l1[:used])
-            return await self._commit(switch, l1, [*self.snapshots, snapshot])
+            return await self.commit(switch, l1, [*self.snapshots, snapshot])
 
     async def delete(self, snapshot: Snapshot) -> Ranges:
         """Forget a snapshot. Durable on return."""
@@ -112,12 +112,12 @@ class SnapshotStore:
             if snapshot.l1_size:
                 await switch.drop_range(snapshot.l1_table_offset, snapshot.l1_size * ENTRY_BYTES)
             switch.check_l1(metadata.l1)
-            active = await self._own_again(switch, metadata.l1)
+            active = await self.own_again(switch, metadata.l1)
             rest = [s for s in self.snapshots if s is not snapshot]
             if (active == metadata.l1).all():
-                return await self._commit(switch, active, rest, l1_offset=metadata.l1_offset)
+                return await self.commit(switch, active, rest, l1_offset=metadata.l1_offset)
             await switch.drop_range(metadata.l1_offset, len(metadata.l1) * ENTRY_BYTES)
-            return await self._commit(switch, active, rest)
+            return await self.commit(switch, active, rest)
 
     async def apply(self, snapshot: Snapshot) -> Ranges:
         """Make the disk what it was, its size included. Durable on return."""
@@ -135,7 +135,7 @@ class SnapshotStore:
             switch.check_l1(metadata.l1)
             await self._drop_tree(switch, metadata.l1)
             await switch.drop_range(metadata.l1_offset, len(metadata.l1) * ENTRY_BYTES)
-            return await self._commit(switch, l1, self.snapshots, size=size)
+            return await self.commit(switch, l1, self.snapshots, size=size)
 
     # -- inside
 
@@ -158,7 +158,7 @@ class SnapshotStore:
             await switch.drop(references(words(raw, switch.geometry), switch.geometry))
         await switch.drop(tables[tables != 0] >> _U(switch.geometry.cluster_bits))
 
-    async def _own_again(self, switch: Switch, l1: Entries) -> Entries:
+    async def own_again(self, switch: Switch, l1: Entries) -> Entries:
         """The L1 table of the disk, in which that is COPIED which nobody shares any longer."""
         bits = _U(switch.geometry.cluster_bits)
         result = l1.copy()
@@ -181,7 +181,7 @@ class SnapshotStore:
             await switch.drop_range(host_offset, switch.geometry.cluster_size)
         return result
 
-    async def _commit(
+    async def commit(
         self,
         switch: Switch,
         l1: Entries,

@@ -123,6 +123,25 @@ class Switch:
             await file.write(host_offset, data)
         return host_offset
 
+    async def write_data(self) -> int:
+        """A cluster of zeros for the disk; its host offset."""
+        host_offset = await self._allocate(1)
+        await self._metadata.file.write(host_offset, bytes(self.geometry.cluster_size))
+        return host_offset
+
+    async def recount(self, order: int) -> None:
+        """Refcounts of 2^``order`` bits; the first thing that is done with a switch."""
+        old = self.refcounts
+        used = np.flatnonzero(old.table).tolist()
+        for index in used:
+            if index not in old.blocks:
+                await self._load_block(index)
+        self.refcounts = old.recounted(order)
+        places = old.table[used] >> _U(self.geometry.cluster_bits)
+        await self.drop(places)
+        length = old.table_clusters << self.geometry.cluster_bits
+        await self.drop_range(old.table_offset, length)
+
     async def read_l1(self, host_offset: int, entries: int) -> Entries:
         """An L1 table; raises DamageError for one with entries that cannot be."""
         l1 = from_disk(await self._read(host_offset, entries * ENTRY_BYTES))
@@ -220,7 +239,8 @@ class Switch:
                 old = block.host_offset >> bits
                 refcounts.move_block(block, host_offset)
                 moved.add(block.index)
-                await self.drop(np.array([old], np.uint64))
+                if old:  # not of refcounts that were made anew
+                    await self.drop(np.array([old], np.uint64))
             if not pending and not refcounts.moved:
                 clusters = refcounts.table_clusters
                 host_offset = await self._allocate(clusters)
@@ -233,7 +253,8 @@ class Switch:
                 return
             while refcounts.retired:
                 host_offset, clusters = refcounts.retired.pop()
-                await self.drop_range(host_offset, clusters << bits)
+                if host_offset:
+                    await self.drop_range(host_offset, clusters << bits)
 
     async def _write_refcounts(self) -> None:
         refcounts = self.refcounts

@@ -1,0 +1,148 @@
+"""What management does with an image, beside the requests of guests: the methods of ``Qcow2``.
+
+Size, internal snapshots, persistent bitmaps, preallocation, amend. Each is a task of the engine,
+which goes on when its caller is cancelled.
+
+Runs on: the event loop. Invariants: those of ``snapshot_store``, ``bitmap_store``, ``resize``,
+``amend``; who calls ``create_snapshot`` and the like has drained the node.
+Errors: ``BlockError``; OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Coroutine, Sequence
+from errno import EIO
+from typing import TYPE_CHECKING, Any
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
+from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
+from liveblockd.formats.qcow2.resize import resize
+from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
+from liveblockd.formats.qcow2.tables import DamageError
+from liveblockd.storage.driver import BlockIO, StoredBitmap
+
+if TYPE_CHECKING:
+    from liveblockd.formats.qcow2.bitmap_store import BitmapStore
+    from liveblockd.formats.qcow2.commit import Committer
+    from liveblockd.formats.qcow2.cow import Writer
+    from liveblockd.formats.qcow2.metadata import Metadata
+    from liveblockd.formats.qcow2.zeroes import Eraser
+
+
+class Management:
+    """A part of the class ``Qcow2``."""
+
+    if TYPE_CHECKING:
+        children: dict[str, BlockIO]
+        bitmap_source: Callable[[], Sequence[StoredBitmap]] | None
+        _metadata: Metadata
+        _committer: Committer
+        _writer: Writer
+        _eraser: Eraser
+        _snapshots: SnapshotStore
+        _bitmaps: BitmapStore
+        _unmap_snapshots: bool
+        _damaged: bool
+
+        def _check_writable(self) -> None: ...
+        async def _settle(self) -> None: ...
+        async def _run(
+            self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any
+        ) -> None: ...
+
+    # -- size
+
+    async def truncate(self, length: int) -> None:
+        """Grow or shrink the virtual disk; durable on return. Raises BlockError, OSError."""
+        self._check_writable()
+        await self._run(resize, self._metadata, self._committer, self._writer, self._eraser, length)
+
+    async def preallocate(self, mode: Preallocation, offset: int, length: int) -> None:
+        """Give what has no clusters yet in a range of the disk its own; durable on return.
+
+        For a disk without users, new or just grown.
+        """
+        self._check_writable()
+        await self._settle()
+        await self._run(preallocate, self._metadata, self._committer, mode, offset, length)
+
+    async def amend(self, amendment: Amendment, progress: Progress | None = None) -> None:
+        """Change what the header says of the image, and what follows; for a disk without users.
+
+        ``progress`` is told (done, total). Durable on return; close and open the image after it.
+        """
+        self._check_writable()
+        await self._settle()
+        if amendment.size is not None:
+            amendment.check_size(self._metadata.header)
+
+        async def run() -> None:
+            if self._bitmaps.entries and amendment.version == 2:
+                raise BlockError("Cannot downgrade an image with persistent bitmaps")
+            await amend(self._metadata, self._committer, self._snapshots, amendment, progress)
+
+        await self._run(run)
+        if amendment.size is not None and amendment.size != self._writer.disk_size:
+            await self.truncate(amendment.size)
+
+    # -- internal snapshots
+
+    async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
+        """See ``BlockDriver``."""
+        taken = Taken(date_nsec, vm_clock_nsec)
+        await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """See ``BlockDriver``."""
+        snapshot = self._snapshots.find(snapshot_id)
+        await self._on_snapshots("delete", lambda: self._snapshots.delete(snapshot))
+
+    async def apply_snapshot(self, snapshot_id: str) -> None:
+        """See ``BlockDriver``."""
+        snapshot = self._snapshots.find(snapshot_id)
+        await self._on_snapshots("apply", lambda: self._snapshots.apply(snapshot))
+        self._writer.disk_size = self._metadata.header.size
+
+    async def _on_snapshots(
+        self, what: str, operation: Callable[[], Coroutine[Any, Any, Ranges]]
+    ) -> None:
+        self._check_writable()
+
+        async def run() -> None:
+            try:
+                freed = await operation()
+            except DamageError as damage:
+                # Found before anything was changed, and perhaps in a snapshot only: the disk
+                # goes on.
+                raise BlockError(
+                    f"Could not {what} snapshot: {damage.message}", errno=EIO
+                ) from damage
+            if self._unmap_snapshots:
+                with contextlib.suppress(OSError):  # a wish only
+                    for offset, length in freed:
+                        await self.children["file"].discard(offset, length)
+
+        await self._settle()
+        await self._run(run)
+
+    # -- persistent dirty bitmaps
+
+    def stored_bitmaps(self) -> Sequence[StoredBitmap]:
+        """See ``BlockDriver``."""
+        return self._bitmaps.loaded
+
+    def check_new_bitmap(self, name: str, granularity: int, others: int) -> None:
+        """See ``BlockDriver``."""
+        self._bitmaps.check_new(name, granularity, others)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """See ``BlockDriver``."""
+        self._check_writable()
+        await self._run(self._bitmaps.remove, name)
+
+    async def _store_bitmaps(self) -> None:
+        """What the graph has tracked; without it the marks stay that they were in use."""
+        if self.bitmap_source is not None and not self._damaged:
+            await self._run(self._bitmaps.store, self.bitmap_source())

@@ -1,0 +1,89 @@
+"""Host clusters for what was never written, so that later writes need no allocation.
+
+Specification: qapi/block-core.json, PreallocMode. Runs on: the event loop, in a task of the engine,
+on a disk without users; ``falloc`` in a thread.
+
+Invariants: new clusters read as zeros; entries reach the disk after the file has been grown for
+them, and a crash leaves a part of the range allocated. Errors: OSError (ENOSPC), ``DamageError``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+
+import numpy as np
+
+from liveblockd.formats.qcow2.commit import Committer
+from liveblockd.formats.qcow2.metadata import Metadata
+
+#: bytes written at a time
+_PIECE = 1 << 20
+
+
+class Preallocation(enum.StrEnum):
+    """How much is done beforehand."""
+
+    OFF = "off"
+    METADATA = "metadata"  # tables; the data are holes
+    FALLOC = "falloc"  # and space of the host
+    FULL = "full"  # and written zeros
+
+
+async def preallocate(
+    metadata: Metadata, committer: Committer, mode: Preallocation, offset: int, length: int
+) -> None:
+    """Allocate what has no cluster in a range of the disk, in bytes. Durable on return."""
+    if mode is Preallocation.OFF or not length:
+        return
+    geometry = metadata.geometry
+    cluster = offset >> geometry.cluster_bits
+    end = geometry.clusters(offset + length)
+    while cluster < end:
+        l1_index, index = divmod(cluster, geometry.l2_entries)
+        part = min(end - cluster, geometry.l2_entries - index)
+        table = await metadata.writable(l1_index)
+        table.pins += 1
+        try:
+            free = np.flatnonzero(table.entries[index : index + part] == 0) + index
+            breaks = np.flatnonzero(np.diff(free) != 1) + 1
+            for run in np.split(free, breaks):
+                first, count = (int(run[0]), len(run)) if len(run) else (0, 0)
+                while count:
+                    host_offset, found, fresh = await metadata.allocate(count)
+                    size = found << geometry.cluster_bits
+                    await _prepare(metadata, mode, host_offset, size, fresh=fresh)
+                    metadata.publish_run(table, first, host_offset, found)
+                    first, count = first + found, count - found
+        finally:
+            table.pins -= 1
+        if len(metadata.dirty_tables) * 2 > metadata.max_tables:
+            await committer.flush()
+        cluster += part
+        await asyncio.sleep(0)
+    await committer.flush()
+
+
+async def _prepare(
+    metadata: Metadata, mode: Preallocation, host_offset: int, length: int, *, fresh: bool
+) -> None:
+    """Make the clusters read as zeros, with as much behind them as ``mode`` wants."""
+    file = metadata.file
+    end = host_offset + length
+    if end > file.length:
+        await file.truncate(end)
+    host = file.host_file()
+    if mode is Preallocation.FALLOC and host is not None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, os.posix_fallocate, host.fd, host_offset, length)
+        if fresh:
+            return
+    elif mode is Preallocation.METADATA and fresh:
+        return
+    elif mode is Preallocation.METADATA:
+        await file.write_zeroes(host_offset, length)
+        return
+    zeroes = bytes(min(_PIECE, length))
+    for position in range(host_offset, end, len(zeroes)):
+        await file.write(position, memoryview(zeroes)[: end - position])
