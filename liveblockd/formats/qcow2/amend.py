@@ -186,7 +186,7 @@ class _Expansion:
                 changed = True
                 offset = await switch.write(to_disk(new))
                 await switch.drop_range(snapshot.l1_table_offset, len(old) * ENTRY_BYTES)
-                snapshot = replace(snapshot, l1_table_offset=offset)  # noqa: PLW2901
+                snapshot = replace(snapshot, l1_table_offset=offset)
             table.append(snapshot)
         if not changed:
             return
