@@ -479,7 +479,6 @@ class Qcow2(Management, Described):
         self.read_only = True
         await self._committer.end()
 
-
     async def change_backing_file(
         self, backing_file: str | None, backing_format: str | None
     ) -> None:
