@@ -81,6 +81,7 @@ class Writer:
         if entry & COPIED:  # a zero cluster that has a host cluster of its own
             assert entry & ZERO
             count = contiguous_count(table.entries, index, count, geometry.cluster_size)
+            metadata.check_in_place(entry & OFFSET_MASK, count << bits)
             return await self._write_new(table, cluster, count, offset, data, entry & OFFSET_MASK)
         if count > 1:
             count = not_in_place_count(table.entries, index, count)
@@ -88,6 +89,7 @@ class Writer:
 
     async def _write_in_place(self, host_offset: int, data: memoryview) -> None:
         metadata = self._metadata
+        metadata.check_in_place(host_offset, len(data))
         if metadata.file.write_nowait(host_offset, data):
             return
         epoch = metadata.quarantine.enter()

@@ -251,6 +251,8 @@ def _check_table(name: str, offset: int, length: int, limit: int, cluster_size: 
     if length > limit:
         raise BlockError(f"{name} too large", errno=EFBIG)
     if length == 0:
+        if offset % cluster_size:
+            raise BlockError(f"{name} offset invalid")
         return
     # Cluster 0 is the header: no table may lie there.
     if offset % cluster_size or offset < cluster_size or offset + length > MAX_HOST_OFFSET:
@@ -261,11 +263,11 @@ def _parse_extensions(data: bytes, start: int, end: int) -> tuple[tuple[int, byt
     found: list[tuple[int, bytes]] = []
     while start + 8 <= end:
         kind, length = _EXTENSION.unpack_from(data, start)
-        if kind == Extension.END:
-            break
         start += 8
         if length > end - start:
             raise BlockError("Header extension too large")
+        if kind == Extension.END:
+            break
         value = bytes(data[start : start + length])
         if kind == Extension.BACKING_FORMAT and length > MAX_BACKING_FORMAT:
             raise BlockError(f"ERROR: ext_backing_format: len={length} too large (>=16)")

@@ -31,6 +31,7 @@ from liveblockd.formats.qcow2.tables import (
     Entries,
     bad_l1_entries,
     bad_l2_entries,
+    compressed_clusters,
     compressed_range,
     from_disk,
 )
@@ -231,24 +232,48 @@ class Metadata:
         if version != self.refcounts.metadata_version:
             metadata = np.sort(np.fromiter(self.refcounts.metadata, np.uint64))
             self._metadata_array = (self.refcounts.metadata_version, metadata)
+        bad = set(bad_l2_entries(entries, self.geometry).tolist())
         hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
         standard = (entries & np.uint64(COMPRESSED)) == 0
-        clash = np.flatnonzero(standard & (hosts != 0) & np.isin(hosts, metadata))
-        return frozenset(bad_l2_entries(entries, self.geometry).tolist()) | frozenset(
-            clash.tolist()
-        )
+        bad.update(np.flatnonzero(standard & (hosts != 0) & np.isin(hosts, metadata)).tolist())
+        compressed = np.flatnonzero(~standard)
+        if len(compressed):
+            first, last = compressed_clusters(entries[compressed], self.geometry)
+            # Is there metadata at or after the first cluster that is not after the last one?
+            place = np.searchsorted(metadata, first)
+            clash = place < np.searchsorted(metadata, last, side="right")
+            bad.update(compressed[clash].tolist())
+        return frozenset(bad)
 
     def check_entries(self, table: L2Table, first: int, count: int) -> None:
         """Raise DamageError if one of these entries cannot be."""
         for index in table.bad:
             if first <= index < first + count:
-                offset = table.view[index] & OFFSET_MASK
+                entry = table.view[index]
+                offset = entry & OFFSET_MASK
+                if entry & COMPRESSED:
+                    offset = compressed_range(entry, self.geometry).host_offset
                 raise DamageError(
                     f"Cluster allocation offset {offset:#x} unaligned or in metadata "
                     f"(L2 offset: {table.host_offset:#x}, L2 index: {index:#x})",
                     offset=offset,
                     size=self.geometry.cluster_size,
                 )
+
+    def check_in_place(self, host_offset: int, length: int) -> None:
+        """Raise DamageError if a guest write to the host clusters would hit metadata.
+
+        Entries were checked when their table was loaded, but in an image whose refcounts lie, what
+        is data to one entry may have been freed by another and hold a table since then.
+        """
+        bits = self.geometry.cluster_bits
+        first, last = host_offset >> bits, (host_offset + length - 1) >> bits
+        if not self.refcounts.metadata.isdisjoint(range(first, last + 1)):
+            raise DamageError(
+                "Preventing invalid write on metadata (overlaps with a table)",
+                offset=host_offset,
+                size=length,
+            )
 
     async def writable(self, l1_index: int) -> L2Table:
         """The L2 table of an L1 entry, to be changed; made or copied if need be. Not pinned."""
@@ -322,15 +347,20 @@ class Metadata:
     # -- entries
 
     def publish(self, table: L2Table, first: int, entries: Entries, *, unmap: bool = False) -> None:
-        """Replace entries; what they referred to is freed (``unmap``: back to the host)."""
+        """Replace entries; what they referred to is freed (``unmap``: back to the host).
+
+        Raises DamageError, having changed nothing, if that is metadata.
+        """
         count = len(entries)
         old = table.entries[first : first + count].copy()
-        table.entries[first : first + count] = entries
-        self.mark_dirty(table, first, first + count)
         kept = np.uint64(OFFSET_MASK | COMPRESSED)
         changed = ((old & kept) != (entries & kept)) & ((old & kept) != 0)
-        if changed.any():
-            self._free_entries(old[changed], unmap=unmap)
+        freed = self._host_ranges(old[changed]) if changed.any() else []
+        self._check_freed(freed)
+        table.entries[first : first + count] = entries
+        self.mark_dirty(table, first, first + count)
+        for host_offset, clusters in freed:
+            self.quarantine.free(host_offset, clusters, unmap=unmap)
 
     def publish_run(self, table: L2Table, first: int, host_offset: int, count: int) -> None:
         """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
@@ -341,22 +371,36 @@ class Metadata:
         hosts = np.arange(count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
         self.publish(table, first, hosts + np.uint64(host_offset | COPIED))
 
-    def _free_entries(self, entries: Entries, *, unmap: bool) -> None:
-        """Memory no longer has these L2 entries: free what they refer to."""
+    def _host_ranges(self, entries: Entries) -> list[tuple[int, int]]:
+        """(host_offset, clusters) of all that these L2 entries refer to."""
         geometry = self.geometry
+        found: list[tuple[int, int]] = []
         compressed = (entries & np.uint64(COMPRESSED)) != 0
         for entry in entries[compressed].tolist():
             place = compressed_range(entry, geometry)
             start = place.host_offset >> geometry.cluster_bits
             end = (place.host_offset + place.length - 1) >> geometry.cluster_bits
-            self.quarantine.free(start << geometry.cluster_bits, end - start + 1, unmap=unmap)
+            found.append((start << geometry.cluster_bits, end - start + 1))
         hosts = entries[~compressed] & np.uint64(OFFSET_MASK)
         if not len(hosts):
-            return
+            return found
         breaks = np.flatnonzero(hosts[1:] != hosts[:-1] + np.uint64(geometry.cluster_size)) + 1
         starts = [0, *breaks.tolist()]
         for start, end in zip(starts, [*starts[1:], len(hosts)], strict=True):
-            self.quarantine.free(int(hosts[start]), end - start, unmap=unmap)
+            found.append((int(hosts[start]), end - start))
+        return found
+
+    def _check_freed(self, ranges: list[tuple[int, int]]) -> None:
+        """Raise DamageError if what is to be freed holds metadata by now (``check_in_place``)."""
+        bits = self.geometry.cluster_bits
+        for host_offset, clusters in ranges:
+            first = host_offset >> bits
+            if not self.refcounts.metadata.isdisjoint(range(first, first + clusters)):
+                raise DamageError(
+                    f"Preventing the release of metadata (offset: {host_offset:#x})",
+                    offset=host_offset,
+                    size=clusters << bits,
+                )
 
     # -- clusters
 

@@ -68,6 +68,15 @@ def compressed_entry(place: CompressedRange, geometry: Geometry) -> int:
     return COMPRESSED | sectors << bits | place.host_offset
 
 
+def compressed_clusters(entries: Entries, geometry: Geometry) -> tuple[Entries, Entries]:
+    """The first and last host cluster that each of these compressed descriptors names."""
+    bits = geometry.compressed_offset_bits
+    offsets = entries & _U((1 << bits) - 1)
+    sectors = (entries >> _U(bits)) & _U((1 << (62 - bits)) - 1)
+    ends = offsets // _U(SECTOR) + sectors  # the last sector
+    return offsets >> _U(geometry.cluster_bits), ends * _U(SECTOR) >> _U(geometry.cluster_bits)
+
+
 def bad_l1_entries(entries: Entries, geometry: Geometry) -> Entries:
     """Indices of L1 entries with reserved bits or an offset where no L2 table can be."""
     offsets = entries & _U(OFFSET_MASK)
