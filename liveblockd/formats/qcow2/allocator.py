@@ -21,11 +21,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from liveblockd.formats.qcow2.guarded import GuardedClusters
 from liveblockd.formats.qcow2.layout import ENTRY_BYTES, MAX_HOST_OFFSET, SECTOR, Geometry
 from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
     bad_refcount_table_entries,
+    repeated,
     to_disk,
 )
 from liveblockd.storage.driver import Buffer
@@ -149,8 +151,7 @@ class Refcounts:
         self.table_offset = table_offset
         self.blocks: dict[int, RefcountBlock] = {}
         #: indices of clusters with metadata: never handed out, never data of a guest
-        self.metadata: set[int] = set()
-        self.metadata_version = 0
+        self.metadata = GuardedClusters()
         self.table_dirty = DirtyRange()
         #: the table was moved and the header does not name the new place yet
         self.moved = False
@@ -160,7 +161,8 @@ class Refcounts:
         self.retired: list[tuple[int, int]] = []
         #: index of a cluster below which none is free
         self._first_free = 1
-        self._bad = set(bad_refcount_table_entries(table, geometry).tolist())
+        #: table entries that cannot be used
+        self._bad = bad_refcount_table_entries(table, geometry)
         #: first cluster index that the file has never reached; see ``is_fresh``
         self.high_water = 0
 
@@ -173,28 +175,26 @@ class Refcounts:
 
     def refuse_blocks_at(self, clusters: Entries) -> None:
         """Blocks that lie at one of these clusters, or where another block is, cannot be used."""
-        blocks = self.table >> np.uint64(self.geometry.cluster_bits)
-        values, counts = np.unique(blocks, return_counts=True)
-        clash = np.isin(blocks, clusters) | np.isin(blocks, values[counts > 1])
-        self._bad.update(np.flatnonzero(clash & (blocks != 0)).tolist())
+        indices = np.flatnonzero(self.table)
+        blocks = self.table[indices] >> np.uint64(self.geometry.cluster_bits)
+        clash = np.isin(blocks, clusters) | repeated(blocks)
+        self._bad[indices[clash]] = True
 
     def add_metadata(self, host_offset: int, clusters: int) -> None:
         """These clusters hold metadata from now on."""
         first = host_offset >> self.geometry.cluster_bits
-        self.metadata.update(range(first, first + clusters))
-        self.metadata_version += 1
+        self.metadata.add(first, clusters)
 
     def remove_metadata(self, host_offset: int, clusters: int) -> None:
         """No longer."""
         first = host_offset >> self.geometry.cluster_bits
-        self.metadata.difference_update(range(first, first + clusters))
-        self.metadata_version += 1
+        self.metadata.remove(first, clusters)
 
     # -- blocks
 
     def block_offset(self, index: int) -> int:
         """Host offset of a block, 0 where there is none; raises DamageError."""
-        if index in self._bad:
+        if index < len(self._bad) and self._bad[index]:
             raise DamageError(
                 f"Refblock offset {int(self.table[index]):#x} unaligned "
                 f"(reftable index: {index:#x})",

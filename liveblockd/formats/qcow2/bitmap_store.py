@@ -78,6 +78,9 @@ class BitmapStore:
         try:
             directory = bytes(await self._read(place.host_offset, place.length))
             entries = parse_directory(directory, place, metadata.geometry, header.size)
+            self._guard(place.host_offset, place.length)
+            for entry in entries:
+                self._guard(entry.table_offset, table_bytes(entry.table_entries))
             left = MAX_LOADED_BYTES
             for entry in entries:
                 stored = await self._load(entry)
@@ -88,9 +91,6 @@ class BitmapStore:
         except OSError as error:
             raise BlockError.from_os_error("Could not read bitmaps", error) from error
         self._place, self.entries = place, entries
-        self._guard(place.host_offset, place.length)
-        for entry in entries:
-            self._guard(entry.table_offset, table_bytes(entry.table_entries))
 
     def describe(self) -> list[dict[str, Any]]:
         """Qcow2BitmapInfo of those on the disk."""
@@ -109,13 +109,22 @@ class BitmapStore:
         return bytes(await read_bytes(self._metadata.file, host_offset, length))
 
     def _guard(self, host_offset: int, length: int) -> None:
+        """These clusters hold metadata; BlockError if they are some other already."""
         metadata = self._metadata
-        metadata.refcounts.add_metadata(host_offset, metadata.geometry.clusters(length))
+        refcounts = metadata.refcounts
+        first = host_offset >> metadata.geometry.cluster_bits
+        clusters = metadata.geometry.clusters(length)
+        if not refcounts.metadata.isdisjoint(range(first, first + clusters)):
+            raise BlockError(f"Bitmap metadata overlaps with other metadata at {host_offset:#x}")
+        refcounts.add_metadata(host_offset, clusters)
 
     async def _table(self, entry: BitmapEntry) -> Entries:
         data = await self._read(entry.table_offset, table_bytes(entry.table_entries))
         table = from_disk(data)
-        if bad_table_entries(table, self._metadata.geometry):
+        geometry = self._metadata.geometry
+        hosts = (table & np.uint64(OFFSET_MASK)) >> np.uint64(geometry.cluster_bits)
+        overlaps = self._metadata.refcounts.metadata.overlaps(hosts, hosts)
+        if bad_table_entries(table, geometry) or (overlaps & (hosts != 0)).any():
             raise BlockError(f"Bitmap '{entry.text}' has a damaged table")
         return table
 

@@ -118,7 +118,7 @@ class Qcow2(Management, Described):
         self._file_end = children["file"].length
         # For the request path
         self._tables = metadata.tables
-        self._metadata_clusters = metadata.refcounts.metadata
+        self._metadata_clusters = metadata.refcounts.metadata.added
         self._bits = geometry.cluster_bits
         self._in_cluster = geometry.cluster_size - 1
         self._l2_bits = geometry.l2_bits

@@ -34,6 +34,7 @@ from liveblockd.formats.qcow2.tables import (
     compressed_clusters,
     compressed_range,
     from_disk,
+    repeated,
 )
 from liveblockd.storage.driver import BlockIO, Buffer
 
@@ -107,7 +108,8 @@ class Metadata:
         self.l1_dirty = DirtyRange()
         #: the L1 table was moved and is not yet written whole at its new place
         self.l1_unwritten = False
-        self.bad_l1: set[int] = set()
+        #: L1 entries that cannot be used; the table may have grown since
+        self.bad_l1 = bad_l1_entries(l1, self.geometry)
         self.tables: dict[int, L2Table] = {}
         self.dirty_tables: dict[int, L2Table] = {}
         self.max_tables = max(4, min(max_tables, MAX_TABLES))
@@ -116,7 +118,6 @@ class Metadata:
         self.on_dirty: Callable[[], None] = lambda: None
         self._loading: dict[int, asyncio.Task[L2Table]] = {}
         self._loading_blocks: dict[int, asyncio.Task[None]] = {}
-        self._metadata_array: tuple[int, Entries] = (-1, np.zeros(0, np.uint64))
         self._register_tables()
 
     @property
@@ -130,22 +131,18 @@ class Metadata:
         refcounts.add_metadata(0, 1)
         refcounts.add_metadata(self.l1_offset, self.l1_clusters)
         refcounts.add_metadata(refcounts.table_offset, refcounts.table_clusters)
-        fixed = np.fromiter(refcounts.metadata, np.uint64)
+        fixed = refcounts.metadata.array()
         bits = np.uint64(geometry.cluster_bits)
-        l2 = (self.l1 & np.uint64(OFFSET_MASK)) >> bits
-        blocks = refcounts.table >> bits
-        bad = bad_l1_entries(self.l1, geometry).tolist()
-        self.bad_l1.update(bad)
-        # An L2 table that is also something else, or the table of two L1 entries
-        clash = (l2 != 0) & (np.isin(l2, fixed) | np.isin(l2, blocks[blocks != 0]))
-        self.bad_l1.update(np.flatnonzero(clash).tolist())
-        _, first, counts = np.unique(l2, return_index=True, return_counts=True)
-        if (counts[l2[first] != 0] > 1).any():
-            repeated = l2[first[counts > 1]]
-            self.bad_l1.update(np.flatnonzero(np.isin(l2, repeated) & (l2 != 0)).tolist())
+        blocks = refcounts.table[refcounts.table != 0] >> bits
+        # An L2 table that is also something else, or the table of two L1 entries, or that a file
+        # which was cut off no longer has: zeros in its place would be wrong data.
+        indices = np.flatnonzero(self.l1 & np.uint64(OFFSET_MASK))
+        l2 = (self.l1[indices] & np.uint64(OFFSET_MASK)) >> bits
+        bad = np.isin(l2, fixed) | np.isin(l2, blocks) | repeated(l2)
+        bad |= l2 >= np.uint64(max(1, geometry.clusters(self.file.length)))
+        self.bad_l1[indices[bad]] = True
         refcounts.refuse_blocks_at(fixed)
-        refcounts.metadata.update(l2[l2 != 0].tolist(), blocks[blocks != 0].tolist())
-        refcounts.metadata_version += 1
+        refcounts.metadata.add_many(np.concatenate((l2, blocks)))
 
     # -- L1
 
@@ -156,7 +153,7 @@ class Metadata:
 
     def l2_offset(self, l1_index: int) -> int:
         """Host offset of an L2 table, 0 where there is none; raises DamageError."""
-        if l1_index in self.bad_l1:
+        if l1_index < len(self.bad_l1) and self.bad_l1[l1_index]:
             offset = self.l1_view[l1_index] & OFFSET_MASK
             raise DamageError(
                 f"L2 table offset {offset:#x} unaligned or in use (L1 index: {l1_index:#x})",
@@ -228,21 +225,16 @@ class Metadata:
 
     def _bad_entries(self, entries: Entries) -> frozenset[int]:
         """Entries that cannot be, or that would let a guest reach metadata."""
-        version, metadata = self._metadata_array
-        if version != self.refcounts.metadata_version:
-            metadata = np.sort(np.fromiter(self.refcounts.metadata, np.uint64))
-            self._metadata_array = (self.refcounts.metadata_version, metadata)
         bad = set(bad_l2_entries(entries, self.geometry).tolist())
         hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
         standard = (entries & np.uint64(COMPRESSED)) == 0
-        bad.update(np.flatnonzero(standard & (hosts != 0) & np.isin(hosts, metadata)).tolist())
+        guarded = self.refcounts.metadata
+        clash = standard & (hosts != 0) & guarded.overlaps(hosts, hosts)
+        bad.update(np.flatnonzero(clash).tolist())
         compressed = np.flatnonzero(~standard)
         if len(compressed):
             first, last = compressed_clusters(entries[compressed], self.geometry)
-            # Is there metadata at or after the first cluster that is not after the last one?
-            place = np.searchsorted(metadata, first)
-            clash = place < np.searchsorted(metadata, last, side="right")
-            bad.update(compressed[clash].tolist())
+            bad.update(compressed[guarded.overlaps(first, last)].tolist())
         return frozenset(bad)
 
     def check_entries(self, table: L2Table, first: int, count: int) -> None:
@@ -268,7 +260,7 @@ class Metadata:
         """
         bits = self.geometry.cluster_bits
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
-        if not self.refcounts.metadata.isdisjoint(range(first, last + 1)):
+        if not self.refcounts.metadata.added.isdisjoint(range(first, last + 1)):
             raise DamageError(
                 "Preventing invalid write on metadata (overlaps with a table)",
                 offset=host_offset,

@@ -30,6 +30,7 @@ from liveblockd.formats.qcow2.layout import (
 )
 
 Entries = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
 
 _U = np.uint64
 
@@ -77,19 +78,18 @@ def compressed_clusters(entries: Entries, geometry: Geometry) -> tuple[Entries, 
     return offsets >> _U(geometry.cluster_bits), ends * _U(SECTOR) >> _U(geometry.cluster_bits)
 
 
-def bad_l1_entries(entries: Entries, geometry: Geometry) -> Entries:
-    """Indices of L1 entries with reserved bits or an offset where no L2 table can be."""
-    offsets = entries & _U(OFFSET_MASK)
-    misaligned = (offsets & _U(geometry.cluster_size - 1)) != 0
-    bad = misaligned | ((entries & _U(L1_RESERVED)) != 0)
-    return np.flatnonzero(bad).astype(np.uint64)
+def bad_l1_entries(entries: Entries, geometry: Geometry) -> Flags:
+    """Which L1 entries have reserved bits or an offset where no L2 table can be."""
+    misaligned = OFFSET_MASK & (geometry.cluster_size - 1)
+    bad: Flags = (entries & _U(L1_RESERVED | misaligned)) != 0
+    return bad
 
 
-def bad_refcount_table_entries(entries: Entries, geometry: Geometry) -> Entries:
-    """Indices of refcount table entries that name no possible refcount block."""
-    bad = (entries & _U(REFCOUNT_TABLE_RESERVED | (geometry.cluster_size - 1))) != 0
+def bad_refcount_table_entries(entries: Entries, geometry: Geometry) -> Flags:
+    """Which refcount table entries name no possible refcount block."""
+    bad: Flags = (entries & _U(REFCOUNT_TABLE_RESERVED | (geometry.cluster_size - 1))) != 0
     bad |= entries >= _U(1 << 63)
-    return np.flatnonzero(bad).astype(np.uint64)
+    return bad
 
 
 def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
@@ -108,6 +108,16 @@ def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
     compressed |= (entries & _U(COPIED)) != 0
     bad = np.where((entries & _U(COMPRESSED)) != 0, compressed, standard)
     return np.flatnonzero(bad).astype(np.uint64)
+
+
+def repeated(values: Entries) -> Flags:
+    """Which of the values are there more than once."""
+    order = np.sort(values)
+    twice = order[1:][order[1:] == order[:-1]]
+    if not len(twice):
+        return np.zeros(len(values), np.bool_)
+    found: Flags = np.isin(values, twice)
+    return found
 
 
 def host_offset(entry: int) -> int:
