@@ -27,6 +27,7 @@ from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
     bad_refcount_table_entries,
+    flags_at,
     repeated,
     to_disk,
 )
@@ -162,7 +163,7 @@ class Refcounts:
         #: index of a cluster below which none is free
         self._first_free = 1
         #: table entries that cannot be used
-        self._bad = bad_refcount_table_entries(table, geometry)
+        self._bad = flags_at(bad_refcount_table_entries(table, geometry), len(table))
         #: first cluster index that the file has never reached; see ``is_fresh``
         self.high_water = 0
 

@@ -33,6 +33,7 @@ from liveblockd.formats.qcow2.tables import (
     bad_l2_entries,
     compressed_clusters,
     compressed_range,
+    flags_at,
     from_disk,
     repeated,
 )
@@ -109,7 +110,7 @@ class Metadata:
         #: the L1 table was moved and is not yet written whole at its new place
         self.l1_unwritten = False
         #: L1 entries that cannot be used; the table may have grown since
-        self.bad_l1 = bad_l1_entries(l1, self.geometry)
+        self.bad_l1 = flags_at(bad_l1_entries(l1, self.geometry), len(l1))
         self.tables: dict[int, L2Table] = {}
         self.dirty_tables: dict[int, L2Table] = {}
         self.max_tables = max(4, min(max_tables, MAX_TABLES))

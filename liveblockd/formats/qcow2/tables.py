@@ -78,18 +78,24 @@ def compressed_clusters(entries: Entries, geometry: Geometry) -> tuple[Entries, 
     return offsets >> _U(geometry.cluster_bits), ends * _U(SECTOR) >> _U(geometry.cluster_bits)
 
 
-def bad_l1_entries(entries: Entries, geometry: Geometry) -> Flags:
-    """Which L1 entries have reserved bits or an offset where no L2 table can be."""
+def bad_l1_entries(entries: Entries, geometry: Geometry) -> npt.NDArray[np.intp]:
+    """Indices of L1 entries with reserved bits or an offset where no L2 table can be."""
     misaligned = OFFSET_MASK & (geometry.cluster_size - 1)
-    bad: Flags = (entries & _U(L1_RESERVED | misaligned)) != 0
-    return bad
+    return np.flatnonzero((entries & _U(L1_RESERVED | misaligned)) != 0)
 
 
-def bad_refcount_table_entries(entries: Entries, geometry: Geometry) -> Flags:
-    """Which refcount table entries name no possible refcount block."""
-    bad: Flags = (entries & _U(REFCOUNT_TABLE_RESERVED | (geometry.cluster_size - 1))) != 0
+def bad_refcount_table_entries(entries: Entries, geometry: Geometry) -> npt.NDArray[np.intp]:
+    """Indices of refcount table entries that name no possible refcount block."""
+    bad = (entries & _U(REFCOUNT_TABLE_RESERVED | (geometry.cluster_size - 1))) != 0
     bad |= entries >= _U(1 << 63)
-    return bad
+    return np.flatnonzero(bad)
+
+
+def flags_at(indices: npt.NDArray[np.intp], count: int) -> Flags:
+    """``count`` flags of which those at the indices are set."""
+    flags = np.zeros(count, np.bool_)
+    flags[indices] = True
+    return flags
 
 
 def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
