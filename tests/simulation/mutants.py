@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,6 @@ from liveblockd.formats.qcow2 import cow, populate
 from liveblockd.formats.qcow2.allocator import BlockNeeded
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.jobs.stream import Stream
 from tests.simulation.disks import SimulatedDisk
@@ -89,22 +88,13 @@ def _header_before_commit(stack: ExitStack) -> None:
 
 def _reuse_at_once(stack: ExitStack) -> None:
     """Clusters are free as soon as memory no longer refers to them."""
-    free_entries = Metadata._free_entries
 
-    def mutated(self: Metadata, entries: Any, *, unmap: bool) -> None:
-        left = []
-        for entry in entries.tolist():
-            cluster = (entry & OFFSET_MASK) >> self.geometry.cluster_bits
-            if entry & COMPRESSED:
-                left.append(entry)
-                continue
-            try:
-                self.refcounts.decrement(cluster, 1)
-            except BlockNeeded:
-                left.append(entry)
-        free_entries(self, entries[:0], unmap=unmap)
+    def mutated(self: Metadata, ranges: list[tuple[int, int]], *, unmap: bool) -> None:
+        for host_offset, clusters in ranges:
+            with suppress(BlockNeeded):
+                self.refcounts.decrement(host_offset >> self.geometry.cluster_bits, clusters)
 
-    stack.enter_context(mock.patch.object(Metadata, "_free_entries", mutated))
+    stack.enter_context(mock.patch.object(Metadata, "_free_ranges", mutated))
 
 
 def _reuse_before_commit(stack: ExitStack) -> None:

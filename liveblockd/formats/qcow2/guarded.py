@@ -44,12 +44,26 @@ class GuardedClusters:
         self._bulk_view = memoryview(cast(Buffer, self._bulk))
         self._removed.clear()
 
+    def copy(self) -> GuardedClusters:
+        """Another set with the same members; the array is shared, for nobody changes it."""
+        other = GuardedClusters()
+        other.added = self.added.copy()
+        other._removed = self._removed.copy()
+        other._bulk, other._bulk_view = self._bulk, self._bulk_view
+        return other
+
     def remove(self, first: int, count: int) -> None:
         """No longer."""
         self.added.difference_update(range(first, first + count))
         self._added_array = None
         low, high = self._bulk_range(first, count)
         self._removed.update(self._bulk_view[low:high])
+
+    def remove_many(self, clusters: Entries) -> None:
+        """The same for clusters in any order."""
+        self.added.difference_update(clusters.tolist())
+        self._added_array = None
+        self._removed.update(clusters[np.isin(clusters, self._bulk)].tolist())
 
     def _bulk_range(self, first: int, count: int) -> tuple[int, int]:
         view = self._bulk_view

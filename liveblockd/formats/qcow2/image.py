@@ -118,7 +118,6 @@ class Qcow2(Management, Described):
         self._file_end = children["file"].length
         # For the request path
         self._tables = metadata.tables
-        self._metadata_clusters = metadata.refcounts.metadata.added
         self._bits = geometry.cluster_bits
         self._in_cluster = geometry.cluster_size - 1
         self._l2_bits = geometry.l2_bits
@@ -293,7 +292,7 @@ class Qcow2(Management, Described):
         ):
             return False
         host_offset = (entry & OFFSET_MASK) + (offset & self._in_cluster)
-        first, tables = host_offset >> self._bits, self._metadata_clusters
+        first, tables = host_offset >> self._bits, self._metadata.refcounts.metadata.added
         if first in tables if count == 1 else not tables.isdisjoint(range(first, first + count)):
             return False  # the coroutine says what is wrong
         return self.children["file"].write_nowait(host_offset, data)

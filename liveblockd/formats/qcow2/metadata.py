@@ -188,7 +188,7 @@ class Metadata:
         self.l1 = l1
         self.l1_view = memoryview(cast(Buffer, l1))
         self.l1_offset = header.l1_table_offset
-        self.bad_l1.clear()
+        self.bad_l1 = flags_at(bad_l1_entries(l1, header.geometry), len(l1))
         self.tables.clear()
 
     # -- L2
@@ -217,14 +217,14 @@ class Metadata:
             table = L2Table(
                 l1_index, host_offset, from_disk(data), exclusive=bool(entry & COPIED), is_new=False
             )
-            table.bad = self._bad_entries(table.entries)
+            table.bad = self.bad_entries(table.entries)
             self._evict()
             self.tables[l1_index] = table
             return table
         finally:
             del self._loading[l1_index]
 
-    def _bad_entries(self, entries: Entries) -> frozenset[int]:
+    def bad_entries(self, entries: Entries) -> frozenset[int]:
         """Entries that cannot be, or that would let a guest reach metadata."""
         bad = set(bad_l2_entries(entries, self.geometry).tolist())
         hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
@@ -352,8 +352,7 @@ class Metadata:
         self._check_freed(freed)
         table.entries[first : first + count] = entries
         self.mark_dirty(table, first, first + count)
-        for host_offset, clusters in freed:
-            self.quarantine.free(host_offset, clusters, unmap=unmap)
+        self._free_ranges(freed, unmap=unmap)
 
     def publish_run(self, table: L2Table, first: int, host_offset: int, count: int) -> None:
         """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
@@ -382,6 +381,11 @@ class Metadata:
         for start, end in zip(starts, [*starts[1:], len(hosts)], strict=True):
             found.append((int(hosts[start]), end - start))
         return found
+
+    def _free_ranges(self, ranges: list[tuple[int, int]], *, unmap: bool) -> None:
+        """Memory no longer has what referred to these (host_offset, clusters)."""
+        for host_offset, clusters in ranges:
+            self.quarantine.free(host_offset, clusters, unmap=unmap)
 
     def _check_freed(self, ranges: list[tuple[int, int]]) -> None:
         """Raise DamageError if what is to be freed holds metadata by now (``check_in_place``)."""

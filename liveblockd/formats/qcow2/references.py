@@ -28,11 +28,10 @@ class ForkedRefcounts(Refcounts):
     def of(cls, refcounts: Refcounts) -> ForkedRefcounts:
         """Make it; ``refcounts`` is not changed by what happens to the copy."""
         other = cls(refcounts.geometry, refcounts.table.copy(), refcounts.table_offset)
-        other.metadata = set(refcounts.metadata)
-        other.metadata_version = refcounts.metadata_version + 1
+        other.metadata = refcounts.metadata.copy()
         other.high_water = refcounts.high_water
         other._first_free = refcounts._first_free
-        other._bad = set(refcounts._bad)
+        other._bad = refcounts._bad.copy()
         return other
 
     def recounted(self, order: int) -> ForkedRefcounts:
@@ -113,8 +112,7 @@ class ForkedRefcounts(Refcounts):
         self._store(clusters, np.zeros(len(clusters), np.uint64))
         if len(clusters):
             self._first_free = min(self._first_free, int(clusters.min()))
-        self.metadata.difference_update(clusters.tolist())
-        self.metadata_version += 1
+        self.metadata.remove_many(clusters)
 
     def move_block(self, block: RefcountBlock, host_offset: int) -> None:
         """The block lies elsewhere from now on."""

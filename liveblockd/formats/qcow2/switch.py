@@ -36,7 +36,6 @@ from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
     bad_l1_entries,
-    bad_l2_entries,
     from_disk,
     to_disk,
 )
@@ -158,10 +157,10 @@ class Switch:
         """The raw L2 table of an L1 entry; raises DamageError for one that cannot be."""
         host_offset = l1_entry & OFFSET_MASK
         raw = from_disk(await self._read(host_offset, self.geometry.cluster_size))
-        bad = bad_l2_entries(words(raw, self.geometry), self.geometry)
-        if len(bad):
+        bad = self._metadata.bad_entries(words(raw, self.geometry))
+        if bad:
             raise DamageError(
-                f"L2 entry cannot be (L2 offset: {host_offset:#x}, L2 index: {int(bad[0]):#x})",
+                f"L2 entry cannot be (L2 offset: {host_offset:#x}, L2 index: {min(bad):#x})",
                 offset=host_offset,
                 size=self.geometry.cluster_size,
             )

@@ -133,6 +133,7 @@ def test_guarded_clusters_against_a_set():
 LARGE = """
 import asyncio, resource, struct, sys
 import numpy as np
+from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import open_qcow2
 
 async def main():
