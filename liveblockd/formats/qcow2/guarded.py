@@ -77,6 +77,9 @@ class GuardedClusters:
         low, high = self._bulk_range(clusters.start, len(clusters))
         return low == high or self._removed.issuperset(self._bulk_view[low:high])
 
+    def __contains__(self, cluster: int) -> bool:
+        return not self.isdisjoint(range(cluster, cluster + 1))
+
     def array(self) -> Entries:
         """All members, sorted; one may be there twice."""
         members = self._bulk[~np.isin(self._bulk, self._as_array(self._removed))]
