@@ -194,10 +194,11 @@ class BitmapStore:
             ]
             place = await self._write_directory(entries, taken)
             await self._committer.flush()  # refcounts, and what was written
-            await self._switch(place)
         except OSError:
             self._free(taken)
             raise
+        # If this fails the disk may have either header: then what both name stays, and leaks.
+        await self._switch(place)
         before = self._place
         self._place, self.entries = place, entries
         for places in freed:
@@ -296,10 +297,10 @@ class BitmapStore:
         try:
             place = await self._write_directory(entries, taken)
             await self._committer.flush()
-            await self._switch(place)
         except OSError:
             self._free(taken)
             raise
+        await self._switch(place)  # if this fails: as in ``store``
         before = self._place
         assert before is not None
         self._place, self.entries = place, entries

@@ -24,6 +24,7 @@ Errors: OSError from ``flush``; EIO for good once the image is ``damaged``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -164,15 +165,28 @@ class Committer:
         async with self._lock:
             self._check_damage()
             rewrite = make()
-            file = self.metadata.file
             for number, (offset, data) in enumerate(rewrite.steps):
-                await file.write(offset, data)
-                await file.flush()
+                try:
+                    await self.metadata.file.write(offset, data)
+                    await self._sync()
+                except OSError:
+                    if len(data) <= SECTOR:
+                        await self._put_back()
+                    raise
                 # Up to date after each step: should the next one fail, this is what the disk has.
                 if number == len(rewrite.steps) - 1:
                     self._has_header(data, rewrite.header)
                 elif number == 0 and rewrite.between is not None:
                     self._has_header(data, rewrite.between)
+
+    async def _put_back(self) -> None:
+        """Nobody knows which header the disk has: the one of before, as far as that can be.
+
+        Its first sector suffices, for nothing that it names was touched.
+        """
+        with contextlib.suppress(OSError):
+            await self.metadata.file.write(0, self._first_sector)
+            await self.metadata.file.flush()
 
     def _has_header(self, first: bytes, header: Header) -> None:
         self._first_sector = first[:SECTOR].ljust(SECTOR, b"\0")

@@ -6,19 +6,25 @@ And a resize that is cut off at any write: the old size or the new one, and zero
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from errno import EIO, ENOSPC
 
 import pytest
 
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.bitmaps import parse_extension
+from liveblockd.formats.qcow2.header import parse
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.storage.driver import BlockIO
+from liveblockd.formats.qcow2.layout import Extension, Geometry
+from liveblockd.storage.driver import BlockIO, StoredBitmap
 from tests.support.memory import Gate, MemoryDriver
 from tests.support.qcow2_images import new_qcow2, open_qcow2
 from tests.support.qcow2_oracle import Oracle
 
 CLUSTER = 512
 SIZE = 64 * CLUSTER
+GEOMETRY = Geometry(3, 9, 4)
 
 
 async def until(reached: Callable[[], bool]) -> None:
@@ -184,3 +190,51 @@ async def test_a_failed_write_in_the_background_is_made_good() -> None:
     await image.flush()
     await image.close()
     assert Oracle(disk.synced_content()).read(b"")[:CLUSTER] == b"x" * CLUSTER
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+async def test_a_directory_that_the_disk_may_name_is_not_used_again(lasting: bool) -> None:
+    """The switch to new bitmaps failed: nobody knows which header the disk has."""
+    disk = await new_qcow2(size=SIZE, cluster_size=CLUSTER)
+    image = await open_qcow2(disk)
+    bits = b"\xaa" * (SIZE // CLUSTER // 8)
+    stored = StoredBitmap("bitmap", CLUSTER, True, False, ((0, bits),))
+    image.bitmap_source = lambda: [stored]
+    switched = failed = False
+
+    def hook(operation: str, offset: int, _: int) -> None:
+        nonlocal switched, failed
+        if switched and not failed and operation == "flush":
+            failed = True
+            raise OSError(EIO, "injected")
+        if failed and lasting:
+            raise OSError(EIO, "injected")
+        if operation == "write" and offset == 0:
+            switched = True
+
+    disk.hook = hook
+    with pytest.raises(BlockError):
+        await image.set_read_only(True)
+    assert failed
+    disk.hook = None
+    state = disk.content()  # if this is what the disk has
+    extension = parse(state[:CLUSTER]).extension(Extension.BITMAPS)
+    assert (extension is not None) == lasting
+    for number in range(3):
+        await image.write(0, bytes([number + 1]) * SIZE)
+        with contextlib.suppress(OSError):  # the failure is told once
+            await image.flush()
+        await image.flush()
+        await image.discard(0, SIZE)
+        await image.flush()
+    await image.write(0, b"x" * SIZE)
+    await image.flush()
+    if extension is not None:
+        place = parse_extension(extension, GEOMETRY)
+        end = place.host_offset + place.length
+        assert disk.content()[place.host_offset : end] == state[place.host_offset : end]
+    await image.close()
+    again = await open_qcow2(MemoryDriver.of(disk.content()))
+    assert [b.name for b in again.stored_bitmaps()] == ["bitmap"]
+    assert await again.read(0, SIZE) == b"x" * SIZE
+    await again.close()
