@@ -168,6 +168,8 @@ async def create_overlay(
             await graph.unref(file)
             raise
         try:
+            if not made:
+                await graph.environment.workers.run(_check_alone, filename, file, _open_files(graph))
             await file.truncate(0)
             await create_qcow2(file, size=size, backing_file=backing, backing_format=backing_format)
             await file.flush()
@@ -198,6 +200,24 @@ def backing_string(node: Node, overlay: str) -> str:
     own = overlay.removeprefix("file:")
     seen = os.path.realpath(os.path.join(os.path.dirname(own), name))
     return name if seen == os.path.realpath(name) else os.path.abspath(name)
+
+
+def _open_files(graph: Graph) -> list[tuple[Node, int]]:
+    found = []
+    for node in graph.nodes.values():
+        if node.opened and not node.driver_class.is_format and (host := node.host_file()):
+            found.append((node, host.fd))
+    return found
+
+
+def _check_alone(filename: str, new: Node, files: list[tuple[Node, int]]) -> None:
+    """On a worker. Locks can be off, or not to be had; an image in use is in use all the same."""
+    own = next(os.fstat(fd) for node, fd in files if node is new)
+    for node, fd in files:
+        if node is not new and os.path.samestat(os.fstat(fd), own):
+            raise BlockError(
+                f"Could not create '{filename}': the file is in use as node '{node.name}'", errno=16
+            )
 
 
 async def _make_file(graph: Graph, shown: str, path: str) -> bool:

@@ -251,3 +251,30 @@ async def test_locks_move_with_the_snapshot(graph):
     await graph.close()
     for name in ("disk.qcow2", "s.qcow2"):
         run(*command, name)
+
+
+@pytest.mark.parametrize("through", ["the same name", "a link", "its backing file"])
+async def test_an_image_in_use_is_not_overwritten_where_there_are_no_locks(graph, through):
+    run("qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "4M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "base.qcow2")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "disk.qcow2")
+    os.link("disk.qcow2", "link.qcow2")
+
+    def file(name):
+        return {"driver": "file", "filename": os.path.abspath(name), "locking": "off"}
+
+    backing = {"driver": "qcow2", "file": file("base.qcow2")}
+    node = await add(graph, "disk", file=file("disk.qcow2"), backing=backing)
+    user = await graph.attach(node, READ_WRITE, name="drive0")
+    await user.write(MIB, b"x" * MIB)
+    await user.flush()
+    name = {
+        "the same name": "disk.qcow2",
+        "a link": "link.qcow2",
+        "its backing file": "base.qcow2",
+    }[through]
+    before = content(name)
+    with pytest.raises(BlockError, match="the file is in use as node"):
+        await take(graph, name, "s")
+    assert content(name) == before and set(files()) == {"base.qcow2", "disk.qcow2", "link.qcow2"}
+    assert bytes(await user.read(0, 2 * MIB)) == b"\x07" * MIB + b"x" * MIB
