@@ -169,7 +169,9 @@ async def create_overlay(
             raise
         try:
             if not made:
-                await graph.environment.workers.run(_check_alone, filename, file, _open_files(graph))
+                await graph.environment.workers.run(
+                    _check_alone, filename, file, _open_files(graph)
+                )
             await file.truncate(0)
             await create_qcow2(file, size=size, backing_file=backing, backing_format=backing_format)
             await file.flush()

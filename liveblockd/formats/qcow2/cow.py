@@ -17,6 +17,8 @@ Errors: OSError from below, ENOSPC among them; ``DamageError``.
 
 from __future__ import annotations
 
+import asyncio
+
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.layout import COPIED, OFFSET_MASK, ZERO
@@ -27,6 +29,9 @@ from liveblockd.storage.driver import BlockIO, Buffer
 
 #: bytes that one claim covers at most: what must be in memory for a copy on write
 MAX_ALLOCATION = 8 << 20
+#: bytes that the copies on write of one image hold at once, beside the data of the requests: a
+#: small write costs a cluster, and there may be hundreds in flight
+MAX_COPIES = 64 << 20
 
 
 async def write_bytes(file: BlockIO, offset: int, data: Buffer) -> None:
@@ -45,6 +50,8 @@ class Writer:
         self._committer = committer
         self._claims = claims
         self._reader = reader
+        # Who is inside waits for nobody else's claim, so that all who wait get in.
+        self._copies = asyncio.Semaphore(max(4, MAX_COPIES // (2 * metadata.geometry.cluster_size)))
         #: bytes; what lies behind it in the last cluster reads as zeros
         self.disk_size = metadata.header.size
 
@@ -129,10 +136,11 @@ class Writer:
                     count = found
                     claims.shrink(claim, count)
             length = min(len(data), ((cluster + count) << bits) - offset)
-            start, contents = await self._contents(
-                table, cluster, count, offset, data[:length], fresh=fresh
-            )
-            await write_bytes(metadata.file, host_offset + start, contents)
+            async with self._copies:
+                start, contents = await self._contents(
+                    table, cluster, count, offset, data[:length], fresh=fresh
+                )
+                await write_bytes(metadata.file, host_offset + start, contents)
             metadata.publish_run(table, index, host_offset, count)
         except OSError:
             # Anything else (a cancelled loop) may have left a write under way: then they leak.

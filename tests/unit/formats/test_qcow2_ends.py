@@ -14,6 +14,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.bitmaps import parse_extension
+from liveblockd.formats.qcow2.cow import MAX_COPIES
 from liveblockd.formats.qcow2.header import parse
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.layout import Extension, Geometry
@@ -238,3 +239,26 @@ async def test_a_directory_that_the_disk_may_name_is_not_used_again(lasting: boo
     assert [b.name for b in again.stored_bitmaps()] == ["bitmap"]
     assert await again.read(0, SIZE) == b"x" * SIZE
     await again.close()
+
+
+async def test_many_small_writes_to_large_clusters_take_bounded_memory() -> None:
+    """Each copies a cluster, and a client may have 128 of them in flight."""
+    size, count = 2 << 20, 48
+    disk = await new_qcow2(size=count * size, cluster_size=size, backing_file="below")
+    image = await open_qcow2(disk, MemoryDriver(count * size))
+    held = most = 0
+
+    async def slowly(length: int) -> None:
+        nonlocal held, most
+        held += length
+        most = max(most, held)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        held -= length
+
+    disk.hook = lambda op, _, length: slowly(length) if op == "write" else None
+    writes = [image.write(n * size + 4096, b"x" * 4096) for n in range(count)]
+    await asyncio.wait_for(asyncio.gather(*writes), 30)
+    assert size < most <= MAX_COPIES
+    disk.hook = None
+    await image.close()
