@@ -205,11 +205,8 @@ def backing_string(node: Node, overlay: str) -> str:
 
 
 def _open_files(graph: Graph) -> list[tuple[Node, int]]:
-    found = []
-    for node in graph.nodes.values():
-        if node.opened and not node.driver_class.is_format and (host := node.host_file()):
-            found.append((node, host.fd))
-    return found
+    protocols = [n for n in graph.nodes.values() if n.opened and not n.driver_class.is_format]
+    return [(node, host.fd) for node in protocols if (host := node.host_file()) is not None]
 
 
 def _check_alone(filename: str, new: Node, files: list[tuple[Node, int]]) -> None:
