@@ -31,6 +31,8 @@ class Crashed:
     def __init__(self, content: Bytes) -> None:
         self.errors: list[str] = []
         self.leaks = 0
+        #: granularity and bits of the bitmaps that may be believed
+        self.bitmaps: dict[str, tuple[int, npt.NDArray[np.bool_]]] = {}
         if len(content) < 72 or bytes(content[:4]) != b"QFI\xfb":
             raise NoImageError("no qcow2 header")
         (self.version, backing_offset, backing_length, self.bits, self.size, _, self.l1_size,
@@ -140,13 +142,28 @@ class Crashed:
         self._use(offset, size)
         position = offset
         for _ in range(count):
-            table, entries, _, _, _, name, extra = struct.unpack(
+            table, entries, flags, _, bits, name_length, extra = struct.unpack(
                 ">QIIBBHI", bytes(self._bytes(position, 24))
             )
             self._use(table, entries * 8)
-            data = self._words(table, entries) & OFFSET
+            words = self._words(table, entries)
+            data = words & OFFSET
             self._use_all(data[data != 0], "a bitmap")
-            position += -(-(24 + extra + name) // 8) * 8
+            name = bytes(self._bytes(position + 24 + extra, name_length)).decode()
+            if not flags & 1:  # in use: its bits are worth nothing
+                self.bitmaps[name] = (1 << bits, self._bits(words))
+            position += -(-(24 + extra + name_length) // 8) * 8
+
+    def _bits(self, table: Words) -> npt.NDArray[np.bool_]:
+        """The bits of a bitmap, all of its clusters."""
+        parts = []
+        for word in table.tolist():
+            if word & int(OFFSET):
+                parts.append(self._bytes(word & int(OFFSET), self.cluster))
+            else:
+                parts.append(np.full(self.cluster, 255 * (word & 1), np.uint8))
+        joined = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+        return np.unpackbits(joined, bitorder="little").astype(np.bool_)
 
     def _tables(self, l1: Words, *, active: bool) -> dict[int, Words]:
         """The L2 tables by L1 index; what they refer to is noted as used."""
@@ -281,8 +298,8 @@ class Chains:
 
     def read(
         self, top: str, disks: list[Bytes], versions: list[int | None]
-    ) -> tuple[list[tuple[str, Crashed]], Bytes]:
-        """The images that the headers lead to from ``top`` on, and what a guest sees."""
+    ) -> tuple[list[tuple[str, Crashed]], list[Bytes]]:
+        """The images that the headers lead to from ``top`` on, and what a guest sees of each."""
         found: list[tuple[str, Crashed]] = []
         name: str | None = top
         indices: list[int] = []
@@ -293,18 +310,20 @@ class Chains:
             assert len(found) < 20, "the chain has a loop"
             name = found[-1][1].backing
         view: Bytes | None = None
+        views: list[Bytes] = []
         key: object = None
         for index, (_, image) in zip(reversed(indices), reversed(found), strict=True):
             key = (key, index, versions[index])
             known = self._views.get(index)
             if versions[index] is not None and known is not None and known[0] == key:
                 view = known[1]
+                views.append(view)
                 continue
             view = image.view(view)
+            views.append(view)
             if versions[index] is not None:
                 self._views[index] = (key, view)
             else:
                 self._views.pop(index, None)
                 key = object()
-        assert view is not None
-        return found, view
+        return found, views[::-1]

@@ -142,14 +142,19 @@ class CrashGuest:
             await self._change("discard", place[0], bytes(place[1]))
 
     async def _flush(self) -> None:
+        if not self._going.is_set():
+            return
         number = self.machine.number()
         self.machine.note("sync", number)
+        self._busy.append((0, 0))
         try:
             await self.backend.flush()
         except OSError as error:
             self._fails(error)
         else:
             self.machine.note("synced", number)
+        finally:
+            self._give(0, 0)
 
     async def _read(self) -> None:
         if (place := self._take()) is None:

@@ -51,6 +51,8 @@ class History:
     syncs: dict[int, list[int]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    #: the disk was never smaller, nor is it on its way there
+    least: int = 1 << 62
 
     def apply(self, entry: Entry) -> None:
         """Go on by one line of the log."""
@@ -73,6 +75,7 @@ class History:
                         self._make_durable(self.open.pop(covered))
             case "resize":
                 self.sizes[number] = entry.offset
+                self.least = min(self.least, entry.offset)
                 low = min(self.size, entry.offset)
                 self.open[number] = Open(number, low, np.zeros(len(self.durable) - low, np.uint8))
             case "resized":

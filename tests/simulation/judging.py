@@ -23,7 +23,7 @@ from tests.simulation import virtual
 from tests.simulation.crash import Bytes, Replay
 from tests.simulation.crashed import Chains, Crashed, NoImageError
 from tests.simulation.history import History
-from tests.simulation.machine import Course
+from tests.simulation.machine import BITMAP, Course
 from tests.support.qcow2_images import open_qcow2
 
 #: one cut in so many is looked at by the engine, by qemu-img
@@ -59,6 +59,7 @@ class Figures:
     by_engine: int = 0
     by_qemu: int = 0
     leaking: int = 0
+    bitmaps: int = 0
     corrupt: int = 0
     lost: int = 0
     found: list[Found] = field(default_factory=list)
@@ -66,7 +67,7 @@ class Figures:
     def add(self, other: Figures) -> None:
         """Sum up."""
         for name in (
-            "machines", "requests", "cuts", "kills", "by_engine", "by_qemu", "leaking", "corrupt",
+            "machines", "requests", "cuts", "kills", "by_engine", "by_qemu", "leaking", "bitmaps", "corrupt",
             "lost",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -82,7 +83,7 @@ class Figures:
         return (
             f"machines {self.machines}, guest requests {self.requests}, cuts {self.cuts} (of which "
             f"SIGKILL {self.kills}; reopened by the engine {self.by_engine}, by qemu-img "
-            f"{self.by_qemu}), leaking {self.leaking}, corrupt {self.corrupt}, lost {self.lost}"
+            f"{self.by_qemu}), leaking {self.leaking}, bitmaps {self.bitmaps}, corrupt {self.corrupt}, lost {self.lost}"
         )
 
 
@@ -116,6 +117,7 @@ class Judge:
         self.replay = Replay(course.log, course.initial)
         self.replay.listeners.append(self.history)
         self.chains = Chains(course.names)
+        self.first = np.frombuffer(course.content, np.uint8)
 
     def cut_at(self, position: int, *, kill: bool | None = None) -> None:
         """One more cut, not before the last one."""
@@ -137,7 +139,7 @@ class Judge:
     def _look(self, disks: list[Bytes], found: Found) -> Found | None:
         versions = [disk.version if not disk.pending else None for disk in self.replay.disks]
         try:
-            images, view = self.chains.read(self.history.top, disks, versions)
+            images, views = self.chains.read(self.history.top, disks, versions)
         except (NoImageError, KeyError) as error:
             found.corrupt = repr(error)
             return found
@@ -146,7 +148,8 @@ class Judge:
                 found.corrupt = f"{name}: {image.errors}"
                 return found
         self.figures.leaking += any(image.leaks for _, image in images)
-        found.lost = self.history.wrong(view)
+        view = views[0]
+        found.lost = self.history.wrong(view) or self._bitmap_misses(images, views)
         if found.lost is not None:
             return found
         content = {name: disks[self.course.names[name]] for name, _ in images}
@@ -157,6 +160,23 @@ class Judge:
             self.figures.by_qemu += 1
             found.corrupt = _ask_qemu(content)
         return found if found.corrupt or found.lost else None
+
+
+    def _bitmap_misses(
+        self, images: list[tuple[str, Crashed]], views: list[Bytes]
+    ) -> str | None:
+        """A bitmap that may be believed has a bit for all that is not as at first."""
+        for (name, image), view in zip(images, views, strict=True):
+            if name != self.course.bitmap_in or BITMAP not in image.bitmaps:
+                continue
+            self.figures.bitmaps += 1
+            granularity, bits = image.bitmaps[BITMAP]
+            end = min(len(view), self.course.size, self.history.least)
+            changed = np.flatnonzero(view[:end] != self.first[:end]) // granularity
+            if not bits[changed].all():
+                missed = changed[~bits[changed]]
+                return f"{name}: the bitmap misses granule {int(missed[0])}"
+        return None
 
 
 class _Found(BlockDriver):

@@ -14,7 +14,8 @@ from liveblockd.errors import BlockError
 from liveblockd.events import BlockJobCompleted, Event
 from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.graph import chain
+from liveblockd.graph import chain, dirty
+from liveblockd.graph.node import Node
 from liveblockd.graph.snapshot import snapshot
 from liveblockd.storage.driver import Permission
 from tests.simulation import virtual
@@ -36,7 +37,11 @@ FORMATS = (
     {"cluster_size": 65536, "refcount_bits": 8},
 )
 #: what management does, each as often as it is here
-STEPS = ("stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "rest")
+STEPS = (
+    "stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "restart", "rest",
+)  # fmt: skip
+#: persistent dirty bitmaps that are tracked from the first request on
+BITMAP, GRANULARITY = "tracked", 4096
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Plan:
     guest: bool = True
     #: the file of the top is so large already that its refcount table must grow soon
     large: bool | None = None
+    bitmap: bool | None = None
 
 
 @dataclass
@@ -65,6 +71,8 @@ class Course:
     top: str
     size: int
     content: bytes  # of the guest's disk at first, zeros up to the largest size
+    #: the image with a persistent bitmap of all that changes ``content``
+    bitmap_in: str | None = None
     story: list[str] = field(default_factory=list)
     requests: int = 0
 
@@ -95,6 +103,7 @@ class Scene:
             self.top,
             self.guest.size,
             content,
+            self.bitmap_in,
             self.story,
         )
         self.machine.quiet = False
@@ -187,14 +196,7 @@ class Scene:
         await image.close()
 
     async def _open(self, options: dict[str, object]) -> None:
-        node = await self.bench.graph.open(self.bench.options(**options))
-        assert isinstance(node.driver, Qcow2)
-        self.backend = await self.bench.graph.attach(
-            node, Permission.CONSISTENT_READ | Permission.WRITE, name="drive0"
-        )
-        node.monitor_owned = False
-        self._node = node
-        self.backend.on_change.append(self._changed)
+        node = await self._attach(options)
         size = node.length
         content = bytes(await self.backend.read(0, size))
         assert content == self.model, "the chain was not built right"
@@ -207,6 +209,43 @@ class Scene:
             limit=min(size // 2, 8 * cluster_size if cluster_size > 4096 else 64 * cluster_size),
             cluster_size=cluster_size,
         )
+        bitmap = self.plan.bitmap if self.plan.bitmap is not None else self.random.random() < 0.4
+        self.bitmap_in = None
+        if bitmap and node.driver.format_specific()["data"]["compat"] != "0.10":
+            dirty.add(
+                self.bench.graph, node.name, BITMAP, granularity=GRANULARITY, persistent=True
+            )
+            self.bitmap_in = self.top
+            await self._restart()  # so that the image has it
+
+    async def _attach(self, options: dict[str, object]) -> Node:
+        """Open the chain and put the drive on it."""
+        node = await self.bench.graph.open(self.bench.options(**options))
+        assert isinstance(node.driver, Qcow2)
+        self.backend = await self.bench.graph.attach(
+            node, Permission.CONSISTENT_READ | Permission.WRITE, name="drive0"
+        )
+        node.monitor_owned = False
+        self._node = node
+        self.backend.on_change.append(self._changed)
+        return node
+
+    async def _restart(self) -> None:
+        """Close the whole chain and open it again as its headers say; the guest is halted."""
+        layers = chain.chain(self.backend.node)
+        options: dict[str, object] = {}
+        for layer in reversed(layers):
+            assert layer.file is not None and isinstance(layer.file.driver, SimulatedDisk)
+            options = {
+                "driver": "qcow2",
+                "node-name": layer.name,
+                "discard": "unmap",
+                "file": {"driver": "simdisk", "filename": layer.file.driver.medium.name},
+                "backing": options or None,
+            }
+        await self.bench.graph.detach(self.backend)
+        assert not self.bench.graph.nodes, self.bench.graph.nodes
+        self.guest.backend = (await self._attach(options)) and self.backend
 
     def _changed(self) -> None:
         """The drive may stand on another image now."""
@@ -336,6 +375,17 @@ class Scene:
         if self.plan.large:
             size = rng.randrange(guest.size // 512, self.largest // 512) * 512
         await guest.resize(max(size, 4 * KIB))
+
+    async def _do_restart(self) -> None:
+        """A clean close makes all durable, as a flush does."""
+        guest, machine = self.guest, self.machine
+        async with guest.halted():
+            number = machine.number()
+            machine.note("sync", number)
+            await self._restart()
+            # What cannot be written back is only logged then.
+            if not machine.injected:
+                machine.note("synced", number)
 
     async def _do_rename(self) -> None:
         """change-backing-file to another name of the same image, and back."""
