@@ -118,6 +118,7 @@ class CrashGuest:
                 if not self._known(offset, length):
                     # What is read now may be half of a failed write, which no flush covers.
                     self.machine.note("failed", number)
+                    self.model[offset : offset + length] = data
                     return
         except OSError as error:
             self.machine.note("failed", number)

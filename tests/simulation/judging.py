@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +66,8 @@ class Figures:
 
     def add(self, other: Figures) -> None:
         """Sum up."""
-        for name in (
-            "machines", "requests", "cuts", "kills", "by_engine", "by_qemu", "leaking", "bitmaps", "corrupt",
-            "lost",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.found += other.found
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
 
     def note(self, found: Found) -> None:
         """One more that is wrong."""
@@ -83,7 +79,8 @@ class Figures:
         return (
             f"machines {self.machines}, guest requests {self.requests}, cuts {self.cuts} (of which "
             f"SIGKILL {self.kills}; reopened by the engine {self.by_engine}, by qemu-img "
-            f"{self.by_qemu}), leaking {self.leaking}, bitmaps {self.bitmaps}, corrupt {self.corrupt}, lost {self.lost}"
+            f"{self.by_qemu}), leaking {self.leaking}, bitmaps {self.bitmaps}, "
+            f"corrupt {self.corrupt}, lost {self.lost}"
         )
 
 
@@ -161,10 +158,7 @@ class Judge:
             found.corrupt = _ask_qemu(content)
         return found if found.corrupt or found.lost else None
 
-
-    def _bitmap_misses(
-        self, images: list[tuple[str, Crashed]], views: list[Bytes]
-    ) -> str | None:
+    def _bitmap_misses(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
         """A bitmap that may be believed has a bit for all that is not as at first."""
         for (name, image), view in zip(images, views, strict=True):
             if name != self.course.bitmap_in or BITMAP not in image.bitmaps:

@@ -212,9 +212,7 @@ class Scene:
         bitmap = self.plan.bitmap if self.plan.bitmap is not None else self.random.random() < 0.4
         self.bitmap_in = None
         if bitmap and node.driver.format_specific()["data"]["compat"] != "0.10":
-            dirty.add(
-                self.bench.graph, node.name, BITMAP, granularity=GRANULARITY, persistent=True
-            )
+            dirty.add(self.bench.graph, node.name, BITMAP, granularity=GRANULARITY, persistent=True)
             self.bitmap_in = self.top
             await self._restart()  # so that the image has it
 
@@ -380,10 +378,11 @@ class Scene:
         """A clean close makes all durable, as a flush does."""
         guest, machine = self.guest, self.machine
         async with guest.halted():
+            if machine.injected:
+                return  # what could not be written back is not there afterwards
             number = machine.number()
             machine.note("sync", number)
             await self._restart()
-            # What cannot be written back is only logged then.
             if not machine.injected:
                 machine.note("synced", number)
 

@@ -12,6 +12,7 @@ Errors: ``BlockError`` in QEMU's words; OSError.
 
 from __future__ import annotations
 
+import logging
 from errno import EFBIG, ENOTSUP
 
 import numpy as np
@@ -21,7 +22,10 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.layout import ENTRY_BYTES, MAX_DISK_SIZE, MAX_L1_BYTES, SECTOR
 from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
+
+log = logging.getLogger(__name__)
 
 
 async def resize(
@@ -47,12 +51,26 @@ async def resize(
         await committer.flush()
     except BaseException:
         writer.disk_size = old_size
-        metadata.pending_fields.pop("size", None)
+        # The header may be on the disk already: what is durable next is durable with the old size.
+        metadata.pending_fields["size"] = old_size
+        metadata.on_dirty()
         raise
     if size < old_size:
-        first = metadata.geometry.clusters(size)
+        await _give_back(metadata, committer, eraser, old_size, size)
+
+
+async def _give_back(
+    metadata: Metadata, committer: Committer, eraser: Eraser, old_size: int, size: int
+) -> None:
+    """Free what is behind the new end. It has that end already: what cannot be freed leaks."""
+    first = metadata.geometry.clusters(size)
+    try:
         await eraser.drop(first, metadata.geometry.clusters(old_size) - first)
         await committer.flush()
+    except DamageError:
+        raise
+    except OSError as error:
+        log.warning("clusters beyond the new end of the disk were not freed: %s", error)
 
 
 async def _grow_l1(metadata: Metadata, size: int) -> None:
