@@ -318,7 +318,7 @@ def test_the_allocator_against_a_set(order: int, seed: int) -> None:
             assert not owned[cluster], "handed out twice"
             assert cluster not in refcounts.metadata
             owned[cluster] += 1
-    owned.update({c: 1 for c in refcounts.metadata if c not in owned})
+    owned.update({c: 1 for c in refcounts.metadata.array().tolist() if c not in owned})
     retired = {c for host, n in refcounts.retired for c in range(host >> 9, (host >> 9) + n)}
     for index, block in refcounts.blocks.items():
         base = index * refcounts.geometry.refcounts_per_block
