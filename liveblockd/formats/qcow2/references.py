@@ -63,8 +63,7 @@ class ForkedRefcounts(Refcounts):
         if table.nbytes > MAX_REFCOUNT_TABLE_BYTES:
             raise BlockError("The refcount table would be too large", errno=EFBIG)
         other = ForkedRefcounts(geometry, table, 0)
-        other.metadata = set(self.metadata)
-        other.metadata_version = self.metadata_version + 1
+        other.metadata = self.metadata.copy()
         other.high_water = self.high_water
         for number, array in arrays.items():
             block = RefcountBlock(number, 0, array, is_new=False)
