@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
     _describing(command)
     _changing(command)
+    _management(command)
     return top
 
 
@@ -105,6 +106,22 @@ def _changing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("--shrink", action="store_true", help="allow it to become smaller")
     one.add_argument("filename")
     one.add_argument("size", help="[+|-]SIZE")
+
+
+def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    one = command("snapshot", "internal snapshots of an image")
+    _image(one)
+    actions = one.add_mutually_exclusive_group()
+    actions.add_argument("-l", dest="list", action="store_true", help="list them")
+    actions.add_argument("-c", dest="create", metavar="NAME", help="create one")
+    actions.add_argument("-a", dest="apply", metavar="NAME", help="go back to one")
+    actions.add_argument("-d", dest="delete", metavar="NAME", help="delete one")
+    one.add_argument("filename")
+
+    one = command("amend", "change the version, refcount width or size of a qcow2 image")
+    one.add_argument("-f", "--format")
+    one.add_argument("-o", dest="options", action="append", required=True, metavar="KEY=VALUE,...")
+    one.add_argument("filename")
 
 
 def _image(one: argparse.ArgumentParser, *, output: bool = False) -> None:

@@ -170,8 +170,6 @@ def _qcow2_arguments(options: Mapping[str, str]) -> dict[str, Any]:
         raise BlockError(f"Invalid compatibility level: '{version}'")
     if (kind := options.get("compression_type", "zlib")) != "zlib":
         raise BlockError(f"Compression type '{kind}' is not supported for new images")
-    if (mode := options.get("preallocation", "off")) != "off":
-        raise BlockError(f"Preallocation mode '{mode}' is not supported for new images")
     bits = options.get("refcount_bits", "16")
     if not bits.isdecimal():
         raise BlockError("Parameter 'refcount_bits' expects a number")
@@ -182,6 +180,7 @@ def _qcow2_arguments(options: Mapping[str, str]) -> dict[str, Any]:
         "backing_file": options.get("backing_file"),
         "backing_format": options.get("backing_fmt"),
         "lazy_refcounts": _flag(options, "lazy_refcounts"),
+        "preallocation": options.get("preallocation", "off"),
     }
 
 

@@ -73,7 +73,7 @@ class Amendment:
                     "(use compat=1.1 or greater)"
                 )
             lazy = False
-            if order != 4 and header.version == 2:
+            if order != 4 and self.refcount_bits is not None:
                 raise BlockError(
                     "Refcount widths other than 16 bits require compatibility level 1.1 or above "
                     "(use compat=1.1 or greater)"

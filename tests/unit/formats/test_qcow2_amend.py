@@ -114,7 +114,7 @@ async def test_zero_clusters_above_a_backing_file_are_written_out():
 @pytest.mark.parametrize(
     ("options", "amendment", "message"),
     [
-        ({}, Amendment(version=2, refcount_bits=64), "compat=0.10 requires refcount_bits=16"),
+        ({"refcount_bits": 64}, Amendment(version=2), "compat=0.10 requires refcount_bits=16"),
         ({"version": 2}, Amendment(refcount_bits=64), "Refcount widths other than 16 bits require"),
         ({"version": 2}, Amendment(lazy_refcounts=True), "Lazy refcounts only supported with"),
         ({}, Amendment(refcount_bits=3), "must be a power of two"),
