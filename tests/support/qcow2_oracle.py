@@ -34,14 +34,17 @@ class Oracle:
             self.backing = self._bytes(backing_offset, backing_length).decode()
         self.extensions = self._extensions()
         self.l1 = self._entries(l1_offset, l1_size)
-        self.l2_entries = self.cluster_size // 8
+        self.extended = bool(self.incompatible >> 4 & 1)
+        self.zstd = self.header_length > 104 and self._bytes(104, 1) == b"\x01"
+        self.words = 2 if self.extended else 1  # of 8 bytes in an L2 entry
+        self.l2_entries = self.cluster_size // 8 // self.words
         if l1_size * self.l2_entries * self.cluster_size < self.size:
             self.errors.append("L1 too small")
         self.references: Counter[int] = Counter()
         self._use(0, self.cluster_size)
         self._use(l1_offset, l1_size * 8)
         self._use(table_offset, table_clusters * self.cluster_size)
-        self.table = self._entries(table_offset, table_clusters * self.l2_entries)
+        self.table = self._entries(table_offset, table_clusters * self.cluster_size // 8)
         for entry in self.table:
             if entry:
                 self._use(entry, self.cluster_size)
@@ -141,8 +144,24 @@ class Oracle:
             self._use(l2_offset, self.cluster_size)
             if active and bool(l1_entry >> 63) != (self.refcount(l2_offset) == 1):
                 self.errors.append(f"COPIED of L1 entry {l1_entry:#x}")
-            for entry in self._entries(l2_offset, self.l2_entries):
-                self._walk_entry(entry, active=active)
+            words = self._entries(l2_offset, self.cluster_size // 8)
+            for number in range(0, len(words), self.words):
+                if self.extended:
+                    self._walk_bitmap(words[number], words[number + 1])
+                if not (self.extended and words[number] == 0):
+                    self._walk_entry(words[number], active=active)
+
+    def _walk_bitmap(self, entry: int, bitmap: int) -> None:
+        allocated, zero = bitmap & 0xFFFFFFFF, bitmap >> 32
+        if entry >> 62 & 1:
+            if bitmap:
+                self.errors.append(f"bitmap {bitmap:#x} of a compressed cluster")
+        elif allocated & zero:
+            self.errors.append(f"bitmap {bitmap:#x}: zero and allocated")
+        elif allocated and not entry & 0x00FFFFFFFFFFFE00:
+            self.errors.append(f"bitmap {bitmap:#x}: allocated nowhere")
+        elif entry & 1:
+            self.errors.append(f"bit 0 of extended entry {entry:#x}")
 
     def _walk_entry(self, entry: int, *, active: bool) -> None:
         if not entry:
@@ -220,7 +239,18 @@ class Oracle:
         l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
         if not l2_offset:
             return 0
-        return self._entries(l2_offset + cluster % self.l2_entries * 8, 1)[0]
+        return self._entries(l2_offset + cluster % self.l2_entries * 8 * self.words, 1)[0]
+
+    def bitmap(self, offset: int, l1: list[int] | None = None) -> int:
+        """The second word of an extended entry."""
+        cluster = offset >> self.cluster_bits
+        l1 = self.l1 if l1 is None else l1
+        if cluster // self.l2_entries >= len(l1):
+            return 0
+        l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
+        if not l2_offset:
+            return 0
+        return self._entries(l2_offset + cluster % self.l2_entries * 16 + 8, 1)[0]
 
     def read_snapshot(self, number: int, below: bytes = b"") -> bytes:
         """The disk as a snapshot has kept it."""
@@ -239,9 +269,9 @@ class Oracle:
             entry = self.entry(offset, l1)
             if entry >> 62 & 1:
                 place, length = self._compressed(entry)
-                data = zlib.decompressobj(-12).decompress(
-                    self._bytes(place, length), self.cluster_size
-                )
+                data = self._inflate(self._bytes(place, length))
+            elif self.extended:
+                data = self._read_subclusters(offset, entry, self.bitmap(offset, l1), below)
             elif entry & 1:
                 data = b""
             elif entry & 0x00FFFFFFFFFFFE00:
@@ -250,3 +280,24 @@ class Oracle:
                 data = below[offset : offset + self.cluster_size]
             parts.append(data.ljust(self.cluster_size, b"\0"))
         return b"".join(parts)[:size]
+
+    def _inflate(self, data: bytes) -> bytes:
+        if self.zstd:
+            from backports import zstd
+
+            return zstd.ZstdDecompressor().decompress(data, self.cluster_size)
+        return zlib.decompressobj(-12).decompress(data, self.cluster_size)
+
+    def _read_subclusters(self, offset: int, entry: int, bitmap: int, below: bytes) -> bytes:
+        size = self.cluster_size // 32
+        parts = []
+        for number in range(32):
+            if bitmap >> number & 1:
+                place = (entry & 0x00FFFFFFFFFFFE00) + number * size
+                part = self._bytes(place, size)
+            elif bitmap >> (32 + number) & 1:
+                part = b""
+            else:
+                part = below[offset + number * size : offset + (number + 1) * size]
+            parts.append(part.ljust(size, b"\0"))
+        return b"".join(parts)

@@ -399,7 +399,7 @@ class Refcounts:
         """
         geometry = self.geometry
         per_block = geometry.refcounts_per_block
-        per_cluster = geometry.l2_entries
+        per_cluster = geometry.table_entries
         index = max(index, len(self.table))
         entries = max(len(self.table) * 3 // 2, index + needed + 1)
         while True:

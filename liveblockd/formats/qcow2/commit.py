@@ -49,7 +49,6 @@ AUTOSYNC_SECONDS = 1.0
 RELEASE_CLUSTERS = 1024
 #: writes of a stage that are handed to the file child at once
 PARALLEL_WRITES = 16
-_PER_SECTOR = SECTOR // ENTRY_BYTES
 
 
 class _Sealed(NamedTuple):
@@ -351,15 +350,18 @@ class Committer:
             metadata.quarantine.free(host_offset, clusters, unmap=False)
         refcounts.retired.clear()
         new_tables, tables = [], []
+        per_sector = SECTOR // metadata.geometry.l2_entry_bytes
         for table in metadata.dirty_tables.values():
             low, high = table.dirty.take()
             table.pins += 1  # until it is on the disk it must not be read from there
             if table.is_new:
-                new_tables.append((table, Write(table.host_offset, to_disk(table.entries))))
+                new_tables.append(
+                    (table, Write(table.host_offset, table.to_disk(0, len(table.entries))))
+                )
             else:
-                low_sector, high_sector = low // _PER_SECTOR, -(-high // _PER_SECTOR)
-                part = table.entries[low_sector * _PER_SECTOR : high_sector * _PER_SECTOR]
-                write = Write(table.host_offset + low_sector * SECTOR, to_disk(part))
+                low_sector, high_sector = low // per_sector, -(-high // per_sector)
+                data = table.to_disk(low_sector * per_sector, high_sector * per_sector)
+                write = Write(table.host_offset + low_sector * SECTOR, data)
                 tables.append((table, (low, high), write))
         metadata.dirty_tables.clear()
         l1_whole = l1_range = l1_write = None
@@ -369,8 +371,9 @@ class Committer:
             l1_whole = Write(metadata.l1_offset, to_disk(metadata.l1).ljust(size, b"\0"))
         elif metadata.l1_dirty:
             l1_range = metadata.l1_dirty.take()
-            low = l1_range[0] // _PER_SECTOR * _PER_SECTOR
-            high = -(-l1_range[1] // _PER_SECTOR) * _PER_SECTOR
+            per_sector = SECTOR // ENTRY_BYTES
+            low = l1_range[0] // per_sector * per_sector
+            high = -(-l1_range[1] // per_sector) * per_sector
             data = to_disk(metadata.l1[low:high]).ljust((high - low) * ENTRY_BYTES, b"\0")
             l1_write = Write(metadata.l1_offset + low * ENTRY_BYTES, data)
         fields = dict(metadata.pending_fields)

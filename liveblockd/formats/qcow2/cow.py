@@ -10,6 +10,8 @@ Invariants:
   there, has been written; then the L2 entries are published at once, without a wait.
 * Between looking at an entry and the claim on its cluster, or the epoch of a write in place, there
   is no await.
+* Nobody copies what a guest may write to in place at the same time: subclusters that a MIXED
+  cluster has in its own host cluster are written by those who write to them, without a claim.
 * After an error the entries are as they were and the new clusters are freed.
 
 Errors: OSError from below, ENOSPC among them; ``DamageError``.
@@ -19,12 +21,22 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
+
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
-from liveblockd.formats.qcow2.layout import COPIED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, not_in_place_count
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
 from liveblockd.formats.qcow2.reader import Reader
+from liveblockd.formats.qcow2.subclusters import (
+    ALL_ALLOCATED,
+    ALL_ZERO,
+    SUBCLUSTERS,
+    allocated_length,
+    lowest,
+    mask,
+)
 from liveblockd.storage.driver import BlockIO, Buffer
 
 #: bytes that one claim covers at most: what must be in memory for a copy on write
@@ -81,18 +93,25 @@ class Writer:
             host_offset = (entry & OFFSET_MASK) + (offset & (geometry.cluster_size - 1))
             await self._write_in_place(host_offset, data[:length])
             return length
+        if entry & MIXED and entry & COPIED:
+            inside = offset & (geometry.cluster_size - 1)
+            there = allocated_length(table.bitmap(index), inside, bits)
+            if there:
+                length = min(len(data), there)
+                await self._write_in_place((entry & OFFSET_MASK) + inside, data[:length])
+                return length
         count = claims.free_count(cluster, min(count, max(1, MAX_ALLOCATION >> bits)))
         if count == 0:
             await claims.wait(cluster)
             return 0
-        if entry & COPIED:  # a zero cluster that has a host cluster of its own
-            assert entry & ZERO
+        if entry & COPIED:  # a zero (or MIXED) cluster that has a host cluster of its own
+            assert entry & (ZERO | MIXED)
             count = contiguous_count(table.entries, index, count, geometry.cluster_size)
             metadata.check_in_place(entry & OFFSET_MASK, count << bits)
-            return await self._write_new(table, cluster, count, offset, data, entry & OFFSET_MASK)
+            return await self.write_new(table, cluster, count, offset, data, entry & OFFSET_MASK)
         if count > 1:
             count = not_in_place_count(table.entries, index, count)
-        return await self._write_new(table, cluster, count, offset, data, None)
+        return await self.write_new(table, cluster, count, offset, data, None)
 
     async def _write_in_place(self, host_offset: int, data: memoryview) -> None:
         metadata = self._metadata
@@ -106,7 +125,7 @@ class Writer:
             if metadata.quarantine.leave(epoch):
                 self._committer.kick()
 
-    async def _write_new(
+    async def write_new(
         self,
         table: L2Table,
         cluster: int,
@@ -118,6 +137,7 @@ class Writer:
         """Give up to ``count`` clusters from ``cluster`` on new contents; bytes of ``data`` done.
 
         They go to new host clusters or to those that zero clusters have (``own_host_offset``).
+        No await between looking at the entries, which ask for this and are not claimed, and here.
         """
         metadata, claims = self._metadata, self._claims
         geometry = metadata.geometry
@@ -136,12 +156,21 @@ class Writer:
                     count = found
                     claims.shrink(claim, count)
             length = min(len(data), ((cluster + count) << bits) - offset)
+            begin, end = cluster << bits, (cluster + count) << bits
+            if table.bitmaps is not None:
+                own = not allocated
+                begin, end = self._subcluster_frame(table, index, count, offset, length, own=own)
             async with self._copies:
                 start, contents = await self._contents(
-                    table, cluster, count, offset, data[:length], fresh=fresh
+                    table, cluster, begin, end, offset, data[:length], fresh=fresh
                 )
-                await write_bytes(metadata.file, host_offset + start, contents)
-            metadata.publish_run(table, index, host_offset, count)
+                at = host_offset + start - (cluster << bits)
+                await write_bytes(metadata.file, at, contents)
+            if table.bitmaps is None:
+                metadata.publish_run(table, index, host_offset, count)
+            else:
+                low, high = begin - (cluster << bits), end - (cluster << bits)
+                self._publish_subclusters(table, index, count, host_offset, low, high)
         except OSError:
             # Anything else (a cancelled loop) may have left a write under way: then they leak.
             if allocated and host_offset is not None:
@@ -152,38 +181,89 @@ class Writer:
             claims.release(claim)
         return length
 
+    def _subcluster_frame(
+        self, table: L2Table, index: int, count: int, offset: int, length: int, *, own: bool
+    ) -> tuple[int, int]:
+        """From which guest offset to which one must be written, of extended clusters.
+
+        At least whole subclusters; with a host cluster of its own none of those that it has
+        already; into another host cluster with all that the old one has.
+        """
+        geometry = self._metadata.geometry
+        size, bits = geometry.subcluster_size, geometry.cluster_bits
+        stop = offset + length
+        begin, end = offset // size * size, -(-stop // size) * size
+        if own:
+            # The first one is not there, or the write would have gone to it in place.
+            inside = stop - 1 & (geometry.cluster_size - 1)
+            if table.bitmap(index + count - 1) >> inside // size & 1:
+                end = stop
+            return begin, end
+        cluster = offset >> bits
+        low, _ = _must_move(table, index)
+        _, high = _must_move(table, index + count - 1)
+        return (
+            min(begin, (cluster << bits) + low * size),
+            max(end, (cluster + count - 1 << bits) + high * size),
+        )
+
+    def _publish_subclusters(
+        self, table: L2Table, index: int, count: int, host_offset: int, low: int, high: int
+    ) -> None:
+        """Of adjacent clusters from ``host_offset`` on, the bytes ``low`` to ``high`` are there.
+
+        Everything else stays: zero, not allocated, or (in a host cluster of its own) allocated.
+        """
+        geometry = self._metadata.geometry
+        size = geometry.subcluster_size
+        assert table.bitmaps is not None
+        written = np.full(count, ALL_ALLOCATED, np.uint64)
+        first = low // size
+        last = -(-high // size) - (count - 1) * SUBCLUSTERS
+        written[0] &= np.uint64(mask(first, SUBCLUSTERS))
+        written[-1] &= np.uint64(mask(0, last))
+        old = table.entries[index : index + count]
+        bitmaps = table.bitmaps[index : index + count]
+        hosts = np.uint64(host_offset) + (
+            np.arange(count, dtype=np.uint64) << np.uint64(geometry.cluster_bits)
+        )
+        stays = ((old & np.uint64(OFFSET_MASK)) == hosts) & ((old & np.uint64(COMPRESSED)) == 0)
+        there = np.where(stays, bitmaps & np.uint64(ALL_ALLOCATED), np.uint64(0)) | written
+        bitmaps = there | bitmaps & ~(there << np.uint64(SUBCLUSTERS)) & np.uint64(ALL_ZERO)
+        self._metadata.publish_words(table, index, hosts | np.uint64(COPIED), bitmaps)
+
     async def _contents(
         self,
         table: L2Table,
         cluster: int,
-        count: int,
+        begin: int,
+        end: int,
         offset: int,
         data: memoryview,
         *,
         fresh: bool,
     ) -> tuple[int, Buffer]:
-        """What to write to the new clusters, and from which byte of them on.
+        """What to write from ``begin`` to ``end``, and from which guest offset on.
 
         ``fresh`` clusters read as zeros already: zeros around the data are not written there.
         """
         geometry = self._metadata.geometry
-        bits = geometry.cluster_bits
-        begin, end = cluster << bits, (cluster + count) << bits
         head, tail = offset - begin, end - offset - len(data)
         if not head and not tail:
-            return 0, data
+            return offset, data
         index = cluster & (geometry.l2_entries - 1)
+        last = index + (end - 1 >> geometry.cluster_bits) - cluster
         old_head = await self._old(table, index, begin, head)
-        old_tail = await self._old(table, index + count - 1, end - tail, tail)
+        old_tail = await self._old(table, last, end - tail, tail)
         if fresh and old_head is None and old_tail is None:
-            return head, data
+            return offset, data
         contents = bytearray(end - begin)
         if old_head is not None:
             contents[:head] = old_head
         contents[head : head + len(data)] = data
         if old_tail is not None:
             contents[head + len(data) : head + len(data) + len(old_tail)] = old_tail
-        return 0, contents
+        return begin, contents
 
     async def _old(self, table: L2Table, index: int, offset: int, length: int) -> Buffer | None:
         """What the guest sees in a part of a claimed cluster; None if that is zeros for sure."""
@@ -198,3 +278,11 @@ class Writer:
             if backing is None or offset >= backing.length:
                 return None
         return await self._reader.read(offset, length)
+
+
+def _must_move(table: L2Table, index: int) -> tuple[int, int]:
+    """First and end of the subclusters that a new host cluster must hold as well."""
+    if table.view[index] & COMPRESSED:
+        return 0, SUBCLUSTERS
+    there = table.bitmap(index) & ALL_ALLOCATED
+    return (lowest(there), there.bit_length()) if there else (SUBCLUSTERS, 0)

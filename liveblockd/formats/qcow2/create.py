@@ -10,6 +10,7 @@ from __future__ import annotations
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.header import Header, parse
+from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.formats.qcow2.newimage import NewImage, lay_out
 from liveblockd.formats.qcow2.opening import open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
@@ -28,13 +29,18 @@ async def create_qcow2(
     backing_file: str | None = None,
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
+    extended_l2: bool = False,
+    compression: str = "zlib",
     preallocation: Preallocation | str = Preallocation.OFF,
 ) -> None:
-    """Make ``file`` an empty qcow2 image of ``size`` bytes; what the file had is lost."""
+    """Make ``file`` an empty qcow2 image of ``size`` bytes; what the file had is lost.
+
+    ``compression``: ``zlib`` or ``zstd``. Raises BlockError, OSError.
+    """
     if preallocation not in list(Preallocation):
         raise BlockError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
     mode = Preallocation(preallocation)
-    if mode is not Preallocation.OFF and backing_file is not None:
+    if mode is not Preallocation.OFF and backing_file is not None and not extended_l2:
         raise BlockError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
@@ -47,6 +53,8 @@ async def create_qcow2(
             backing_file=backing_file,
             backing_format=backing_format,
             lazy_refcounts=lazy_refcounts,
+            extended_l2=extended_l2,
+            compression=Compression[compression.upper()],
         )
     )
     for write in layout.tables:

@@ -69,16 +69,16 @@ class Described(BlockDriver):
         data["refcount-bits"] = header.geometry.refcount_bits
         if header.version >= 3:
             data["corrupt"] = header.corrupt
-            data["extended-l2"] = False
+            data["extended-l2"] = header.geometry.extended_l2
         if stored := self._bitmaps.describe():
             data["bitmaps"] = stored
         return {"type": "qcow2", "data": data}
 
     def limits(self) -> dict[str, int]:
         """Zeros and discards work on clusters."""
-        size = self._metadata.geometry.cluster_size
+        geometry = self._metadata.geometry
         return {
             **super().limits(),
-            "write-zeroes-alignment": size,
-            "discard-alignment": size,
+            "write-zeroes-alignment": geometry.subcluster_size,
+            "discard-alignment": geometry.cluster_size,
         }

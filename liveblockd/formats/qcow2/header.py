@@ -90,7 +90,8 @@ class Header:
     @property
     def geometry(self) -> Geometry:
         """The derived sizes."""
-        return Geometry(self.version, self.cluster_bits, self.refcount_order)
+        extended = bool(self.incompatible & Incompatible.EXTENDED_L2)
+        return Geometry(self.version, self.cluster_bits, self.refcount_order, extended)
 
     @property
     def backing_format(self) -> str | None:
@@ -212,6 +213,8 @@ def _refuse_unknown_features(header: Header, data: bytes, end: int) -> None:
 def _check_bounds(header: Header) -> None:
     geometry = header.geometry
     cluster_size = geometry.cluster_size
+    if geometry.subcluster_size < SECTOR:
+        raise BlockError(f"Unsupported subcluster size: {geometry.subcluster_size}")
     if header.refcount_order > MAX_REFCOUNT_ORDER:
         raise BlockError("Reference count entry width too large; may not exceed 64 bits")
     if header.crypt_method > Crypt.LUKS:
@@ -281,8 +284,6 @@ def check_supported(header: Header, *, read_only: bool) -> None:
     refused = []
     if header.incompatible & Incompatible.DATA_FILE:
         refused.append("external data file")
-    if header.incompatible & Incompatible.EXTENDED_L2:
-        refused.append("extended L2 entries")
     if header.crypt_method:
         refused.append(f"{Crypt(header.crypt_method).name} encryption")
     if refused:

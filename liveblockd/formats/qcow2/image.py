@@ -32,14 +32,16 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
-from liveblockd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
+from liveblockd.formats.qcow2.metadata import L2Table
 from liveblockd.formats.qcow2.opening import Opened, open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
+from liveblockd.formats.qcow2.subclusters import mask
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
@@ -54,6 +56,8 @@ from liveblockd.storage.registry import Environment, register_driver
 
 #: bytes; a larger request that spans clusters is left to the coroutine
 NOWAIT_LIMIT = 1 << 20
+#: entries with one of these are no plain data
+_SPECIAL = COMPRESSED | ZERO | MIXED
 
 
 @register_driver
@@ -203,8 +207,12 @@ class Qcow2(Management, Described):
                 return None
             table.used = True
             entry = table.view[cluster & self._l2_mask]
-        if entry & (COMPRESSED | ZERO):
-            return None if entry & COMPRESSED else bytes(length)
+            if entry & _SPECIAL:
+                if entry & COMPRESSED:
+                    return None
+                if entry & ZERO:
+                    return bytes(length)
+                return self._read_nowait_mixed(table, offset, length)
         host_offset = entry & OFFSET_MASK
         if host_offset:
             host_offset += offset & self._in_cluster
@@ -212,6 +220,19 @@ class Qcow2(Management, Described):
                 return None
             return self.children["file"].read_nowait(host_offset, length)
         return self._read_backing_nowait(offset, length)
+
+    def _read_nowait_mixed(self, table: L2Table, offset: int, length: int) -> Buffer | None:
+        """The same within a cluster whose subclusters differ."""
+        index = (offset >> self._bits) & self._l2_mask
+        inside, bits = offset & self._in_cluster, self._bits - 5
+        wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
+        bitmap = table.bitmap(index)
+        if bitmap & wanted == wanted:
+            host_offset = (table.view[index] & OFFSET_MASK) + inside
+            if host_offset + length > self._file_end:
+                return None
+            return self.children["file"].read_nowait(host_offset, length)
+        return self._read_nowait_many(offset, length)
 
     def _read_backing_nowait(self, offset: int, length: int) -> Buffer | None:
         backing = self.children.get("backing")
@@ -251,25 +272,20 @@ class Qcow2(Management, Described):
         if table.bad:
             return None
         table.used = True
-        count = (offset + length - 1 >> self._bits) - cluster + 1
+        start = offset & ((1 << self._bits + self._l2_bits) - 1)
         parts: list[Buffer] = []
-        position, end = offset, offset + length
-        for run in runs(table.entries, cluster & self._l2_mask, count, self._in_cluster + 1):
-            inside = position & self._in_cluster
-            part = min(end - position, (run.clusters << self._bits) - inside)
+        for run in runs(table.entries, table.bitmaps, start, length, self._bits):
             data = None
             if run.kind is ExtentKind.DATA:
-                host_offset = run.host_offset + inside
-                if host_offset + part <= self._file_end:
-                    data = self.children["file"].read_nowait(host_offset, part)
+                if run.host_offset + run.length <= self._file_end:
+                    data = self.children["file"].read_nowait(run.host_offset, run.length)
             elif run.kind is ExtentKind.UNALLOCATED:
-                data = self._read_backing_nowait(position, part)
+                data = self._read_backing_nowait(offset + run.start - start, run.length)
             elif run.kind is ExtentKind.ZERO:
-                data = bytes(part)
+                data = bytes(run.length)
             if data is None:
                 return None
             parts.append(data)
-            position += part
         return parts
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
@@ -283,10 +299,11 @@ class Qcow2(Management, Described):
         table.used = True
         index = cluster & self._l2_mask
         entry = table.view[index]
-        if not in_place(entry):
-            return False
         count = (offset + len(data) - 1 >> self._bits) - cluster + 1
-        if count > 1 and (
+        if not in_place(entry):
+            if count > 1 or not self._mixed_in_place(table, index, offset, len(data)):
+                return False
+        elif count > 1 and (
             index + count > self._l2_mask + 1
             or contiguous_count(table.entries, index, count, self._in_cluster + 1) < count
         ):
@@ -296,6 +313,15 @@ class Qcow2(Management, Described):
         if first in tables if count == 1 else not tables.isdisjoint(range(first, first + count)):
             return False  # the coroutine says what is wrong
         return self.children["file"].write_nowait(host_offset, data)
+
+    def _mixed_in_place(self, table: L2Table, index: int, offset: int, length: int) -> bool:
+        """Whether the subclusters of a range within a cluster are all there, and not shared."""
+        entry = table.view[index]
+        if entry >> 62 != 2 or not entry & MIXED:
+            return False
+        inside, bits = offset & self._in_cluster, self._bits - 5
+        wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
+        return table.bitmap(index) & wanted == wanted
 
     # -- guest I/O
 

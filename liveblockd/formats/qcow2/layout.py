@@ -52,6 +52,8 @@ L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 #: of a standard entry; ZERO is reserved too in version 2
 L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 REFCOUNT_TABLE_RESERVED: Final = 0x1FF
+#: Set in memory only, never on disk: subclusters differ, look at the bitmap (``subclusters``)
+MIXED: Final = 1 << 1
 #: first host offset that no entry can name (bit 56)
 MAX_HOST_OFFSET: Final = 1 << 56
 
@@ -112,6 +114,7 @@ class Geometry:
     version: int
     cluster_bits: int
     refcount_order: int
+    extended_l2: bool = False
 
     @property
     def cluster_size(self) -> int:
@@ -119,9 +122,24 @@ class Geometry:
         return 1 << self.cluster_bits
 
     @property
+    def subcluster_size(self) -> int:
+        """Bytes that are allocated together: a cluster, or a part of one with extended entries."""
+        return 1 << (self.cluster_bits - 5 * self.extended_l2)
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of 8 bytes in a cluster of an L1 or refcount table."""
+        return 1 << (self.cluster_bits - 3)
+
+    @property
+    def l2_entry_bytes(self) -> int:
+        """Bytes of an L2 entry."""
+        return ENTRY_BYTES << self.extended_l2
+
+    @property
     def l2_bits(self) -> int:
-        """Log2 of the entries in an L2 table (of plain, not extended, entries)."""
-        return self.cluster_bits - 3
+        """Log2 of the entries in an L2 table."""
+        return self.cluster_bits - 3 - self.extended_l2
 
     @property
     def l2_entries(self) -> int:

@@ -15,25 +15,29 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, expand, has_mixed
 from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.storage.driver import Extent, ExtentKind
 
 _U = np.uint64
-_HOST_BITS = COMPRESSED | ZERO | OFFSET_MASK
+_NOT_IN_PLACE = ZERO | MIXED
+_DATA = ExtentKind.DATA
+#: entries that are looked at one by one
+FEW = 16
 
 
 class Run(NamedTuple):
-    """Clusters with one answer: ``first`` is an index into the table, so many of them."""
+    """A range with one answer; bytes, ``start`` from where the table's span begins."""
 
-    first: int
-    clusters: int
+    start: int
+    length: int
     kind: ExtentKind
-    host_offset: int  # bytes; of DATA only, else -1
+    host_offset: int  # of DATA only, else -1
 
 
 def kind_of(entry: int) -> ExtentKind:
-    """What one entry says."""
+    """What one entry that is not MIXED says."""
     if entry & COMPRESSED:
         return ExtentKind.COMPRESSED
     if entry & ZERO:
@@ -43,11 +47,11 @@ def kind_of(entry: int) -> ExtentKind:
 
 def in_place(entry: int) -> bool:
     """Whether a guest write goes to the cluster where it is: allocated, not shared."""
-    return entry >> 62 == 2 and not entry & ZERO
+    return entry >> 62 == 2 and not entry & _NOT_IN_PLACE
 
 
 def kinds(entries: Entries) -> npt.NDArray[np.uint8]:
-    """``ExtentKind`` of every entry."""
+    """``ExtentKind`` of every entry; none is MIXED."""
     result = np.zeros(len(entries), np.uint8)
     result[(entries & _U(OFFSET_MASK)) != 0] = ExtentKind.DATA
     result[(entries & _U(ZERO)) != 0] = ExtentKind.ZERO
@@ -55,28 +59,61 @@ def kinds(entries: Entries) -> npt.NDArray[np.uint8]:
     return result
 
 
-def runs(entries: Entries, first: int, count: int, cluster_size: int) -> list[Run]:
-    """The runs of ``count`` clusters from index ``first`` of a table.
+def runs(
+    entries: Entries, bitmaps: Entries | None, start: int, length: int, cluster_bits: int
+) -> list[Run]:
+    """The runs of ``length`` bytes from ``start`` on within the span of a table.
 
     Compressed clusters follow each other as one run: their readers look at each entry again.
     """
-    part = entries[first : first + count]
-    if count == 1:
-        entry = int(part[0])
-        kind = kind_of(entry)
-        return [Run(first, 1, kind, entry & OFFSET_MASK if kind is ExtentKind.DATA else -1)]
-    kind_array = kinds(part)
-    hosts = part & _U(OFFSET_MASK)
+    size = 1 << cluster_bits
+    first = start >> cluster_bits
+    part = entries[first : (start + length - 1 >> cluster_bits) + 1]
+    if len(part) <= FEW and bitmaps is None:
+        return _few_runs(part.tolist(), start, length, cluster_bits)
+    if bitmaps is not None and has_mixed(part):
+        kind_array, hosts = expand(part, bitmaps[first : first + len(part)], cluster_bits)
+        size //= SUBCLUSTERS
+    elif len(part) <= FEW:
+        return _few_runs(part.tolist(), start, length, cluster_bits)
+    else:
+        kind_array, hosts = kinds(part), part & _U(OFFSET_MASK)
     data = kind_array == ExtentKind.DATA
     breaks = kind_array[1:] != kind_array[:-1]
-    breaks |= data[1:] & data[:-1] & (hosts[1:] != hosts[:-1] + _U(cluster_size))
+    breaks |= data[1:] & data[:-1] & (hosts[1:] != hosts[:-1] + _U(size))
     starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
-    ends = [*starts[1:], count]
+    ends = [*starts[1:], len(kind_array)]
+    origin, end = first << cluster_bits, start + length
     found = []
-    for start, end in zip(starts, ends, strict=True):
-        kind = ExtentKind(int(kind_array[start]))
-        host = int(hosts[start]) if kind is ExtentKind.DATA else -1
-        found.append(Run(first + start, end - start, kind, host))
+    for begin, stop in zip(starts, ends, strict=True):
+        low, high = max(start, origin + begin * size), min(end, origin + stop * size)
+        if low >= high:
+            continue  # subclusters of the first or last cluster outside the range
+        kind = ExtentKind(int(kind_array[begin]))
+        host = -1
+        if kind is ExtentKind.DATA:
+            host = int(hosts[begin]) + low - origin - begin * size
+        found.append(Run(low, high - low, kind, host))
+    return found
+
+
+def _few_runs(entries: list[int], start: int, length: int, cluster_bits: int) -> list[Run]:
+    """The same for a few entries that are not MIXED: numpy would take ten times as long."""
+    size = 1 << cluster_bits
+    position, end = start, start + length
+    found: list[Run] = []
+    for entry in entries:
+        part = min(end, ((position >> cluster_bits) + 1) << cluster_bits) - position
+        kind = kind_of(entry)
+        host = (entry & OFFSET_MASK) + (position & (size - 1)) if kind is _DATA else -1
+        if found:
+            last = found[-1]
+            if last.kind is kind and (kind is not _DATA or last.host_offset + last.length == host):
+                found[-1] = Run(last.start, last.length + part, kind, last.host_offset)
+                position += part
+                continue
+        found.append(Run(position, part, kind, host))
+        position += part
     return found
 
 
@@ -96,7 +133,7 @@ def append_extent(extents: list[Extent], extent: Extent) -> None:
 def not_in_place_count(entries: Entries, first: int, count: int) -> int:
     """How many clusters from ``first`` on, up to ``count``, a write must allocate anew.
 
-    A preallocated zero cluster ends the run: its host cluster is used again.
+    A cluster that has a host cluster of its own (zero, or MIXED) ends the run: that is used again.
     """
     part = entries[first : first + count]
     owned = (part & _U(COPIED)) != 0

@@ -21,10 +21,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
+from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
 from liveblockd.formats.qcow2.header import Header
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.quarantine import Quarantine
 from liveblockd.formats.qcow2.tables import (
     DamageError,
@@ -36,6 +39,7 @@ from liveblockd.formats.qcow2.tables import (
     flags_at,
     from_disk,
     repeated,
+    to_disk,
 )
 from liveblockd.storage.driver import BlockIO, Buffer
 
@@ -49,17 +53,27 @@ class L2Table:
     """One L2 table in memory; indices are entries within it."""
 
     __slots__ = (
-        "bad", "dirty", "entries", "exclusive", "host_offset", "is_new", "l1_index", "pins",
-        "used", "view",
+        "bad", "bitmap_view", "bitmaps", "dirty", "entries", "exclusive", "host_offset", "is_new",
+        "l1_index", "pins", "used", "view",
     )  # fmt: skip
 
     def __init__(
-        self, l1_index: int, host_offset: int, entries: Entries, *, exclusive: bool, is_new: bool
+        self,
+        l1_index: int,
+        host_offset: int,
+        entries: Entries,
+        bitmaps: Entries | None,
+        *,
+        exclusive: bool,
+        is_new: bool,
     ) -> None:
         self.l1_index = l1_index
         self.host_offset = host_offset
         self.entries = entries
         self.view = memoryview(cast(Buffer, entries))
+        #: of extended entries (``subclusters``), else None
+        self.bitmaps = bitmaps
+        self.bitmap_view = None if bitmaps is None else memoryview(cast(Buffer, bitmaps))
         self.dirty = DirtyRange()
         #: the L1 entry says COPIED: no snapshot shares this table
         self.exclusive = exclusive
@@ -69,6 +83,45 @@ class L2Table:
         self.used = True
         #: indices of entries that cannot be; using one is an error
         self.bad: frozenset[int] = frozenset()
+
+    def bitmap(self, index: int) -> int:
+        """The bitmap of an extended entry."""
+        assert self.bitmap_view is not None
+        bitmap: int = self.bitmap_view[index]
+        return bitmap
+
+    def missing(self, index: int) -> int:
+        """The subclusters of a MIXED entry that this image does not hold."""
+        return subclusters.missing(self.bitmap(index))
+
+    def holds(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which clusters are held by this image, every part of them."""
+        part = self.entries[first : first + count]
+        held: npt.NDArray[np.bool_] = part != 0
+        if self.bitmaps is not None and subclusters.has_mixed(part):
+            bitmaps = self.bitmaps[first : first + count]
+            held &= subclusters.have_all(part, bitmaps)
+        return held
+
+    def kinds(self, first: int, count: int, skip: int, spare: int) -> npt.NDArray[np.uint8]:
+        """``ExtentKind`` of clusters; of subclusters where they differ.
+
+        Then ``skip`` bytes at the start and ``spare`` bytes at the end are left out.
+        """
+        part = self.entries[first : first + count]
+        if self.bitmaps is None or not subclusters.has_mixed(part):
+            return kinds(part)
+        cluster_bits = len(self.entries).bit_length() + 3
+        size = 1 << cluster_bits - 5
+        found, _ = subclusters.expand(part, self.bitmaps[first : first + count], cluster_bits)
+        return found[skip // size : len(found) - spare // size]
+
+    def to_disk(self, first: int, end: int) -> bytes:
+        """The bytes of a range of entries."""
+        part = self.entries[first:end]
+        if self.bitmaps is None:
+            return to_disk(part)
+        return subclusters.to_disk(part, self.bitmaps[first:end])
 
 
 async def read_bytes(file: BlockIO, offset: int, length: int) -> Buffer:
@@ -214,15 +267,26 @@ class Metadata:
             host_offset = entry & OFFSET_MASK
             data = await read_bytes(self.file, host_offset, self.geometry.cluster_size)
             assert self.l1_view[l1_index] == entry and l1_index not in self.tables
-            table = L2Table(
-                l1_index, host_offset, from_disk(data), exclusive=bool(entry & COPIED), is_new=False
-            )
-            table.bad = self.bad_entries(table.entries)
+            table = self._parse(l1_index, host_offset, data, exclusive=bool(entry & COPIED))
             self._evict()
             self.tables[l1_index] = table
             return table
         finally:
             del self._loading[l1_index]
+
+    def _parse(self, l1_index: int, host_offset: int, data: Buffer, *, exclusive: bool) -> L2Table:
+        bitmaps = None
+        if self.geometry.extended_l2:
+            words, bitmaps = subclusters.from_disk(data)
+            bitmaps[(words & np.uint64(COMPRESSED)) != 0] = 0  # not used there
+            entries = subclusters.summaries(words, bitmaps)
+        else:
+            words = entries = from_disk(data)
+        table = L2Table(l1_index, host_offset, entries, bitmaps, exclusive=exclusive, is_new=False)
+        table.bad = self.bad_entries(words)
+        if bitmaps is not None:
+            table.bad |= frozenset(subclusters.bad_bitmaps(words, bitmaps).tolist())
+        return table
 
     def bad_entries(self, entries: Entries) -> frozenset[int]:
         """Entries that cannot be, or that would let a guest reach metadata."""
@@ -296,7 +360,8 @@ class Metadata:
 
     def _add_table(self, l1_index: int, host_offset: int) -> L2Table:
         entries = np.zeros(self.geometry.l2_entries, np.uint64)
-        table = L2Table(l1_index, host_offset, entries, exclusive=True, is_new=True)
+        bitmaps = np.zeros_like(entries) if self.geometry.extended_l2 else None
+        table = L2Table(l1_index, host_offset, entries, bitmaps, exclusive=True, is_new=True)
         self._evict()
         self.tables[l1_index] = table
         self.refcounts.add_metadata(host_offset, 1)
@@ -340,10 +405,21 @@ class Metadata:
     # -- entries
 
     def publish(self, table: L2Table, first: int, entries: Entries, *, unmap: bool = False) -> None:
-        """Replace entries; what they referred to is freed (``unmap``: back to the host).
+        """Replace entries, by ones that are not MIXED; what they referred to is freed.
 
-        Raises DamageError, having changed nothing, if that is metadata.
+        ``unmap``: given back to the host. Raises DamageError, having changed nothing, if that is
+        metadata.
         """
+        bitmaps = None if table.bitmaps is None else subclusters.bitmaps_of(entries)
+        self._publish(table, first, entries, bitmaps, unmap=unmap)
+
+    def publish_words(self, table: L2Table, first: int, words: Entries, bitmaps: Entries) -> None:
+        """Replace extended entries by these words (without ZERO or MIXED) and bitmaps."""
+        self._publish(table, first, subclusters.summaries(words, bitmaps), bitmaps, unmap=False)
+
+    def _publish(
+        self, table: L2Table, first: int, entries: Entries, bitmaps: Entries | None, *, unmap: bool
+    ) -> None:
         count = len(entries)
         old = table.entries[first : first + count].copy()
         kept = np.uint64(OFFSET_MASK | COMPRESSED)
@@ -351,6 +427,9 @@ class Metadata:
         freed = self._host_ranges(old[changed]) if changed.any() else []
         self._check_freed(freed)
         table.entries[first : first + count] = entries
+        if table.bitmaps is not None:
+            assert bitmaps is not None
+            table.bitmaps[first : first + count] = bitmaps
         self.mark_dirty(table, first, first + count)
         self._free_ranges(freed, unmap=unmap)
 
@@ -358,6 +437,8 @@ class Metadata:
         """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
         if count == 1 and not table.view[first]:  # by far the most frequent, and 10 times faster
             table.view[first] = host_offset | COPIED
+            if table.bitmap_view is not None:
+                table.bitmap_view[first] = subclusters.ALL_ALLOCATED
             self.mark_dirty(table, first, first + 1)
             return
         hosts = np.arange(count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)

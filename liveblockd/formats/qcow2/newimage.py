@@ -27,9 +27,12 @@ from liveblockd.formats.qcow2.layout import (
     MAX_L1_BYTES,
     SECTOR,
     Compatible,
+    Compression,
     Extension,
     Geometry,
+    Incompatible,
 )
+from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS
 from liveblockd.formats.qcow2.tables import to_disk
 
 
@@ -44,6 +47,8 @@ class NewImage:
     backing_file: str | None = None
     backing_format: str | None = None
     lazy_refcounts: bool = False
+    extended_l2: bool = False
+    compression: Compression = Compression.ZLIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,24 @@ def check_options(new: NewImage) -> Geometry:
             "Lazy refcounts only supported with compatibility level 1.1 and above "
             "(use version=v3 or greater)"
         )
+    if new.version < 3 and new.extended_l2:
+        raise BlockError(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
+    if new.extended_l2 and size < SUBCLUSTERS * SECTOR:
+        raise BlockError(
+            "Extended L2 entries are only supported with cluster sizes of at least "
+            f"{SUBCLUSTERS * SECTOR} bytes"
+        )
+    if new.version < 3 and new.compression is not Compression.ZLIB:
+        raise BlockError(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
     if new.backing_format is not None and new.backing_file is None:
         raise BlockError("Backing format cannot be used without backing file")
-    geometry = Geometry(new.version, size.bit_length() - 1, bits.bit_length() - 1)
+    geometry = Geometry(new.version, size.bit_length() - 1, bits.bit_length() - 1, new.extended_l2)
     l1_bytes = geometry.l1_size(new.size) * ENTRY_BYTES
     if new.size < 0 or new.size > MAX_DISK_SIZE or l1_bytes > MAX_L1_BYTES:
         raise BlockError(
@@ -105,7 +125,7 @@ def lay_out(new: NewImage) -> Layout:
     table_offset = size
     blocks_offset = table_offset + table_clusters * size
     l1_offset = blocks_offset + blocks * size
-    table = np.zeros(table_clusters * geometry.l2_entries, np.uint64)
+    table = np.zeros(table_clusters * geometry.table_entries, np.uint64)
     table[:blocks] = np.arange(blocks, dtype=np.uint64) * np.uint64(size) + np.uint64(blocks_offset)
     counts = np.zeros(blocks * geometry.refcounts_per_block, np.uint64)
     counts[:total] = 1
@@ -118,6 +138,8 @@ def lay_out(new: NewImage) -> Layout:
         refcount_table_offset=table_offset,
         refcount_table_clusters=table_clusters,
         refcount_order=geometry.refcount_order,
+        incompatible=_incompatible(new),
+        compression_type=int(new.compression),
         compatible=int(Compatible.LAZY_REFCOUNTS) if new.lazy_refcounts else 0,
         header_length=HEADER_LENGTH_V3 if new.version >= 3 else HEADER_LENGTH_V2,
         backing_file=_encoded(new.backing_file, MAX_BACKING_NAME, "file"),
@@ -129,6 +151,12 @@ def lay_out(new: NewImage) -> Layout:
         Write(l1_offset, bytes(l1_clusters * size)),
     )
     return Layout(_serialise(header).ljust(size, b"\0"), tables)
+
+
+def _incompatible(new: NewImage) -> int:
+    extended = Incompatible.EXTENDED_L2 if new.extended_l2 else 0
+    zlib = new.compression is Compression.ZLIB
+    return int(extended | (0 if zlib else Incompatible.COMPRESSION_TYPE))
 
 
 def _serialise(header: Header) -> bytes:

@@ -7,13 +7,13 @@ Errors: ``BlockError`` in QEMU's words.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from errno import ENOTSUP
 from typing import NamedTuple
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.allocator import Refcounts
+from liveblockd.formats.qcow2.compression import HAS_ZSTD
 from liveblockd.formats.qcow2.header import Header, check_supported, parse
 from liveblockd.formats.qcow2.layout import (
     ENTRY_BYTES,
@@ -65,7 +65,12 @@ async def open_image(
     file = children["file"]
     header, first_sector = await read_header(file)
     check_supported(header, read_only=read_only)
-    _check_compression(header)
+    if header.compression_type == Compression.ZSTD and not HAS_ZSTD:
+        raise BlockError(
+            "Unsupported qcow2 feature(s): zstd compression (the Python package 'backports.zstd' "
+            "is not installed)",
+            errno=ENOTSUP,
+        )
     if header.autoclear & Autoclear.RAW_DATA_FILE:
         raise BlockError("data-file-raw requires a data file")
     check_options(options)
@@ -96,15 +101,6 @@ async def open_image(
         max_refcount_blocks=sizes.refcount_blocks,
     )
     return Opened(metadata, first_sector, snapshots, snapshots_length)
-
-
-def _check_compression(header: Header) -> None:
-    if header.compression_type == Compression.ZSTD and not importlib.util.find_spec("zstandard"):
-        raise BlockError(
-            "Unsupported qcow2 feature(s): zstd compression (the Python module 'zstandard' is "
-            "not installed)",
-            errno=ENOTSUP,
-        )
 
 
 async def _read(file: BlockIO, offset: int, length: int, what: str) -> bytes:

@@ -10,7 +10,7 @@ import enum
 from typing import Annotated, Any, NamedTuple
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.qcow2.layout import ENTRY_BYTES, Geometry
+from liveblockd.formats.qcow2.layout import Geometry
 from liveblockd.qapi import Alternate, QapiModel
 from liveblockd.storage.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull
 
@@ -99,7 +99,7 @@ def cache_sizes(options: Qcow2Options, geometry: Geometry, disk_size: int) -> Ca
             f"({geometry.cluster_size})"
         )
     if l2 is None:
-        l2 = min(DEFAULT_L2_CACHE, geometry.clusters(disk_size) * ENTRY_BYTES)
+        l2 = min(DEFAULT_L2_CACHE, geometry.clusters(disk_size) * geometry.l2_entry_bytes)
     if refcount is None:
         refcount = max(4 * geometry.cluster_size, l2 // 4)
     return CacheSizes(l2 // geometry.cluster_size, refcount // geometry.cluster_size)

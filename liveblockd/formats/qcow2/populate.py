@@ -5,8 +5,8 @@ Specification: DESIGN, section 4, rule 2; ``storage.driver.BlockDriver.populate`
 Runs on: the event loop, in tasks of the engine; ``populate_from`` copies on workers.
 Invariants: clusters are published by compare-and-set: an entry that is no longer unallocated, or
 a cluster that a guest write has claimed, wins over the copy, whose cluster is freed. No claim
-is taken, so a guest write never waits. On return every cluster of the range is held by this image:
-where a guest write failed, its cluster has been copied again.
+is taken, so a guest write never waits (but see ``_complete``). On return every cluster of the range
+is held by this image: where a guest write failed, its cluster has been copied again.
 Errors: OSError; ``DamageError``. Clusters that were published before it stay.
 """
 
@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.cow import Writer, write_bytes
-from liveblockd.formats.qcow2.layout import ZERO
+from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
@@ -35,6 +36,8 @@ Zeroes = npt.NDArray[np.bool_]
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
 MAX_COPY = 64 << 20
 
+#: Gives the bytes of one cluster of the request, padded at the end of the disk.
+_Read = Callable[[int], Awaitable[Buffer]]
 #: Puts clusters ``start`` to ``start + count`` of the request at a host offset and says which of
 #: them are zeros (those were not written).
 _Fill = Callable[[int, int, int], Awaitable[Zeroes | None]]
@@ -113,7 +116,10 @@ class Populator:
             await write_bytes(self._metadata.file, host_offset, part)
             return None
 
-        await self._populate(offset // size, count, zero, fill)
+        async def read(start: int) -> Buffer:
+            return bytes(view[start * size : (start + 1) * size]).ljust(size, b"\0")
+
+        await self._populate(offset // size, count, zero, fill, read)
 
     async def populate_zeroes(self, offset: int, length: int) -> None:
         """The same for zeros: zero clusters, or real zeros in version 2."""
@@ -126,8 +132,12 @@ class Populator:
             await self._metadata.file.write_zeroes(host_offset, clusters * geometry.cluster_size)
             return None
 
+        async def read(start: int) -> Buffer:
+            del start
+            return bytes(geometry.cluster_size)
+
         zero = np.full(count, geometry.has_zero_clusters, np.bool_)
-        await self._populate(offset // geometry.cluster_size, count, zero, fill)
+        await self._populate(offset // geometry.cluster_size, count, zero, fill, read)
 
     async def populate_from(
         self, offset: int, length: int, source: HostFile, source_offset: int
@@ -160,8 +170,14 @@ class Populator:
                 await write_bytes(self._metadata.file, host_offset + index * size, bytes(size))
             return None
 
+        async def read(start: int) -> Buffer:
+            at = source_offset + start * size
+            part = min(size, length - start * size)
+            data = await self._workers.run(read_and_close, os.dup(source.fd), at, part)
+            return data.ljust(size, b"\0")
+
         count = geometry.clusters(length)
-        await self._populate(offset // size, count, np.zeros(count, np.bool_), fill)
+        await self._populate(offset // size, count, np.zeros(count, np.bool_), fill, read)
 
     def _check(self, offset: int, length: int) -> None:
         """The contract of ``populate``; raises OSError(EINVAL)."""
@@ -170,7 +186,9 @@ class Populator:
         if offset % size or (end % size and end != self._writer.disk_size):
             raise OSError(EINVAL, "not whole clusters")
 
-    async def _populate(self, first: int, count: int, zero: Zeroes, fill: _Fill) -> None:
+    async def _populate(
+        self, first: int, count: int, zero: Zeroes, fill: _Fill, read: _Read
+    ) -> None:
         """Make the image hold the clusters from ``first`` on; those in ``zero`` read as zeros."""
         metadata, claims = self._metadata, self._claims
         entries = metadata.geometry.l2_entries
@@ -183,14 +201,19 @@ class Populator:
             table = await metadata.writable(cluster // entries)
             if table.bad:
                 metadata.check_entries(table, index, part)
-            held = table.entries[index : index + part] != 0
+            held = table.holds(index, part)
             if held[0]:
                 done += _run_length(held)
                 continue
             if cluster in claims:
                 await claims.wait(cluster)
                 continue
-            run = claims.free_count(cluster, _run_length(~held))
+            if table.view[index]:  # MIXED
+                await self._complete(table, index, cluster, done, read)
+                done += 1
+                continue
+            empty = table.entries[index : index + part] == 0
+            run = claims.free_count(cluster, _run_length(empty))
             wanted = zero[done : done + run]
             run = _run_length(wanted if wanted[0] else ~wanted)
             if wanted[0]:
@@ -200,6 +223,41 @@ class Populator:
                 continue
             # What was lost to a guest write, or to its claim, is looked at again.
             await self._copy(table, index, cluster, run, done, fill)
+
+    async def _complete(
+        self, table: L2Table, index: int, cluster: int, start: int, read: _Read
+    ) -> None:
+        """Fill what is missing of one cluster that this image holds in parts.
+
+        Here a claim is taken: a guest write to the same missing subclusters waits for this one
+        write, whose data are in memory. The guest writes to the same host cluster, so that
+        there is no place apart from which a copy could be published.
+        """
+        metadata, claims = self._metadata, self._claims
+        geometry = metadata.geometry
+        size = geometry.subcluster_size
+        table.pins += 1
+        try:
+            data = memoryview(await read(start))
+            while table.view[index] & (COMPRESSED | MIXED) == MIXED:
+                if cluster in claims:
+                    await claims.wait(cluster)
+                    continue
+                missing = table.missing(index)
+                if not missing:
+                    return
+                first, end = lowest_run(missing)
+                entry, part = table.view[index], data[first * size : end * size]
+                if copy_engine.is_zero(part):
+                    word = np.array([entry & (OFFSET_MASK | COPIED)], np.uint64)
+                    bitmap = table.bitmap(index) | mask(first, end) << SUBCLUSTERS
+                    metadata.publish_words(table, index, word, np.array([bitmap], np.uint64))
+                    continue
+                own = entry & OFFSET_MASK if entry & COPIED else None
+                offset = (cluster << geometry.cluster_bits) + first * size
+                await self._writer.write_new(table, cluster, 1, offset, part, own)
+        finally:
+            table.pins -= 1
 
     async def _copy(
         self, table: L2Table, index: int, cluster: int, count: int, start: int, fill: _Fill

@@ -16,7 +16,8 @@ import os
 import numpy as np
 
 from liveblockd.formats.qcow2.commit import Committer
-from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.layout import COPIED
+from liveblockd.formats.qcow2.metadata import L2Table, Metadata
 
 #: bytes written at a time
 _PIECE = 1 << 20
@@ -54,7 +55,7 @@ async def preallocate(
                     host_offset, found, fresh = await metadata.allocate(count)
                     size = found << geometry.cluster_bits
                     await _prepare(metadata, mode, host_offset, size, fresh=fresh)
-                    metadata.publish_run(table, first, host_offset, found)
+                    _publish(metadata, table, first, host_offset, found)
                     first, count = first + found, count - found
         finally:
             table.pins -= 1
@@ -63,6 +64,16 @@ async def preallocate(
         cluster += part
         await asyncio.sleep(0)
     await committer.flush()
+
+
+def _publish(metadata: Metadata, table: L2Table, first: int, host_offset: int, count: int) -> None:
+    """The clusters are there; subclusters of them are not: a backing file shows through."""
+    if table.bitmaps is None:
+        metadata.publish_run(table, first, host_offset, count)
+        return
+    hosts = np.arange(count, dtype=np.uint64) << np.uint64(metadata.geometry.cluster_bits)
+    words = hosts + np.uint64(host_offset | COPIED)
+    metadata.publish_words(table, first, words, np.zeros(count, np.uint64))
 
 
 async def _prepare(

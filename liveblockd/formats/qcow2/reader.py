@@ -10,13 +10,12 @@ Errors: OSError from below; ``DamageError``; EIO for compressed data that is no 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
-from errno import EIO
 
 import numpy as np
 
-from liveblockd.formats.qcow2.layout import OFFSET_MASK, Compression
+from liveblockd.formats.qcow2.compression import inflate
+from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.tables import compressed_range
@@ -26,34 +25,6 @@ from liveblockd.storage.driver import BlockIO, Buffer, Extent, ExtentKind
 #: extents in one answer of ``map``
 MAP_LIMIT = 4096
 _OFFSET_BITS = np.uint64(OFFSET_MASK)
-_WINDOW_BITS = -12  # what is in qcow2 images: raw deflate with a window of 4 KiB
-
-
-def inflate(data: Buffer, length: int, compression: int) -> bytes:
-    """The ``length`` bytes of a compressed cluster; runs on a worker. Raises OSError(EIO)."""
-    if compression == Compression.ZSTD:
-        return _inflate_zstd(data, length)
-    try:
-        # At most ``length`` bytes come out, whatever the data claims to be.
-        result = zlib.decompressobj(_WINDOW_BITS).decompress(data, length)
-    except zlib.error as error:
-        raise OSError(EIO, f"a compressed cluster is damaged: {error}") from None
-    if len(result) != length:
-        raise OSError(EIO, "a compressed cluster is cut off")
-    return result
-
-
-def _inflate_zstd(data: Buffer, length: int) -> bytes:
-    import zstandard  # type: ignore[import-not-found,unused-ignore]  # refused at open where it is missing
-
-    try:
-        reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=False)
-        result = bytes(reader.read(length))
-    except zstandard.ZstdError as error:
-        raise OSError(EIO, f"a compressed cluster is damaged: {error}") from None
-    if len(result) != length:
-        raise OSError(EIO, "a compressed cluster is cut off")
-    return result
 
 
 class _Part:
@@ -103,25 +74,22 @@ class Reader:
         """The parts of a range within the span of one L2 table."""
         metadata = self._metadata
         geometry = metadata.geometry
-        bits, size = geometry.cluster_bits, geometry.cluster_size
+        bits = geometry.cluster_bits
         table = await metadata.load(offset // geometry.span)
         if table is None:
             return [_Part(offset, Extent(length, ExtentKind.UNALLOCATED), [])]
-        first = offset >> bits & (geometry.l2_entries - 1)
-        count = (offset + length - 1 >> bits) - (offset >> bits) + 1
+        start = offset & (geometry.span - 1)
         if table.bad:
-            metadata.check_entries(table, first, count)
+            first = start >> bits
+            metadata.check_entries(table, first, (start + length - 1 >> bits) - first + 1)
         found = []
-        position, end = offset, offset + length
-        for run in runs(table.entries, first, count, size):
-            inside = position & (size - 1)
-            part = min(end - position, run.clusters * size - inside)
-            host = run.host_offset + inside if run.kind is ExtentKind.DATA else -1
+        for run in runs(table.entries, table.bitmaps, start, length, bits):
             entries = []
             if run.kind is ExtentKind.COMPRESSED:
-                entries = table.entries[run.first : run.first + run.clusters].tolist()
-            found.append(_Part(position, Extent(part, run.kind, host), entries))
-            position += part
+                last = run.start + run.length - 1 >> bits
+                entries = table.entries[run.start >> bits : last + 1].tolist()
+            extent = Extent(run.length, run.kind, run.host_offset)
+            found.append(_Part(offset + run.start - start, extent, entries))
         return found
 
     async def _read_part(self, part: _Part) -> Buffer:

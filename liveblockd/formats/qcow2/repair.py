@@ -86,7 +86,7 @@ async def write_refcounts(file: BlockIO, header: Header, counts: Counts) -> tupl
         blocks, table_clusters = len(indices), clusters
     if table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
         raise OSError(EFBIG, "the refcount table would be too large")
-    table = np.zeros(table_clusters * geometry.l2_entries, np.uint64)
+    table = np.zeros(table_clusters * geometry.table_entries, np.uint64)
     for number, index in enumerate(indices):
         block = np.zeros(per_block, counts.dtype)
         part = used[index * per_block : (index + 1) * per_block]

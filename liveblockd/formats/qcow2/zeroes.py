@@ -21,8 +21,8 @@ import numpy as np
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.subclusters import ALL_ALLOCATED, ALL_ZERO, SUBCLUSTERS, mask
 from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import ExtentKind
@@ -61,40 +61,71 @@ class Eraser:
         self, offset: int, length: int, *, may_unmap: bool, fast_only: bool
     ) -> None:
         """Make a range of the disk read as zeros."""
-        size = self._metadata.geometry.cluster_size
+        size = self._metadata.geometry.subcluster_size
         end = offset + length
-        first = -(-offset // size)
-        # The end of the disk is the end of a cluster: nobody reads what is behind.
-        last = -(-end // size) if end == self._writer.disk_size else end // size
-        edges = [(offset, min(end, first * size))]
+        first, last = self._whole(offset, end)
+        edges = [(offset, min(end, first))]
         if last >= first:
-            edges.append((max(offset, last * size), end))
+            edges.append((max(offset, last), end))
         edges = [(start, stop) for start, stop in edges if start < stop]
         if fast_only:
             await self._check_fast(edges, first, last, may_unmap=may_unmap)
         for start, stop in edges:
-            if not await self._reads_zeroes(start // size, 1):
+            if not await self._reads_zeroes(start // size * size, -(-stop // size) * size):
                 await self._write(start, stop)
         if first < last:
-            await self._zero_clusters(first, last - first, may_unmap=may_unmap)
+            await self._zero_subclusters(first, last, may_unmap=may_unmap)
+
+    def _whole(self, offset: int, end: int) -> tuple[int, int]:
+        """The (sub)clusters that lie within a range, from the first byte of them to their end."""
+        geometry = self._metadata.geometry
+        size = geometry.subcluster_size
+        first = -(-offset // size) * size
+        if first >= end:
+            return first, first
+        if end == self._writer.disk_size:
+            # The end of the disk is the end of a cluster: nobody reads what is behind.
+            return first, geometry.clusters(end) * geometry.cluster_size
+        return first, end // size * size
+
+    def _partial(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts, of less than a cluster each, at the ends of a range of subclusters."""
+        size = self._metadata.geometry.cluster_size
+        inner, outer = -(-first // size) * size, last // size * size
+        parts = [(first, last)] if inner > outer else [(first, inner), (outer, last)]
+        return [(start, stop) for start, stop in parts if start < stop]
 
     async def _check_fast(
         self, edges: list[tuple[int, int]], first: int, last: int, *, may_unmap: bool
     ) -> None:
         """Raise ENOTSUP if zeros would have to be written."""
         geometry = self._metadata.geometry
-        slow = [start >> geometry.cluster_bits for start, _ in edges]
-        fast = all([await self._reads_zeroes(cluster, 1) for cluster in slow])
+        size = geometry.subcluster_size
+        slow = [(start // size * size, -(-stop // size) * size) for start, stop in edges]
+        fast = all([await self._reads_zeroes(start, stop) for start, stop in slow])
         unallocates = may_unmap and not self.has_below
         if fast and first < last and not geometry.has_zero_clusters and not unallocates:
-            fast = await self._reads_zeroes(first, last - first)
+            fast = await self._reads_zeroes(first, last)
+        if fast and first < last and geometry.extended_l2:
+            partial = [start for start, _ in self._partial(first, last)]
+            fast = not any([await self._is_compressed(start) for start in partial])
         if not fast:
             raise OSError(ENOTSUP, os.strerror(ENOTSUP))
 
-    async def _reads_zeroes(self, cluster: int, count: int) -> bool:
-        """Whether the tables alone say that these clusters read as zeros."""
+    async def _is_compressed(self, offset: int) -> bool:
+        geometry = self._metadata.geometry
+        table = await self._metadata.load(offset // geometry.span)
+        index = offset >> geometry.cluster_bits & (geometry.l2_entries - 1)
+        return table is not None and bool(table.view[index] & COMPRESSED)
+
+    async def _reads_zeroes(self, start: int, stop: int) -> bool:
+        """Whether the tables alone say that these (sub)clusters read as zeros."""
         metadata = self._metadata
+        bits = metadata.geometry.cluster_bits
         entries = metadata.geometry.l2_entries
+        cluster, count = start >> bits, (stop - 1 >> bits) - (start >> bits) + 1
+        # Of the first cluster and of the last one only this is asked for.
+        skip, spare = start - (cluster << bits), (cluster + count << bits) - stop
         while count:
             index = cluster & (entries - 1)
             part = min(count, entries - index)
@@ -107,7 +138,7 @@ class Eraser:
             else:
                 if table.bad:
                     metadata.check_entries(table, index, part)
-                found = kinds(table.entries[index : index + part])
+                found = table.kinds(index, part, skip, spare if part == count else 0)
                 zero = found == ExtentKind.ZERO
                 if not self.has_below:
                     zero |= found == ExtentKind.UNALLOCATED
@@ -115,6 +146,7 @@ class Eraser:
                     return False
             cluster += part
             count -= part
+            skip = 0
         return True
 
     async def _write(self, start: int, stop: int) -> None:
@@ -122,6 +154,47 @@ class Eraser:
             part = min(PIECE, stop - start)
             await self._writer.write(start, hostcalls.zeroes(part))
             start += part
+
+    async def _zero_subclusters(self, first: int, last: int, *, may_unmap: bool) -> None:
+        """From one guest offset to another: whole clusters, with parts of extended ones around."""
+        bits = self._metadata.geometry.cluster_bits
+        partial = self._partial(first, last)
+        for start, stop in partial:
+            if not await self._zero_part(start, stop, may_unmap=may_unmap):
+                await self._write(start, stop)  # of a compressed cluster
+        inner, outer = self._metadata.geometry.clusters(first), last >> bits
+        if inner < outer:
+            await self._zero_clusters(inner, outer - inner, may_unmap=may_unmap)
+
+    async def _zero_part(self, start: int, stop: int, *, may_unmap: bool) -> bool:
+        """Subclusters of one cluster that read as zeros; False, nothing done: compressed."""
+        metadata = self._metadata
+        geometry = metadata.geometry
+        cluster = start >> geometry.cluster_bits
+        index = cluster & (geometry.l2_entries - 1)
+        size, inside = geometry.subcluster_size, start & (geometry.cluster_size - 1)
+        wanted = mask(inside // size, (inside + stop - start) // size)
+        while True:
+            if not self.has_below and await self._skip_missing(cluster, 1, 1):
+                return True
+            table = await metadata.writable(cluster // geometry.l2_entries)
+            if cluster not in self._claims:
+                break
+            await self._claims.wait(cluster)
+        if table.bad:
+            metadata.check_entries(table, index, 1)
+        entry, bitmap = table.view[index], table.bitmap(index)
+        if entry & COMPRESSED:
+            return False
+        # Without anything below, what is not allocated reads as zeros already.
+        zero = bitmap >> SUBCLUSTERS | (wanted if self.has_below else wanted & bitmap)
+        new = zero << SUBCLUSTERS | bitmap & ALL_ALLOCATED & ~wanted
+        if may_unmap and not new & ALL_ALLOCATED and (new == ALL_ZERO or not self.has_below):
+            self._change_table(table, index, 1, self._zero_unmap, unmap=True)
+        elif new != bitmap:
+            word = np.array([entry & (OFFSET_MASK | COPIED)], np.uint64)
+            metadata.publish_words(table, index, word, np.array([new], np.uint64))
+        return True
 
     async def _zero_clusters(self, cluster: int, count: int, *, may_unmap: bool) -> None:
         size = self._metadata.geometry.cluster_size
@@ -135,12 +208,16 @@ class Eraser:
             await self._write(cluster * size, end)
 
     async def discard(self, offset: int, length: int) -> None:
-        """Give back whole clusters; the rest of the range stays."""
+        """Give back whole clusters; of extended ones also the last subclusters of them."""
         geometry = self._metadata.geometry
+        begin, stop = self._whole(offset, offset + length)
+        if begin >= stop:
+            return
+        if geometry.extended_l2:
+            for part in self._partial(begin, stop):
+                await self._zero_part(*part, may_unmap=not self._keep_on_discard)
         size = geometry.cluster_size
-        end = offset + length
-        first = -(-offset // size)
-        last = -(-end // size) if end == self._writer.disk_size else end // size
+        first, last = -(-begin // size), stop // size
         if first >= last:
             return
         if geometry.has_zero_clusters:

@@ -308,13 +308,25 @@ CONFIGURATIONS = [
     {"cluster_size": 4096, "refcount_bits": 1},
     {"cluster_size": 512, "version": 2},
 ]
+#: subclusters of 512 bytes, twice a block of the history
+EXTENDED = {"cluster_size": 16384, "extended_l2": True, "version": 3}
+
+
+def seeds(first: int, *, plain: int, extended: int) -> pytest.MarkDecorator:
+    """So many seeds with any plain configuration, and then so many with subclusters."""
+    runs = [
+        (first + number, EXTENDED if number >= plain else {}) for number in range(plain + extended)
+    ]
+    names = [f"{seed}{'-extended' if options else ''}" for seed, options in runs]
+    return pytest.mark.parametrize(("seed", "options"), runs, ids=names)
 
 
 async def make_world(seed: int, *, with_backing: bool = True, **overrides: int) -> World:
     rng = random.Random(seed)
     options: dict[str, int] = {**rng.choice(CONFIGURATIONS), **overrides}
     cluster_size = options["cluster_size"]
-    size = rng.choice((24, 40, 100)) * max(cluster_size, 2048) + rng.choice((0, 512))
+    clusters = (3, 5, 9) if "extended_l2" in options else (24, 40, 100)
+    size = rng.choice(clusters) * max(cluster_size, 2048) + rng.choice((0, 512))
     blocks = size // BLOCK
     below_blocks = rng.choice((blocks, blocks // 2 + 1, blocks + 7)) if with_backing else 0
     # Some of what is below is zeros.
@@ -362,18 +374,18 @@ def judge(world: World) -> Oracle:
     return oracle
 
 
-@pytest.mark.parametrize("seed", range(30))
-async def test_overlapping_requests(seed: int) -> None:
-    world = await make_world(seed, with_backing=seed % 5 != 4)
+@seeds(0, plain=30, extended=14)
+async def test_overlapping_requests(seed: int, options: dict[str, int]) -> None:
+    world = await make_world(seed, with_backing=seed % 5 != 4, **options)
     await work(world, steps=250, at_once=8)
     await world.image.close()
     assert world.guest.failed == 0
     assert not judge(world).leaks
 
 
-@pytest.mark.parametrize("seed", range(100, 120))
-async def test_failing_file(seed: int) -> None:
-    world = await make_world(seed)
+@seeds(100, plain=20, extended=8)
+async def test_failing_file(seed: int, options: dict[str, int]) -> None:
+    world = await make_world(seed, **options)
     world.disk.failures = 0.05
     await work(world, steps=200, at_once=6)
     assert world.guest.failed
@@ -383,10 +395,10 @@ async def test_failing_file(seed: int) -> None:
     judge(world)  # leaks are allowed after errors, damage is not
 
 
-@pytest.mark.parametrize("seed", range(200, 215))
-async def test_cancelled_callers(seed: int) -> None:
+@seeds(200, plain=15, extended=7)
+async def test_cancelled_callers(seed: int, options: dict[str, int]) -> None:
     """A request whose caller is cancelled may or may not happen, and harms nothing else."""
-    world = await make_world(seed)
+    world = await make_world(seed, **options)
     rng = world.guest.rng
     tasks: set[asyncio.Task[None]] = set()
     for _ in range(150):
@@ -449,9 +461,9 @@ def watch(world: World) -> None:
     world.marks = marks  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("seed", range(300, 325))
-async def test_power_cuts(seed: int) -> None:
-    world = await make_world(seed)
+@seeds(300, plain=25, extended=14)
+async def test_power_cuts(seed: int, options: dict[str, int]) -> None:
+    world = await make_world(seed, **options)
     watch(world)
     await work(world, steps=80, at_once=5)
     await asyncio.gather(work(world, steps=40, at_once=3), stream(world))
