@@ -70,12 +70,14 @@ async def make_chain(
     for number in range(rng.randrange(2, 6)):
         path = os.path.join(directory, f"{name}{number}.qcow2")
         size = random_size(rng, size)
+        extended = rng.random() < 0.4
         await create(
             bench,
             path,
             size=size,
-            cluster_size=rng.choice((4 * KIB, 64 * KIB)),
-            version=rng.choice((2, 3, 3)),
+            cluster_size=rng.choice((16 * KIB, 64 * KIB) if extended else (4 * KIB, 64 * KIB)),
+            version=3 if extended else rng.choice((2, 3, 3)),
+            extended_l2=extended,
             backing_file=os.path.basename(paths[-1]) if paths else None,
             backing_format="qcow2" if paths else None,
         )

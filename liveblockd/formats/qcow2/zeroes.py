@@ -203,7 +203,7 @@ class Eraser:
             await self._change(cluster, count, change, unmap=may_unmap)
         elif may_unmap and not self.has_below:
             await self._change(cluster, count, _unallocate, unmap=True)
-        elif not await self._reads_zeroes(cluster, count):
+        elif not await self._reads_zeroes(cluster * size, (cluster + count) * size):
             end = min((cluster + count) * size, self._writer.disk_size)
             await self._write(cluster * size, end)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import (
     BlockNeeded,
     Refcounts,
@@ -255,10 +256,76 @@ def test_runs_are_those_of_a_slow_loop(values: list[int], data: st.DataObject) -
         kind = kind_of(value)
         host = value & 0x00FFFFFFFFFFFE00 if kind is ExtentKind.DATA else -1
         append_extent(expected, Extent(65536, kind, host))
-    found = runs(np.array(values, np.uint64), first, count, 65536)
-    assert [(r.clusters * 65536, r.kind, r.host_offset) for r in found] == expected
-    assert found[0].first == first
-    assert all(a.first + a.clusters == b.first for a, b in itertools.pairwise(found))
+    found = runs(np.array(values, np.uint64), None, first << 16, count << 16, 16)
+    assert [(r.length, r.kind, r.host_offset) for r in found] == expected
+    assert found[0].start == first << 16
+    assert all(a.start + a.length == b.start for a, b in itertools.pairwise(found))
+
+
+def subcluster_kinds(word: int, bitmap: int) -> list[Extent]:
+    """Word for word as in the specification; clusters of 64 KiB."""
+    if word & COMPRESSED:
+        return [Extent(2048, ExtentKind.COMPRESSED)] * 32
+    found = []
+    for number in range(32):
+        if bitmap >> number & 1:
+            host = (word & 0x00FFFFFFFFFFFE00) + 2048 * number
+            found.append(Extent(2048, ExtentKind.DATA, host))
+        elif bitmap >> 32 >> number & 1:
+            found.append(Extent(2048, ExtentKind.ZERO))
+        else:
+            found.append(Extent(2048, ExtentKind.UNALLOCATED))
+    return found
+
+
+@st.composite
+def extended_entries(draw: st.DrawFn) -> tuple[int, int]:
+    """First word and bitmap."""
+    kind = draw(st.sampled_from(("none", "compressed", "plain", "zero", "preallocated", "mixed")))
+    word = draw(st.integers(1, 12)) << 16 | draw(st.sampled_from((0, COPIED)))
+    if kind == "none":
+        return 0, 0
+    if kind == "compressed":  # bits 0 and 1 are part of the offset here
+        return COMPRESSED | word & ~COPIED | draw(st.integers(0, 3)), 0
+    bitmap = {"plain": (1 << 32) - 1, "zero": ((1 << 32) - 1) << 32}.get(kind, 0)
+    if kind == "mixed":
+        zero = draw(st.integers(0, (1 << 32) - 1))
+        bitmap = zero << 32 | draw(st.integers(0, (1 << 32) - 1)) & ~zero
+    if not bitmap & (1 << 32) - 1 and draw(st.booleans()):
+        word = 0
+    return word, bitmap
+
+
+@given(st.lists(extended_entries(), min_size=1, max_size=20), st.data())
+def test_runs_of_subclusters(values: list[tuple[int, int]], data: st.DataObject) -> None:
+    disk = b"".join(struct.pack(">QQ", *value) for value in values)
+    words, bitmaps = subclusters.from_disk(disk)
+    entries = subclusters.summaries(words, bitmaps)
+    assert subclusters.to_disk(entries, bitmaps) == disk
+    assert not len(subclusters.bad_bitmaps(words, bitmaps))
+    first = data.draw(st.integers(0, len(values) * 32 - 1))
+    count = data.draw(st.integers(1, len(values) * 32 - first))
+    expected: list[Extent] = []
+    for extent in [e for value in values for e in subcluster_kinds(*value)][first : first + count]:
+        append_extent(expected, extent)
+    found = runs(entries, bitmaps, first * 2048, count * 2048, 16)
+    assert [Extent(r.length, r.kind, r.host_offset) for r in found] == expected
+    uniform = np.array([not subclusters.has_mixed(entries[i : i + 1]) for i in range(len(values))])
+    assert (subclusters.bitmaps_of(entries)[uniform] == bitmaps[uniform]).all()
+
+
+@given(st.integers(1, (1 << 32) - 1))
+def test_lowest_run(bits: int) -> None:
+    first, end = subclusters.lowest_run(bits)
+    text = f"{bits:032b}"[::-1]
+    assert text[:end] == "0" * first + "1" * (end - first) and text[end : end + 1] != "1"
+    assert subclusters.mask(first, end) & ~bits == 0
+
+
+def test_bitmaps_that_cannot_be() -> None:
+    pairs = [(COPIED | 65536, 1 << 32 | 1), (0, 1), (0, 1 << 32), (COPIED | 65536, 1)]
+    words, bitmaps = (np.array(column, np.uint64) for column in zip(*pairs, strict=True))
+    assert subclusters.bad_bitmaps(words, bitmaps).tolist() == [0, 1]
 
 
 # -- refcounts
