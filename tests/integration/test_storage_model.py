@@ -101,7 +101,7 @@ async def apply(disk, model, operation):
 async def scenario(directory, direct, steps):
     workers = WorkerPool(2)
     path = tempfile.mktemp(dir=directory)
-    Path(path).touch()  # noqa: ASYNC240
+    Path(path).touch()
     options = {"driver": "file", "filename": path, "discard": "unmap", "cache": {"direct": direct}}
     disk = await FileDriver.open(parse(BlockdevOptions, options), {}, Environment(workers))
     try:
@@ -111,7 +111,7 @@ async def scenario(directory, direct, steps):
         length = len(model.data)
         assert bytes(await disk.read(0, length + 100)) == model.load(0, length + 100)
         await disk.flush()
-        assert Path(path).read_bytes() == model.data  # noqa: ASYNC240
+        assert Path(path).read_bytes() == model.data
     finally:
         await disk.close()
         await workers.idle()
