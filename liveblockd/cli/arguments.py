@@ -48,6 +48,7 @@ _OBJECTS: Final = {
 #: flat ones, where a switch may lack its ``=on``
 _FLAT: Final = {"chardev": "backend", "monitor": "chardev"}
 _VALUED: Final = {*_OBJECTS, *_FLAT, "drive", "qmp", "config", "pidfile", "trace"}
+_NAMES: Final = sorted({*_SWITCHES, *_VALUED})
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -55,6 +56,10 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     result = CommandLine()
     words = list(arguments)
     while words:
+        if words[0] == "--":  # options end here, and there is nothing else
+            if words[1:]:
+                raise ConfigError(f"{words[1]}: Unexpected argument")
+            break
         name, value = _next_option(words)
         match name:
             case "help" | "version":
@@ -77,24 +82,35 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
 
 def _next_option(words: list[str]) -> tuple[str, str]:
     word = words.pop(0)
-    if not word.startswith("-") or word in ("-", "--"):
+    if not word.startswith("-") or word == "-":
         raise ConfigError(f"{word}: Unexpected argument")
     if not word.startswith("--") and word[1] in "hVT" and len(word) == 2:
         name = {"h": "help", "V": "version", "T": "trace"}[word[1]]
         equals, value = "", ""
     else:
         name, equals, value = word.lstrip("-").partition("=")
+        name = _whole_name(name, word)
     if name in _SWITCHES:
         if equals:
             raise ConfigError(f"option '--{name}' doesn't allow an argument")
         return name, ""
-    if name not in _VALUED:
-        raise ConfigError(f"unrecognized option '{word.partition('=')[0]}'")
     if not equals:
         if not words:
             raise ConfigError(f"option '--{name}' requires an argument")
         value = words.pop(0)
     return name, value
+
+
+def _whole_name(name: str, word: str) -> str:
+    """The option that ``name`` is or begins; getopt_long(3) takes a beginning that only one has."""
+    found = [known for known in _NAMES if known.startswith(name)] if name else []
+    if name in found or len(found) == 1:
+        return name if name in found else found[0]
+    shown = word.partition("=")[0]
+    if found:
+        possible = " ".join(f"'--{known}'" for known in found)
+        raise ConfigError(f"option '{shown}' is ambiguous; possibilities: {possible}")
+    raise ConfigError(f"unrecognized option '{shown}'")
 
 
 def _action(name: str, text: str) -> Action:

@@ -15,7 +15,7 @@ from liveblockd.cli.arguments import monitor_address
 from liveblockd.daemon.process import inherited_fd
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.qapi import QapiModel, parse
-from liveblockd.qmp.commands.chardev import ChardevOptions, chardev_registry, parse_chardev
+from liveblockd.qmp.commands.chardev import chardev_registry, parse_chardev
 from liveblockd.qmp.commands.objects import ObjectOptions, object_registry
 from liveblockd.qmp.context import Context
 
@@ -87,26 +87,25 @@ class Startup:
         await self._context.exports.add(options)
 
     async def _chardev(self, action: Action) -> None:
-        self._add_chardev(action.value, keyval=not action.typed)
+        self._add_chardev(action.where, action.value, keyval=not action.typed)
 
-    def _add_chardev(self, value: dict[str, Any], *, keyval: bool) -> ChardevOptions:
+    def _add_chardev(self, where: str, value: dict[str, Any], *, keyval: bool) -> None:
         if isinstance(value.get("fd"), str):
             value = value | {"fd": inherited_fd(value["fd"])}
         options = parse_chardev(value, keyval=keyval)
-        chardev_registry(self._context).add(options)
-        return options
+        chardev_registry(self._context).add(options, where)
 
     async def _monitor(self, action: Action) -> None:
         options = parse(MonitorOptions, action.value, keyval=not action.typed)
         chardev = chardev_registry(self._context).take(options.chardev)
-        self._monitors.add(action.where, chardev, mode=options.mode, pretty=options.pretty)
+        self._monitors.add(chardev.where, chardev, mode=options.mode, pretty=options.pretty)
 
     async def _qmp(self, action: Action, mode: str = "control") -> None:
         name = f"compat_monitor{self._count}"
         self._count += 1
         value = {"id": name, **action.value}
         chosen = {"chardev": name, "mode": mode, "pretty": value.pop("pretty", "off")}
-        self._add_chardev(value, keyval=True)
+        self._add_chardev(action.where, value, keyval=True)
         await self._monitor(Action("monitor", action.where, chosen))
 
     async def _hmp(self, action: Action) -> None:

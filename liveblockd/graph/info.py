@@ -142,24 +142,22 @@ def block_info(drive: Backend, *, flat: bool = False) -> dict[str, Any]:
 
 def drive_stats(drive: Backend) -> dict[str, Any]:
     """BlockStats of a drive, its node's children below."""
-    stats = node_stats(drive.node, children=True)
+    stats = node_stats(drive.node)
     stats["device"] = drive.name
     stats["stats"] = drive.statistics.to_qmp()
+    below, place = drive.node.backing, stats
+    while below is not None:
+        place["backing"] = node_stats(below)
+        place, below = place["backing"], below.backing
     return stats
 
 
-def node_stats(node: Node, *, children: bool = False) -> dict[str, Any]:
-    """BlockStats of a node; requests are counted by drives, exports and jobs, not by nodes."""
-    stats: dict[str, Any] = {"node-name": node.name, "stats": _counted_at(node).to_qmp()}
-    if children:
-        if node.file is not None:
-            stats["parent"] = node_stats(node.file, children=True)
-        below, place = node.backing, stats
-        while below is not None:
-            place["backing"] = node_stats(below)
-            if below.file is not None:
-                place["backing"]["parent"] = node_stats(below.file, children=True)
-            place, below = place["backing"], below.backing
+def node_stats(node: Node) -> dict[str, Any]:
+    """BlockStats of a node and of its file; drives, exports and jobs count requests, not nodes."""
+    counted = _counted_at(node).to_qmp() | {"account_invalid": False, "account_failed": False}
+    stats: dict[str, Any] = {"node-name": node.name, "stats": counted}
+    if node.file is not None:
+        stats["parent"] = node_stats(node.file)
     return stats
 
 

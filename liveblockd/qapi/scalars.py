@@ -87,7 +87,7 @@ class Boolean(Type):
                 return True
             if value in _FALSE:
                 return False
-            raise path.expects("'on' or 'off'", last=True)
+            raise path.expects("'on' or 'off'")
         if not isinstance(value, bool):
             raise path.mistyped("boolean")
         return value
@@ -110,7 +110,7 @@ class Integer(Type):
         if path.keyval and isinstance(value, str):
             number = parse_size(value) if self.is_size else _parse_integer(value)
             if number is None or not self._wide_enough(number):
-                raise path.expects("a size" if self.is_size else self._json_name)
+                raise path.expects("a size" if self.is_size else "integer")
             value = number
         elif type(value) is not int or not self._wide_enough(value):
             raise path.mistyped(self._json_name)

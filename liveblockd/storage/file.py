@@ -122,6 +122,8 @@ class FileDriver(BlockDriver):
     ) -> Self:
         """Open the file; no lock is taken before ``set_permissions``. Raises BlockError."""
         assert not children
+        if not options.filename:
+            raise BlockError(f"The '{options.driver}' block driver requires a file name")
         read_only = bool(options.read_only)
         if options.force_share and not read_only:
             raise BlockError("force-share=on can only be used with read-only images")

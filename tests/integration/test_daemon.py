@@ -66,6 +66,17 @@ TOP = "qcow2,node-name=top,file.driver=file,file.filename=top.qcow2"
         (["--monitor", "chardev=zz"], '--monitor chardev=zz: chardev "zz" not found'),
         (["--chardev", "null,id=c", "--monitor", "c,mode=foo"],
          "--monitor c,mode=foo: Parameter 'mode' does not accept value 'foo'"),
+        (["--chardev", "socket,id=c,path=no.sock", "--monitor", "c"],
+         "--chardev socket,id=c,path=no.sock: "
+         "Failed to connect to 'no.sock': No such file or directory"),
+        (["--blockdev", "file,node-name=f,filename="],
+         "--blockdev file,node-name=f,filename=: The 'file' block driver requires a file name"),
+        (["--blockdev", "qcow2,node-name=q,file.driver=file,file.filename=x,cache.direct=maybe"],
+         "--blockdev qcow2,node-name=q,file.driver=file,file.filename=x,cache.direct=maybe: "
+         "Parameter 'cache.direct' expects 'on' or 'off'"),
+        (["--nbd-server", "addr.type=unix,addr.path=n,max-connections=x"],
+         "--nbd-server addr.type=unix,addr.path=n,max-connections=x: "
+         "Parameter 'max-connections' expects integer"),
         (["--chardev", "bogus,id=c"],
          "--chardev bogus,id=c: 'bogus' is not a valid char driver name"),
         (["--object", "foo,id=x"],

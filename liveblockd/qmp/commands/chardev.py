@@ -141,6 +141,7 @@ class Chardev:
     """One chardev; ``is_open`` tells whether somebody is at the other end."""
 
     options: ChardevOptions
+    where: str = ""  # its option, for messages
     used: bool = False
     is_open: Callable[[], bool] = field(default=lambda: False)
 
@@ -151,11 +152,11 @@ class ChardevRegistry:
     def __init__(self) -> None:
         self.chardevs: dict[str, Chardev] = {}
 
-    def add(self, options: ChardevOptions) -> Chardev:
-        """A new chardev."""
+    def add(self, options: ChardevOptions, where: str = "") -> Chardev:
+        """A new chardev, which the option ``where`` asked for."""
         if options.id in self.chardevs:
             raise BlockError(f"Chardev with id '{options.id}' already exists")
-        chardev = self.chardevs[options.id] = Chardev(options)
+        chardev = self.chardevs[options.id] = Chardev(options, where)
         return chardev
 
     def take(self, name: str) -> Chardev:

@@ -116,7 +116,7 @@ async def query_blockstats(context: Context, arguments: QueryBlockstats) -> list
     """Counters of drives, or of nodes."""
     graph = context.graph
     if arguments.query_nodes:
-        return [info.node_stats(n) for n in reversed(graph.nodes.values()) if n.opened]
+        return [info.node_stats(n) for n in graph.nodes.values() if n.opened]  # oldest first
     return [info.drive_stats(drive) for drive in graph.drives.values()]
 
 

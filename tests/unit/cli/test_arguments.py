@@ -39,7 +39,10 @@ def test_json_blockdev_is_typed():
         (["--blockdev"], "option '--blockdev' requires an argument"),
         (["--daemonize=1"], "option '--daemonize' doesn't allow an argument"),
         (["extra"], "extra: Unexpected argument"),
-        (["--"], "--: Unexpected argument"),
+        (["--", "--help"], "--help: Unexpected argument"),
+        (["-"], "-: Unexpected argument"),
+        (["--=x"], "unrecognized option '--'"),
+        (["--d=x"], "option '--d' is ambiguous; possibilities: '--daemonize' '--drive'"),
         (["--blockdev", "file,foo"], "--blockdev file,foo: Expected '=' after parameter 'foo'"),
         (["--nbd-server", "foo"], "--nbd-server foo: Expected '=' after parameter 'foo'"),
     ],
@@ -50,7 +53,13 @@ def test_wrong_options(words, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("word", ["-h", "--help", "-help"])
+def test_a_beginning_that_only_one_option_has_is_enough():
+    line = parse_command_line(["--block", "file,node-name=f", "--exp=nbd,id=e", "--daem", "--"])
+    assert [a.option for a in line.actions] == ["blockdev", "export"]
+    assert line.daemonize
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "-help", "--hel"])
 def test_help_wins(word):
     assert parse_command_line([word, "--nosuch"]).show == "help"
 
