@@ -107,7 +107,7 @@ class Session(AsyncProtocol[Any]):
                 self._context.sessions.discard(self)
                 self._ended.set()
 
-    async def close(self, timeout: float = 2.0) -> None:  # seconds
+    async def close(self, timeout: float = 1.0) -> None:  # seconds
         """Answer what runs, send what waits, end the connection; by force after ``timeout``."""
         try:
             async with asyncio.timeout(timeout):
@@ -174,6 +174,8 @@ class Session(AsyncProtocol[Any]):
     async def _send(self, msg: bytes) -> None:
         assert self._writer is not None
         try:
+            if self._writer.transport.is_closing():  # uvloop takes a write then for a defect
+                raise EOFError
             self._writer.write(msg)
             await self._writer.drain()
         except OSError as error:

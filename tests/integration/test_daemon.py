@@ -102,6 +102,20 @@ def test_wrong_options_end_with_one_line_and_status_1(tmp_path, options, message
     assert os.listdir(tmp_path) == []
 
 
+def test_a_client_that_does_not_read_delays_the_end_by_a_second_and_leaves_no_trace(tmp_path):
+    with DaemonProcess(tmp_path, "--blockdev", "null-co,node-name=n") as daemon:
+        deaf = daemon.qmp()
+        deaf.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):  # until neither side takes any more
+            while True:
+                deaf.socket.sendall(b'{"execute":"query-named-block-nodes"}' * 100)
+        assert daemon.qmp()("query-version")["qemu"]
+        start = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - start < 2
+    assert daemon.errors == b""
+
+
 def test_a_failed_option_leaves_nothing_behind(tmp_path):
     done = run(tmp_path, "--nbd-server", "addr.type=unix,addr.path=n.sock", "--qmp", "q.sock",
                "--blockdev", "file,node-name=f,filename=missing")  # fmt: skip
