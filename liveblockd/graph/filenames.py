@@ -83,6 +83,7 @@ def backing_overridden(node: Node, known: Known | None = None) -> bool:
 
 def exact_filename(node: Node, known: Known | None = None) -> str | None:
     """The plain name that gives this node again, or None."""
+    node = node.asked_for
     name = node.driver_class.driver_name
     options = strong_options(node)
     file = node.file
@@ -108,6 +109,7 @@ def exact_filename(node: Node, known: Known | None = None) -> str | None:
 
 def full_options(node: Node, known: Known | None = None) -> dict[str, Any]:
     """What blockdev-add would take to make this node, without what makes no difference."""
+    node = node.asked_for
     found: dict[str, Any] = {"driver": node.driver_class.driver_name, **strong_options(node)}
     for role, edge in node.children.items():
         if role != "backing":

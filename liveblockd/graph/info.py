@@ -130,22 +130,24 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
 
 def block_info(drive: Backend, *, flat: bool = False) -> dict[str, Any]:
     """BlockInfo of a drive that no guest device is made of."""
+    node = drive.node.asked_for
     return {
         "device": drive.name,
         "type": "unknown",
         "removable": True,
         "locked": False,
         "io-status": "ok",
-        "inserted": block_device_info(drive.node, flat=flat, backend=drive),
+        "inserted": block_device_info(node, flat=flat, backend=drive),
     }
 
 
 def drive_stats(drive: Backend) -> dict[str, Any]:
     """BlockStats of a drive, its node's children below."""
-    stats = node_stats(drive.node)
+    node = drive.node.asked_for
+    stats = node_stats(node)
     stats["device"] = drive.name
     stats["stats"] = drive.statistics.to_qmp()
-    below, place = drive.node.backing, stats
+    below, place = node.backing, stats
     while below is not None:
         place["backing"] = node_stats(below)
         place, below = place["backing"], below.backing

@@ -133,6 +133,8 @@ class Node:
         self.op_blockers: list[str] = []
         #: put in by a job; shown as in use
         self.job_filter = False
+        #: the client who started that job gave it no name, and should see what is below instead
+        self.implicit = False
         #: (backing string of the header, file name of the node it led to)
         self.implied_backing: tuple[str, str] | None = None
         self.permissions = (Permission.NONE, Permission.ALL)
@@ -271,6 +273,14 @@ class Node:
         """The backing node; a filter may stand in between (see ``chain``)."""
         edge = self.children.get("backing")
         return None if edge is None else edge.child
+
+    @property
+    def asked_for(self) -> Node:
+        """This node, or what a filter that no client named stands for."""
+        node = self
+        while node.implicit and (below := node.file) is not None:
+            node = below
+        return node
 
     @property
     def file(self) -> Node | None:

@@ -204,6 +204,7 @@ class Opener:
             else:
                 child = await self._open_with_chain(reference, node, child_role, None)
             graph.connect(Edge(node, child_role, child))
+        graph.nodes[name] = graph.nodes.pop(name)  # listed as QEMU does: after its children
         file = node.file
         if options.auto_read_only and file is not None and file.read_only:
             node.read_only = True

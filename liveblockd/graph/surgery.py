@@ -152,6 +152,7 @@ async def insert_filter(
     BlockError for a name that cannot be used, or a frozen link.
     """
     async with graph.lock:
+        implicit = name is None
         if name is None:
             name = graph.generate_name()
         else:
@@ -170,6 +171,7 @@ async def insert_filter(
             detect_zeroes=node.options.detect_zeroes,
         )
         above.job_filter = True
+        above.implicit = implicit
         above.bind(CopyOnRead(node, read_only=node.read_only))
         async with graph.drained(node):
             graph.nodes[name] = above

@@ -161,7 +161,7 @@ async def test_backing_options(graph):
     one = await drive(graph, file="top.img", format="qcow2", backing="base")
     assert one.node.backing.name == "base"
     await delete_drive(graph, one.name)
-    assert next(iter(graph.nodes)) == "base"
+    assert [node.filename for node in graph.nodes.values()] == ["base.img", "base.img"]
 
 
 async def test_probing_raw_warns_and_guards(graph, tmp_path, capfd):

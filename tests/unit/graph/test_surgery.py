@@ -145,7 +145,7 @@ async def test_unattached_overlay_goes(world, monkeypatch):
     monkeypatch.setattr(snapshot, "create_overlay", create)
     take = {"device": None, "snapshot_file": "s", "image_format": "layer"}
     await snapshot.snapshot_sync(world.graph, node_name="disk", snapshot_node_name="s", **take)
-    assert list(world.graph.nodes) == ["disk", disk.file.name] and disk.read_only
+    assert list(world.graph.nodes) == [disk.file.name, "disk"] and disk.read_only
     user = await world.graph.attach(disk, name="drive0")
     await snapshot.snapshot_sync(
         world.graph, node_name=None, snapshot_node_name=None, **take | {"device": "drive0"}
