@@ -63,12 +63,12 @@ def compared(tmp_path, monkeypatch):
 def add(peer, number, backing, read_only):
     """An image as libvirt adds it: two nodes, every link by name."""
     name = ("top", "mid", "base")[number - 1]
-    cache = {"direct": False, "no-flush": False}
-    peer.do("blockdev-add", driver="file", filename=f"{name}.qcow2", cache=cache,
-            node_name=f"libvirt-{number}-storage", auto_read_only=True, discard="unmap")  # fmt: skip
-    peer.do("blockdev-add", driver="qcow2", file=f"libvirt-{number}-storage", cache=cache,
-            node_name=f"libvirt-{number}-format", read_only=read_only, discard="unmap",
-            backing=backing)  # fmt: skip
+    both = {"cache": {"direct": False, "no-flush": False}, "discard": "unmap"}
+    storage, image = f"libvirt-{number}-storage", f"libvirt-{number}-format"
+    members = {"filename": f"{name}.qcow2", "node_name": storage, "auto_read_only": True}
+    peer.do("blockdev-add", driver="file", **members, **both)
+    members = {"file": storage, "node_name": image, "read_only": read_only, "backing": backing}
+    peer.do("blockdev-add", driver="qcow2", **members, **both)
 
 
 def live_merge(peer):
