@@ -122,7 +122,7 @@ def unfreeze(edges: list[Edge]) -> None:
 def host_file(layer: Node) -> HostFile | None:
     """The file to which the host offsets in the map of ``layer`` refer, for a worker's copy."""
     if layer.driver_class.is_format:
-        return None if layer.file is None else layer.file.host_file()
+        return layer.driver.data_host_file()
     return layer.host_file()
 
 

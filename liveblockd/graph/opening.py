@@ -210,11 +210,33 @@ class Opener:
             node.read_only = True
             node.change_options(read_only=True)
         await graph.refresh_permissions(node)
+        await self._open_named_children(node)
         children = {child_role: edge.child for child_role, edge in node.children.items()}
         environment = graph.environment_for(node, filenames.base_for_relative(node) or "")
         node.bind(await driver_class.open(node.options, children, environment))
         await graph.refresh_permissions(node)
         return node
+
+    async def _open_named_children(self, node: Node) -> None:
+        """Those that the header of ``node`` names and the options do not give."""
+        if not node.driver_class.is_format:
+            return
+        children = {role: edge.child for role, edge in node.children.items()}
+        for role, written in (await node.driver_class.named_children(children)).items():
+            self.graph.connect(Edge(node, role, await self._open_named(node, role, written)))
+            await self.graph.refresh_permissions(node)
+
+    async def _open_named(self, node: Node, role: str, written: str) -> Node:
+        """The protocol node that the header of ``node`` names.
+
+        A relative name is seen from the directory of the image. If there is nothing: as it is
+        written, which is how QEMU takes it.
+        """
+        name = filenames.full_backing_filename(node, written)
+        if not filenames.has_protocol(written) and not os.path.exists(name):  # noqa: ASYNC240
+            name = written
+        options = parse(BlockdevOptions, filenames.protocol_options(name))
+        return await self._open_with_chain(options, node, role, None)
 
     async def _connect(self, parent: Node, role: str, child: Node) -> None:
         check_depth(parent, child)

@@ -238,6 +238,20 @@ class BlockDriver(abc.ABC):
         """The host file whose offsets equal this driver's offsets, if there is one."""
         return None
 
+    def data_host_file(self) -> HostFile | None:
+        """The host file to which the ``host_offset`` of DATA extents refers, if there is one."""
+        file = self.children.get("file")
+        return self.host_file() if file is None else file.host_file()
+
+    @classmethod
+    async def named_children(cls, children: Mapping[str, BlockIO]) -> dict[str, str]:
+        """Children, beside the backing node, that the header names and nobody has given.
+
+        Role to file name, as it is written there; ``children`` are open. Raises BlockError.
+        """
+        del children
+        return {}
+
     # -- backing chain: formats with ``child_roles`` containing "backing" override these
 
     @property

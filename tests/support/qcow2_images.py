@@ -29,12 +29,15 @@ async def open_qcow2(
     autosync: float | None = None,
     publisher: Publisher | None = None,
     workers: WorkerPool | None = None,
+    data_file: BlockIO | None = None,
     **options: Any,
 ) -> Qcow2:
     """The driver on ``file``; ``options`` are members of blockdev-add."""
     members = {"driver": "qcow2", "file": "file", **options}
     model = parse(Qcow2Options, {k.replace("_", "-"): v for k, v in members.items()})
     children: dict[str, BlockIO] = {"file": file}
+    if data_file is not None:
+        children["data-file"] = data_file
     environment = Environment(
         workers or InlineWorkers(), publisher=publisher or Publisher(), node_name="node"
     )

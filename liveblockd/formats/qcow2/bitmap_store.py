@@ -171,7 +171,8 @@ class BitmapStore:
         if self._place is None:
             # Better refused now than lost when the image is closed.
             space = serialise_extension(DirectoryPlace(1, 0, 0))
-            replace_extension(header, Extension.BITMAPS, space, autoclear=0)
+            others = header.autoclear & ~int(Autoclear.BITMAPS)
+            replace_extension(header, Extension.BITMAPS, space, autoclear=others)
 
     async def store(self, bitmaps: Sequence[StoredBitmap]) -> None:
         """Replace all that is stored; the inconsistent ones stay as they are.

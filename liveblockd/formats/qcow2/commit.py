@@ -267,6 +267,15 @@ class Committer:
             else:
                 waiter.set_exception(OSError(error.errno, error.strerror))
 
+    async def _sync_data(self) -> None:
+        """An external data file: what entries refer to is durable before they are."""
+        if self.metadata.has_data_file:
+            try:
+                await self.metadata.data.flush()
+            except OSError as error:
+                self._lost = error
+                raise
+
     async def _sync(self) -> None:
         try:
             await self.metadata.file.flush()
@@ -309,6 +318,7 @@ class Committer:
             if sealed.l1_whole is not None:
                 first.append(sealed.l1_whole)
             await self._write(first)
+            await self._sync_data()
             await self._sync()
             for table, _ in sealed.new_tables:
                 # From here on the disk may name it: it is changed in place, after its data.

@@ -113,14 +113,21 @@ class Writer:
             count = not_in_place_count(table.entries, index, count)
         return await self.write_new(table, cluster, count, offset, data, None)
 
+    async def put(self, host_offset: int, contents: Buffer) -> None:
+        """Write to clusters that no entry refers to yet. A data file ends where the disk does."""
+        metadata = self._metadata
+        if metadata.has_data_file and host_offset + len(contents) > self.disk_size:
+            contents = memoryview(contents)[: max(0, self.disk_size - host_offset)]
+        await write_bytes(metadata.data, host_offset, contents)
+
     async def _write_in_place(self, host_offset: int, data: memoryview) -> None:
         metadata = self._metadata
         metadata.check_in_place(host_offset, len(data))
-        if metadata.file.write_nowait(host_offset, data):
+        if metadata.data.write_nowait(host_offset, data):
             return
         epoch = metadata.quarantine.enter()
         try:
-            await metadata.file.write(host_offset, data)
+            await metadata.data.write(host_offset, data)
         finally:
             if metadata.quarantine.leave(epoch):
                 self._committer.kick()
@@ -150,7 +157,7 @@ class Writer:
         host_offset = own_host_offset
         try:
             if host_offset is None:
-                host_offset, found, fresh = await metadata.allocate(count)
+                host_offset, found, fresh = await metadata.allocate_data(cluster, count)
                 allocated = True
                 if found < count:
                     count = found
@@ -165,7 +172,7 @@ class Writer:
                     table, cluster, begin, end, offset, data[:length], fresh=fresh
                 )
                 at = host_offset + start - (cluster << bits)
-                await write_bytes(metadata.file, at, contents)
+                await self.put(at, contents)
             if table.bitmaps is None:
                 metadata.publish_run(table, index, host_offset, count)
             else:
@@ -174,7 +181,7 @@ class Writer:
         except OSError:
             # Anything else (a cancelled loop) may have left a write under way: then they leak.
             if allocated and host_offset is not None:
-                metadata.quarantine.free(host_offset, count, unmap=False)
+                metadata.free_data(host_offset, count)
             raise
         finally:
             table.pins -= 1

@@ -32,10 +32,15 @@ async def create_qcow2(
     extended_l2: bool = False,
     compression: str = "zlib",
     preallocation: Preallocation | str = Preallocation.OFF,
+    data_file: BlockIO | None = None,
+    data_file_name: str = "",
+    data_file_raw: bool = False,
 ) -> None:
     """Make ``file`` an empty qcow2 image of ``size`` bytes; what the file had is lost.
 
-    ``compression``: ``zlib`` or ``zstd``. Raises BlockError, OSError.
+    ``compression``: ``zlib`` or ``zstd``. ``data_file``: where guest data go instead; it is made as
+    long as the disk, and what a raw one has is what the disk has. The header states its name, if
+    one is given. Raises BlockError, OSError.
     """
     if preallocation not in list(Preallocation):
         raise BlockError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
@@ -44,6 +49,8 @@ async def create_qcow2(
         raise BlockError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
+    if data_file_raw and mode is Preallocation.OFF:
+        mode = Preallocation.METADATA  # who reads the raw file and who reads the image see the same
     layout = lay_out(
         NewImage(
             size=size,
@@ -55,20 +62,29 @@ async def create_qcow2(
             lazy_refcounts=lazy_refcounts,
             extended_l2=extended_l2,
             compression=Compression[compression.upper()],
+            data_file=None if data_file is None else data_file_name,
+            data_file_raw=data_file_raw,
         )
     )
+    if data_file is not None:
+        await data_file.truncate(size)
     for write in layout.tables:
         await file.write(write.offset, write.data)
     await file.flush()
     await file.write(0, layout.header)
     await file.flush()
     if mode is not Preallocation.OFF:
-        await _preallocate(file, mode, size)
+        await _preallocate(file, data_file, mode, size)
 
 
-async def _preallocate(file: BlockIO, mode: Preallocation, size: int) -> None:
+async def _preallocate(
+    file: BlockIO, data_file: BlockIO | None, mode: Preallocation, size: int
+) -> None:
     options = parse_options(Qcow2Options, {"driver": "qcow2", "file": "file"})
-    opened = await open_image(options, {"file": file}, read_only=False)
+    children = {"file": file}
+    if data_file is not None:
+        children["data-file"] = data_file
+    opened = await open_image(options, children, read_only=False)
     metadata = opened.metadata
     metadata.refcounts.touched(0, metadata.geometry.clusters(file.length))
     committer = Committer(metadata, opened.first_sector, autosync=None)

@@ -14,7 +14,7 @@ from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
-from liveblockd.storage.driver import BlockDriver, SnapshotInfo
+from liveblockd.storage.driver import BlockDriver, HostFile, SnapshotInfo
 
 
 class Described(BlockDriver):
@@ -39,6 +39,10 @@ class Described(BlockDriver):
         """See ``BlockDriver``."""
         size = self._metadata.header.size
         return [snapshot.info(size) for snapshot in self._snapshots.snapshots]
+
+    def data_host_file(self) -> HostFile | None:
+        """See ``BlockDriver``: none where data are encrypted."""
+        return self._metadata.data.host_file()
 
     def actual_size(self) -> int | None:
         """Bytes of the file child in use."""
@@ -66,6 +70,10 @@ class Described(BlockDriver):
         }
         if header.version >= 3:
             data["lazy-refcounts"] = header.lazy_refcounts
+        if (name := header.data_file_name) is not None:
+            data["data-file"] = name
+        if header.has_data_file:
+            data["data-file-raw"] = header.raw_data_file
         data["refcount-bits"] = header.geometry.refcount_bits
         if header.version >= 3:
             data["corrupt"] = header.corrupt

@@ -34,6 +34,7 @@ from liveblockd.formats.qcow2.layout import (
     MIN_CLUSTER_BITS,
     MIN_HEADER_LENGTH_V3,
     SECTOR,
+    Autoclear,
     Compatible,
     Compression,
     Crypt,
@@ -105,6 +106,22 @@ class Header:
         if self.backing_file is None:
             return None
         return self.backing_file.decode("utf-8", "surrogateescape")
+
+    @property
+    def data_file_name(self) -> str | None:
+        """The name of the external data file, where the header states one."""
+        data = self.extension(Extension.DATA_FILE)
+        return data.decode("utf-8", "surrogateescape") if data else None
+
+    @property
+    def has_data_file(self) -> bool:
+        """Guest data lie in an external data file."""
+        return bool(self.incompatible & Incompatible.DATA_FILE)
+
+    @property
+    def raw_data_file(self) -> bool:
+        """And that file alone is the disk as the guest sees it."""
+        return self.has_data_file and bool(self.autoclear & Autoclear.RAW_DATA_FILE)
 
     @property
     def dirty(self) -> bool:
@@ -282,8 +299,6 @@ def _parse_extensions(data: bytes, start: int, end: int) -> tuple[tuple[int, byt
 def check_supported(header: Header, *, read_only: bool) -> None:
     """Refuse, by name, what this engine does not do; raises BlockError."""
     refused = []
-    if header.incompatible & Incompatible.DATA_FILE:
-        refused.append("external data file")
     if header.crypt_method:
         refused.append(f"{Crypt(header.crypt_method).name} encryption")
     if refused:

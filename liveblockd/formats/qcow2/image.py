@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from errno import EIO, EPERM
 from typing import Any, ClassVar, Self
@@ -32,11 +32,11 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
-from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear
 from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
 from liveblockd.formats.qcow2.metadata import L2Table
-from liveblockd.formats.qcow2.opening import Opened, open_image
+from liveblockd.formats.qcow2.opening import Opened, open_image, read_header
 from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
@@ -66,7 +66,7 @@ class Qcow2(Management, Described):
 
     driver_name = "qcow2"
     is_format = True
-    child_roles = ("file", "backing")
+    child_roles = ("file", "backing", "data-file")
     Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
 
     def __init__(
@@ -119,7 +119,8 @@ class Qcow2(Management, Described):
         self._unmap_snapshots = options.pass_discard_snapshot is not False
         self._bitmaps = BitmapStore(metadata, self._committer)
         #: bytes of the image file that are known to be there
-        self._file_end = children["file"].length
+        self._file_end = metadata.data.length
+        self._stores, self._data_role = metadata.stores, metadata.data_role
         # For the request path
         self._tables = metadata.tables
         self._bits = geometry.cluster_bits
@@ -156,11 +157,10 @@ class Qcow2(Management, Described):
         header = self._metadata.header
         self._committer.begin()
         try:
-            if header.autoclear != self._bitmaps.autoclear:
+            autoclear = self._bitmaps.autoclear | header.autoclear & Autoclear.RAW_DATA_FILE
+            if header.autoclear != autoclear:
                 async with self._committer.lock:
-                    await self._committer.write_header(
-                        replace(header, autoclear=self._bitmaps.autoclear)
-                    )
+                    await self._committer.write_header(replace(header, autoclear=autoclear))
             await self._bitmaps.mark_in_use()
         except OSError as error:
             raise BlockError.from_os_error("Could not update qcow2 header", error) from error
@@ -183,6 +183,17 @@ class Qcow2(Management, Described):
         if not self.read_only:
             await self._committer.close()  # also the refcounts of what was freed
         return await check_image(self.children["file"])
+
+    @classmethod
+    async def named_children(cls, children: Mapping[str, BlockIO]) -> dict[str, str]:
+        """See ``BlockDriver``: the external data file."""
+        header, _ = await read_header(children["file"])
+        if not header.has_data_file or "data-file" in children:
+            return {}
+        name = header.data_file_name
+        if name is None:
+            raise BlockError("'data-file' is required for this image")
+        return {"data-file": name}
 
     @property
     def length(self) -> int:
@@ -213,12 +224,11 @@ class Qcow2(Management, Described):
                 if entry & ZERO:
                     return bytes(length)
                 return self._read_nowait_mixed(table, offset, length)
-        host_offset = entry & OFFSET_MASK
-        if host_offset:
-            host_offset += offset & self._in_cluster
+        if entry:
+            host_offset = (entry & OFFSET_MASK) + (offset & self._in_cluster)
             if host_offset + length > self._file_end:
                 return None
-            return self.children["file"].read_nowait(host_offset, length)
+            return self._stores[self._data_role].read_nowait(host_offset, length)
         return self._read_backing_nowait(offset, length)
 
     def _read_nowait_mixed(self, table: L2Table, offset: int, length: int) -> Buffer | None:
@@ -231,7 +241,7 @@ class Qcow2(Management, Described):
             host_offset = (table.view[index] & OFFSET_MASK) + inside
             if host_offset + length > self._file_end:
                 return None
-            return self.children["file"].read_nowait(host_offset, length)
+            return self._stores[self._data_role].read_nowait(host_offset, length)
         return self._read_nowait_many(offset, length)
 
     def _read_backing_nowait(self, offset: int, length: int) -> Buffer | None:
@@ -278,7 +288,7 @@ class Qcow2(Management, Described):
             data = None
             if run.kind is ExtentKind.DATA:
                 if run.host_offset + run.length <= self._file_end:
-                    data = self.children["file"].read_nowait(run.host_offset, run.length)
+                    data = self._stores[self._data_role].read_nowait(run.host_offset, run.length)
             elif run.kind is ExtentKind.UNALLOCATED:
                 data = self._read_backing_nowait(offset + run.start - start, run.length)
             elif run.kind is ExtentKind.ZERO:
@@ -309,10 +319,9 @@ class Qcow2(Management, Described):
         ):
             return False
         host_offset = (entry & OFFSET_MASK) + (offset & self._in_cluster)
-        first, tables = host_offset >> self._bits, self._metadata.refcounts.metadata.added
-        if first in tables if count == 1 else not tables.isdisjoint(range(first, first + count)):
+        if self._data_role == "file" and self._reaches_table(host_offset >> self._bits, count):
             return False  # the coroutine says what is wrong
-        return self.children["file"].write_nowait(host_offset, data)
+        return self._stores[self._data_role].write_nowait(host_offset, data)
 
     def _mixed_in_place(self, table: L2Table, index: int, offset: int, length: int) -> bool:
         """Whether the subclusters of a range within a cluster are all there, and not shared."""
@@ -322,6 +331,10 @@ class Qcow2(Management, Described):
         inside, bits = offset & self._in_cluster, self._bits - 5
         wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
         return table.bitmap(index) & wanted == wanted
+
+    def _reaches_table(self, first: int, count: int) -> bool:
+        tables = self._metadata.refcounts.metadata.added
+        return first in tables if count == 1 else not tables.isdisjoint(range(first, first + count))
 
     # -- guest I/O
 
@@ -335,7 +348,7 @@ class Qcow2(Management, Described):
             self._on_damage(damage)
             raise
         finally:
-            self._file_end = self.children["file"].length
+            self._file_end = self._metadata.data.length
             if quarantine.leave(epoch):
                 self._committer.kick()
 
@@ -370,7 +383,7 @@ class Qcow2(Management, Described):
         if self._damaged:
             raise OSError(EIO, os.strerror(EIO))
         if self._committer.is_idle and not self._committer.is_dirty:
-            await self.children["file"].flush()
+            await self._metadata.data.flush()
         else:
             await self._committer.flush()
 
@@ -491,6 +504,7 @@ class Qcow2(Management, Described):
         finally:
             await self._committer.close()
         if not self._damaged:
+            await self._metadata.data.flush()
             await self.children["file"].flush()
 
     async def set_read_only(self, read_only: bool) -> None:

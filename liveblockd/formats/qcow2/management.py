@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
-from errno import EIO
+from errno import EIO, ENOTSUP
 from typing import TYPE_CHECKING, Any
 
 from liveblockd.errors import BlockError
@@ -91,6 +91,8 @@ class Management:
 
     async def create_snapshot(self, name: str, *, date_nsec: int, vm_clock_nsec: int = 0) -> None:
         """See ``BlockDriver``."""
+        if self._metadata.has_data_file:
+            raise BlockError("Operation not supported", errno=ENOTSUP)
         taken = Taken(date_nsec, vm_clock_nsec)
         await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
 

@@ -23,6 +23,8 @@ from liveblockd.storage.driver import Extent, ExtentKind
 _U = np.uint64
 _NOT_IN_PLACE = ZERO | MIXED
 _DATA = ExtentKind.DATA
+#: offset 0 is where an external data file has the first cluster: COPIED tells that it is there
+_THERE = OFFSET_MASK | COPIED
 #: entries that are looked at one by one
 FEW = 16
 
@@ -42,7 +44,7 @@ def kind_of(entry: int) -> ExtentKind:
         return ExtentKind.COMPRESSED
     if entry & ZERO:
         return ExtentKind.ZERO
-    return ExtentKind.DATA if entry & OFFSET_MASK else ExtentKind.UNALLOCATED
+    return ExtentKind.DATA if entry & _THERE else ExtentKind.UNALLOCATED
 
 
 def in_place(entry: int) -> bool:
@@ -53,7 +55,7 @@ def in_place(entry: int) -> bool:
 def kinds(entries: Entries) -> npt.NDArray[np.uint8]:
     """``ExtentKind`` of every entry; none is MIXED."""
     result = np.zeros(len(entries), np.uint8)
-    result[(entries & _U(OFFSET_MASK)) != 0] = ExtentKind.DATA
+    result[(entries & _U(_THERE)) != 0] = ExtentKind.DATA
     result[(entries & _U(ZERO)) != 0] = ExtentKind.ZERO
     result[(entries & _U(COMPRESSED)) != 0] = ExtentKind.COMPRESSED
     return result

@@ -26,12 +26,19 @@ import numpy.typing as npt
 from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
 from liveblockd.formats.qcow2.header import Header
-from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, ZERO
+from liveblockd.formats.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    ENTRY_BYTES,
+    OFFSET_MASK,
+    ZERO,
+)
 from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.quarantine import Quarantine
 from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
+    bad_data_file_entries,
     bad_l1_entries,
     bad_l2_entries,
     compressed_clusters,
@@ -166,6 +173,13 @@ class Metadata:
         self.bad_l1 = flags_at(bad_l1_entries(l1, self.geometry), len(l1))
         self.tables: dict[int, L2Table] = {}
         self.dirty_tables: dict[int, L2Table] = {}
+        #: guest data lie in another file, each cluster at its guest offset, without refcounts
+        self.has_data_file = header.has_data_file
+        #: and what the guest sees is what that file has: zeros are written there
+        self.raw_data_file = header.raw_data_file
+        #: where guest data go: ``stores[data_role]``
+        self.data_role = "data-file" if self.has_data_file else "file"
+        self.stores: Mapping[str, BlockIO] = children
         self.max_tables = max(4, min(max_tables, MAX_TABLES))
         self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
         #: called when something became dirty; set by ``commit``
@@ -178,6 +192,11 @@ class Metadata:
     def file(self) -> BlockIO:
         """The node with the image."""
         return self.children["file"]
+
+    @property
+    def data(self) -> BlockIO:
+        """What holds the data of guest clusters, at the offsets of their entries."""
+        return self.stores[self.data_role]
 
     def _register_tables(self) -> None:
         """Make all metadata known to the allocator; find L1 entries that cannot be."""
@@ -283,7 +302,11 @@ class Metadata:
         else:
             words = entries = from_disk(data)
         table = L2Table(l1_index, host_offset, entries, bitmaps, exclusive=exclusive, is_new=False)
-        table.bad = self.bad_entries(words)
+        if self.has_data_file:
+            bad = bad_data_file_entries(words, self.geometry, l1_index)
+            table.bad = frozenset(bad.tolist())
+        else:
+            table.bad = self.bad_entries(words)
         if bitmaps is not None:
             table.bad |= frozenset(subclusters.bad_bitmaps(words, bitmaps).tolist())
         return table
@@ -323,6 +346,8 @@ class Metadata:
         Entries were checked when their table was loaded, but in an image whose refcounts lie, what
         is data to one entry may have been freed by another and hold a table since then.
         """
+        if self.has_data_file:
+            return
         bits = self.geometry.cluster_bits
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
         if not self.refcounts.metadata.added.isdisjoint(range(first, last + 1)):
@@ -448,6 +473,8 @@ class Metadata:
         """(host_offset, clusters) of all that these L2 entries refer to."""
         geometry = self.geometry
         found: list[tuple[int, int]] = []
+        if self.has_data_file:  # only metadata has refcounts
+            return found
         compressed = (entries & np.uint64(COMPRESSED)) != 0
         for entry in entries[compressed].tolist():
             place = compressed_range(entry, geometry)
@@ -497,6 +524,18 @@ class Metadata:
             self.refcounts.touched(host_offset, found)
             self.on_dirty()
             return host_offset, found, fresh
+
+    async def allocate_data(self, cluster: int, count: int) -> tuple[int, int, bool]:
+        """As ``allocate``, for guest clusters from ``cluster`` on, which the caller has claimed."""
+        if self.has_data_file:
+            return cluster << self.geometry.cluster_bits, count, False
+        host_offset, found, fresh = await self.allocate(count)
+        return host_offset, found, fresh and self.stores is self.children
+
+    def free_data(self, host_offset: int, clusters: int) -> None:
+        """What ``allocate_data`` gave is not going to be used."""
+        if not self.has_data_file:
+            self.quarantine.free(host_offset, clusters, unmap=False)
 
     async def allocate_cluster(self) -> int:
         """The host offset of one cluster."""

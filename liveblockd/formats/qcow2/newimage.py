@@ -26,6 +26,7 @@ from liveblockd.formats.qcow2.layout import (
     MAX_DISK_SIZE,
     MAX_L1_BYTES,
     SECTOR,
+    Autoclear,
     Compatible,
     Compression,
     Extension,
@@ -49,6 +50,9 @@ class NewImage:
     lazy_refcounts: bool = False
     extended_l2: bool = False
     compression: Compression = Compression.ZLIB
+    #: the name of the external data file as the header has it, "" for none there
+    data_file: str | None = None
+    data_file_raw: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ def check_options(new: NewImage) -> Geometry:
         )
     if new.backing_format is not None and new.backing_file is None:
         raise BlockError("Backing format cannot be used without backing file")
+    _check_data_file(new)
     geometry = Geometry(new.version, size.bit_length() - 1, bits.bit_length() - 1, new.extended_l2)
     l1_bytes = geometry.l1_size(new.size) * ENTRY_BYTES
     if new.size < 0 or new.size > MAX_DISK_SIZE or l1_bytes > MAX_L1_BYTES:
@@ -106,6 +111,18 @@ def check_options(new: NewImage) -> Geometry:
             errno=EFBIG,
         )
     return geometry
+
+
+def _check_data_file(new: NewImage) -> None:
+    if new.data_file_raw and new.data_file is None:
+        raise BlockError("data-file-raw requires data-file")
+    if new.data_file_raw and new.backing_file is not None:
+        raise BlockError("Backing file and data-file-raw cannot be used at the same time")
+    if new.data_file is not None and new.version < 3:
+        raise BlockError(
+            "External data files are only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
 
 
 def lay_out(new: NewImage) -> Layout:
@@ -140,6 +157,7 @@ def lay_out(new: NewImage) -> Layout:
         refcount_order=geometry.refcount_order,
         incompatible=_incompatible(new),
         compression_type=int(new.compression),
+        autoclear=int(Autoclear.RAW_DATA_FILE) if new.data_file_raw else 0,
         compatible=int(Compatible.LAZY_REFCOUNTS) if new.lazy_refcounts else 0,
         header_length=HEADER_LENGTH_V3 if new.version >= 3 else HEADER_LENGTH_V2,
         backing_file=_encoded(new.backing_file, MAX_BACKING_NAME, "file"),
@@ -154,9 +172,12 @@ def lay_out(new: NewImage) -> Layout:
 
 
 def _incompatible(new: NewImage) -> int:
-    extended = Incompatible.EXTENDED_L2 if new.extended_l2 else 0
-    zlib = new.compression is Compression.ZLIB
-    return int(extended | (0 if zlib else Incompatible.COMPRESSION_TYPE))
+    bits = Incompatible.EXTENDED_L2 if new.extended_l2 else 0
+    if new.compression is not Compression.ZLIB:
+        bits |= Incompatible.COMPRESSION_TYPE
+    if new.data_file is not None:
+        bits |= Incompatible.DATA_FILE
+    return int(bits)
 
 
 def _serialise(header: Header) -> bytes:
@@ -184,6 +205,11 @@ def _extensions(new: NewImage) -> tuple[tuple[int, bytes], ...]:
     backing_format = _encoded(new.backing_format, MAX_BACKING_FORMAT, "format")
     if backing_format is not None:
         found.append((int(Extension.BACKING_FORMAT), backing_format))
+    if new.data_file:
+        name = new.data_file.encode("utf-8", "surrogateescape")
+        if len(name) > MAX_BACKING_NAME or b"\0" in name:
+            raise BlockError("Data file name too long")
+        found.append((int(Extension.DATA_FILE), name))
     if new.version >= 3:
         found.append((int(Extension.FEATURE_NAMES), feature_name_table()))
     return tuple(found)

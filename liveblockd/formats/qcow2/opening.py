@@ -71,8 +71,7 @@ async def open_image(
             "is not installed)",
             errno=ENOTSUP,
         )
-    if header.autoclear & Autoclear.RAW_DATA_FILE:
-        raise BlockError("data-file-raw requires a data file")
+    _check_data_file(header, children)
     check_options(options)
     geometry = header.geometry
     sizes = cache_sizes(options, geometry, header.size)
@@ -101,6 +100,21 @@ async def open_image(
         max_refcount_blocks=sizes.refcount_blocks,
     )
     return Opened(metadata, first_sector, snapshots, snapshots_length)
+
+
+def _check_data_file(header: Header, children: Mapping[str, BlockIO]) -> None:
+    if header.has_data_file:
+        if "data-file" not in children:
+            raise BlockError("'data-file' is required for this image")
+        if children["data-file"] is children["file"]:
+            raise BlockError("The data file of an image cannot be the image itself")
+        if header.raw_data_file and header.backing_file is not None:
+            raise BlockError("Backing file and data-file-raw cannot be used at the same time")
+        return
+    if "data-file" in children:
+        raise BlockError("'data-file' can only be set for images with an external data file")
+    if header.autoclear & Autoclear.RAW_DATA_FILE:
+        raise BlockError("data-file-raw requires a data file")
 
 
 async def _read(file: BlockIO, offset: int, length: int, what: str) -> bytes:

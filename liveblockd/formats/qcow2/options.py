@@ -112,5 +112,3 @@ def check_options(options: Qcow2Options) -> None:
             "No encryption in image header, but options specified format "
             f"'{options.encrypt.get('format')}'"
         )
-    if options.data_file is not None:
-        raise BlockError("'data-file' can only be set for images with an external data file")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liveblockd.formats.qcow2.claims import Claims
-from liveblockd.formats.qcow2.cow import Writer, write_bytes
+from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
 from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
@@ -35,6 +35,8 @@ Zeroes = npt.NDArray[np.bool_]
 
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
 MAX_COPY = 64 << 20
+#: the same where a guest write to one of the clusters would have to wait
+MAX_CLAIMED_COPY = 1 << 20
 
 #: Gives the bytes of one cluster of the request, padded at the end of the disk.
 _Read = Callable[[int], Awaitable[Buffer]]
@@ -104,7 +106,7 @@ class Populator:
         count = -(-len(data) // size)
         zero = np.zeros(count, np.bool_)
         whole = len(data) // size
-        if self._metadata.geometry.has_zero_clusters:
+        if self._has_zero_clusters:
             zero[:whole] = copy_engine.zero_clusters(view[: whole * size], size)
             if whole < count:
                 zero[whole] = copy_engine.is_zero(view[whole * size :])
@@ -113,7 +115,7 @@ class Populator:
             part = view[start * size : (start + clusters) * size]
             if len(part) < clusters * size:
                 part = memoryview(bytes(part).ljust(clusters * size, b"\0"))
-            await write_bytes(self._metadata.file, host_offset, part)
+            await self._writer.put(host_offset, part)
             return None
 
         async def read(start: int) -> Buffer:
@@ -129,14 +131,17 @@ class Populator:
 
         async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
             del start
-            await self._metadata.file.write_zeroes(host_offset, clusters * geometry.cluster_size)
+            length = clusters * geometry.cluster_size
+            if self._metadata.has_data_file:
+                length = min(length, self._writer.disk_size - host_offset)
+            await self._metadata.data.write_zeroes(host_offset, length)
             return None
 
         async def read(start: int) -> Buffer:
             del start
             return bytes(geometry.cluster_size)
 
-        zero = np.full(count, geometry.has_zero_clusters, np.bool_)
+        zero = np.full(count, self._has_zero_clusters, np.bool_)
         await self._populate(offset // geometry.cluster_size, count, zero, fill, read)
 
     async def populate_from(
@@ -146,7 +151,7 @@ class Populator:
         geometry = self._metadata.geometry
         size = geometry.cluster_size
         self._check(offset, length)
-        target = self._metadata.file.host_file()
+        target = self._metadata.data.host_file()
         if source.direct:
             raise OSError(EINVAL, "the source is open for direct I/O")
         direct = target is None or target.direct
@@ -157,17 +162,17 @@ class Populator:
             if direct or part % size:
                 data = await self._workers.run(read_and_close, os.dup(source.fd), at, part)
                 padded = data.ljust(clusters * size, b"\0")
-                await write_bytes(self._metadata.file, host_offset, padded)
+                await self._writer.put(host_offset, padded)
                 return None
             assert target is not None
             zero = await self._workers.run(
                 clone_or_copy, os.dup(source.fd), at, os.dup(target.fd), host_offset, part, size
             )
-            if zero is None or geometry.has_zero_clusters or not zero.any():
+            if zero is None or self._has_zero_clusters or not zero.any():
                 return zero
             # Version 2 has no zero clusters: they need real zeros.
             for index in np.flatnonzero(zero).tolist():
-                await write_bytes(self._metadata.file, host_offset + index * size, bytes(size))
+                await self._writer.put(host_offset + index * size, bytes(size))
             return None
 
         async def read(start: int) -> Buffer:
@@ -178,6 +183,11 @@ class Populator:
 
         count = geometry.clusters(length)
         await self._populate(offset // size, count, np.zeros(count, np.bool_), fill, read)
+
+    @property
+    def _has_zero_clusters(self) -> bool:
+        """Whether zeros need not be written; who reads a raw data file alone must find them."""
+        return self._metadata.geometry.has_zero_clusters and not self._metadata.raw_data_file
 
     def _check(self, offset: int, length: int) -> None:
         """The contract of ``populate``; raises OSError(EINVAL)."""
@@ -192,7 +202,8 @@ class Populator:
         """Make the image hold the clusters from ``first`` on; those in ``zero`` read as zeros."""
         metadata, claims = self._metadata, self._claims
         entries = metadata.geometry.l2_entries
-        limit = max(1, MAX_COPY >> metadata.geometry.cluster_bits)
+        limit = MAX_CLAIMED_COPY if metadata.has_data_file else MAX_COPY
+        limit = max(1, limit >> metadata.geometry.cluster_bits)
         done = 0
         while done < count:
             cluster = first + done
@@ -266,28 +277,34 @@ class Populator:
         metadata, claims = self._metadata, self._claims
         size = metadata.geometry.cluster_size
         table.pins += 1
+        claim = None
+        if metadata.has_data_file:
+            # The copy goes where a guest write would go: here that has to wait.
+            claim = claims.take(cluster, count)
         try:
-            host_offset, count, _ = await metadata.allocate(count)
+            host_offset, count, _ = await metadata.allocate_data(cluster, count)
             try:
                 zero = await fill(start, count, host_offset)
             except OSError:
-                metadata.quarantine.free(host_offset, count, unmap=False)
+                metadata.free_data(host_offset, count)
                 raise
             # From here on no await: compare and set.
             wins = table.entries[index : index + count] == 0
             for number in range(count):
-                if len(claims) and cluster + number in claims:
+                if claim is None and len(claims) and cluster + number in claims:
                     wins[number] = False
             written = wins if zero is None else wins & ~zero
             for begin, end in _runs(written):
                 metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
             for begin, end in _runs(~written):
-                metadata.quarantine.free(host_offset + begin * size, end - begin, unmap=False)
+                metadata.free_data(host_offset + begin * size, end - begin)
             if zero is not None:
                 for begin, end in _runs(wins & zero):
                     metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
         finally:
             table.pins -= 1
+            if claim is not None:
+                claims.release(claim)
 
 
 def _run_length(values: Zeroes) -> int:

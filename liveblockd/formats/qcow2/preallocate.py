@@ -52,7 +52,8 @@ async def preallocate(
             for run in np.split(free, breaks):
                 first, count = (int(run[0]), len(run)) if len(run) else (0, 0)
                 while count:
-                    host_offset, found, fresh = await metadata.allocate(count)
+                    guest = cluster + first - index
+                    host_offset, found, fresh = await metadata.allocate_data(guest, count)
                     size = found << geometry.cluster_bits
                     await _prepare(metadata, mode, host_offset, size, fresh=fresh)
                     _publish(metadata, table, first, host_offset, found)
@@ -80,8 +81,15 @@ async def _prepare(
     metadata: Metadata, mode: Preallocation, host_offset: int, length: int, *, fresh: bool
 ) -> None:
     """Make the clusters read as zeros, with as much behind them as ``mode`` wants."""
-    file = metadata.file
+    file = metadata.data
     end = host_offset + length
+    if metadata.has_data_file:
+        if mode is Preallocation.METADATA:
+            return  # what the data file has is what the disk has
+        end = min(end, file.length)
+        length = end - host_offset
+        if length <= 0:
+            return
     if end > file.length:
         await file.truncate(end)
     host = file.host_file()

@@ -95,7 +95,7 @@ class Reader:
     async def _read_part(self, part: _Part) -> Buffer:
         length, kind, host_offset = part.extent
         if kind is ExtentKind.DATA:
-            return await read_bytes(self._metadata.file, host_offset, length)
+            return await read_bytes(self._metadata.data, host_offset, length)
         if kind is ExtentKind.UNALLOCATED:
             return await self.read_backing(part.guest_offset, length)
         if kind is ExtentKind.ZERO:

@@ -41,6 +41,8 @@ async def resize(
     old_size = writer.disk_size
     if size > old_size:
         await _grow_l1(metadata, size)
+        if metadata.has_data_file and metadata.data.length < size:
+            await metadata.data.truncate(size)
     writer.disk_size = size
     try:
         if size > old_size:
@@ -71,6 +73,12 @@ async def _give_back(
         raise
     except OSError as error:
         log.warning("clusters beyond the new end of the disk were not freed: %s", error)
+        return
+    if metadata.has_data_file and metadata.data.length > size:
+        try:
+            await metadata.data.truncate(size)
+        except (OSError, BlockError) as error:
+            log.warning("the data file was not made shorter: %s", error)
 
 
 async def _grow_l1(metadata: Metadata, size: int) -> None:

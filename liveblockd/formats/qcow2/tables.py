@@ -116,6 +116,20 @@ def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
     return np.flatnonzero(bad).astype(np.uint64)
 
 
+def bad_data_file_entries(entries: Entries, geometry: Geometry, l1_index: int) -> Entries:
+    """As ``bad_l2_entries`` where guest data lie in an external file, at their guest offsets.
+
+    The entry of guest offset 0 names offset 0: COPIED alone tells that it is there.
+    """
+    offsets = entries & _U(OFFSET_MASK)
+    there = (offsets != 0) | ((entries & _U(COPIED)) != 0)
+    expected = np.arange(len(entries), dtype=np.uint64) << _U(geometry.cluster_bits)
+    bad = there & (offsets != expected + _U(l1_index * geometry.span))
+    bad |= (entries & _U(COMPRESSED)) != 0
+    flagged = bad_l2_entries(entries & ~_U(COPIED), geometry)
+    return np.union1d(np.flatnonzero(bad), flagged).astype(np.uint64)
+
+
 def repeated(values: Entries) -> Flags:
     """Which of the values are there more than once."""
     order = np.sort(values)

@@ -12,6 +12,7 @@ Errors: OSError, ENOTSUP where ``fast_only`` cannot be had; ``DamageError``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from errno import ENOTSUP
@@ -29,6 +30,8 @@ from liveblockd.storage.driver import ExtentKind
 
 #: zeros that are written at a time where there are no zero clusters (version 2)
 PIECE = 1 << 20
+#: clusters of an external data file that are erased at a time
+MAX_ERASED = 1024
 #: new entries for old ones
 _Change = Callable[[Entries], Entries]
 
@@ -160,7 +163,8 @@ class Eraser:
         bits = self._metadata.geometry.cluster_bits
         partial = self._partial(first, last)
         for start, stop in partial:
-            if not await self._zero_part(start, stop, may_unmap=may_unmap):
+            raw = self._metadata.raw_data_file  # which must have the zeros
+            if raw or not await self._zero_part(start, stop, may_unmap=may_unmap):
                 await self._write(start, stop)  # of a compressed cluster
         inner, outer = self._metadata.geometry.clusters(first), last >> bits
         if inner < outer:
@@ -213,7 +217,7 @@ class Eraser:
         begin, stop = self._whole(offset, offset + length)
         if begin >= stop:
             return
-        if geometry.extended_l2:
+        if geometry.extended_l2 and not self._metadata.raw_data_file:
             for part in self._partial(begin, stop):
                 await self._zero_part(*part, may_unmap=not self._keep_on_discard)
         size = geometry.cluster_size
@@ -250,11 +254,41 @@ class Eraser:
             if held is not None:
                 await self._claims.wait(held)
                 continue
-            self._change_table(table, index, part, change, unmap=unmap)
+            if metadata.has_data_file and change != _unallocate:
+                part = min(part, MAX_ERASED)
+                await self._change_data_file(table, cluster, part, change, unmap=unmap)
+            else:
+                self._change_table(table, index, part, change, unmap=unmap)
             cluster += part
             count -= part
             if count:
                 await asyncio.sleep(0)  # a table may take 100 us, and there may be thousands
+
+    async def _change_data_file(
+        self, table: L2Table, cluster: int, count: int, change: _Change, *, unmap: bool
+    ) -> None:
+        """The same with an external data file: nobody may write there while it is erased."""
+        metadata = self._metadata
+        bits = metadata.geometry.cluster_bits
+        index = cluster & (metadata.geometry.l2_entries - 1)
+        if metadata.raw_data_file:
+            change = self._zero_keep
+        claim = self._claims.take(cluster, count)
+        table.pins += 1
+        try:
+            file = metadata.children[metadata.data_role]
+            end = self._writer.disk_size if metadata.raw_data_file else file.length
+            length = min(count << bits, end - (cluster << bits))
+            unmap = unmap and self._unmap_requests
+            if metadata.raw_data_file and length > 0:
+                await metadata.data.write_zeroes(cluster << bits, length, may_unmap=unmap)
+            elif unmap and length > 0 and change == self._zero_unmap:
+                with contextlib.suppress(OSError):  # a wish only
+                    await file.discard(cluster << bits, length)
+            self._change_table(table, index, count, change, unmap=False)
+        finally:
+            table.pins -= 1
+            self._claims.release(claim)
 
     async def _skip_missing(self, cluster: int, count: int, part: int) -> int:
         """Clusters of spans without an L2 table: unallocated, which is as good as zeros here."""
