@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import abc
 import enum
+import os
 from collections.abc import Callable, Mapping, Sequence
+from errno import ENOTSUP
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from liveblockd.errors import BlockError
@@ -324,6 +326,14 @@ class BlockDriver(abc.ABC):
     async def apply_snapshot(self, snapshot_id: str) -> None:
         """Make the disk what it was, size included; no user may be above. Durable on return."""
         raise BlockError("Operation not supported", errno=95)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """As ``write``, compressed where the format can and it saves space.
+
+        ``offset`` and length are multiples of ``cluster_size`` (the last cluster of the disk may be
+        short), else OSError(EINVAL); OSError(ENOTSUP) where there is no compression.
+        """
+        raise OSError(ENOTSUP, os.strerror(ENOTSUP))
 
     # -- description
 

@@ -166,6 +166,8 @@ class Refcounts:
         self._bad = flags_at(bad_refcount_table_entries(table, geometry), len(table))
         #: first cluster index that the file has never reached; see ``is_fresh``
         self.high_water = 0
+        #: host offset behind compressed data, in a cluster that has room for more; 0: none has
+        self.packed_end = 0
 
     @property
     def table_clusters(self) -> int:
@@ -290,6 +292,35 @@ class Refcounts:
             self._first_free = start + count
         self._claim(start, count)
         return start << self.geometry.cluster_bits
+
+    def allocate_bytes(self, length: int) -> int:
+        """The host offset of less than a cluster of bytes, at any alignment, for compressed data.
+
+        Every cluster that they touch counts one reference more. Raises BlockNeeded.
+        """
+        bits, size = self.geometry.cluster_bits, self.geometry.cluster_size
+        assert 0 < length < size
+        start = self.packed_end
+        cluster = start >> bits
+        if start and self.refcount(cluster) >= self.geometry.refcount_max:
+            start = 0
+        if not start or length > size - start % size:
+            new, _ = self.allocate(1)
+            self.touched(new, 1)
+            if not start or new >> bits != cluster + 1:
+                self.packed_end = new + length
+                return new
+        index, within = divmod(cluster, self.geometry.refcounts_per_block)
+        block = self.blocks[index]
+        block.fill(within, 1, int(block.counts[within]) + 1)
+        end = start + length
+        self.packed_end = end if end % size else 0
+        return start
+
+    def stop_packing(self, cluster: int, count: int) -> None:
+        """No more compressed data goes to these clusters: one of them may be freed."""
+        if cluster <= self.packed_end >> self.geometry.cluster_bits < cluster + count:
+            self.packed_end = 0
 
     def is_fresh(self, host_offset: int) -> bool:
         """Whether the file never reached ``host_offset``: reads as zeros. Call after allocating."""

@@ -465,6 +465,7 @@ class Committer:
         metadata = self.metadata
         refcounts = metadata.refcounts
         cluster = item.host_offset >> metadata.geometry.cluster_bits
+        refcounts.stop_packing(cluster, item.clusters)
         if item.unmap:
             await self._unmap(cluster, item.clusters)
         while True:

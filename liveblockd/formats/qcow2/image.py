@@ -38,6 +38,7 @@ from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
 from liveblockd.formats.qcow2.metadata import L2Table
 from liveblockd.formats.qcow2.opening import Opened, open_image, read_header
 from liveblockd.formats.qcow2.options import Qcow2Options
+from liveblockd.formats.qcow2.packing import Packer
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
@@ -112,6 +113,7 @@ class Qcow2(Management, Described):
         self._populator = Populator(
             metadata, self._claims, self._writer, self._eraser, environment.workers
         )
+        self._packer = Packer(metadata, self._claims, self._writer, environment.workers)
         self._snapshots = SnapshotStore(
             metadata, self._committer, opened.snapshots, opened.snapshots_length
         )
@@ -422,6 +424,11 @@ class Qcow2(Management, Described):
         """See ``BlockDriver.populate_from``."""
         self._check_writable()
         await self._run(self._populator.populate_from, offset, length, source, source_offset)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """See ``BlockDriver.write_compressed``."""
+        self._check_writable()
+        await self._run(self._packer.write, offset, memoryview(data))
 
     # -- running what changes entries
 

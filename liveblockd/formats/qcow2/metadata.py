@@ -448,7 +448,10 @@ class Metadata:
         count = len(entries)
         old = table.entries[first : first + count].copy()
         kept = np.uint64(OFFSET_MASK | COMPRESSED)
-        changed = ((old & kept) != (entries & kept)) & ((old & kept) != 0)
+        changed = (old & kept) != (entries & kept)
+        # Of compressed data every bit says where it lies: two may begin in one sector.
+        changed |= ((old & np.uint64(COMPRESSED)) != 0) & (old != entries)
+        changed &= (old & kept) != 0
         freed = self._host_ranges(old[changed]) if changed.any() else []
         self._check_freed(freed)
         table.entries[first : first + count] = entries

@@ -209,8 +209,8 @@ class Guest:
 
     async def step(self) -> None:
         kind = self.rng.choices(
-            ("write", "read", "discard", "zero", "flush", "populate", "map"),
-            (10, 8, 2, 3, 1.5, 4, 1),
+            ("write", "read", "discard", "zero", "flush", "populate", "map", "compressed"),
+            (10, 8, 2, 3, 1.5, 4, 1, 2),
         )[0]
         await getattr(self, kind)()
 
@@ -222,6 +222,18 @@ class Guest:
         try:
             if not self.image.write_nowait(offset, data):
                 await self.image.write(offset, data)
+        except OSError:
+            self.failed += 1
+            operation.surely = False
+        operation.end = self.history.now()
+
+    async def compressed(self) -> None:
+        assert self.image.cluster_size is not None
+        offset, length = self._range(self.image.cluster_size)
+        self.values += 1
+        operation = self.history.begin(offset, length, self.values)
+        try:
+            await self.image.write_compressed(offset, pattern(self.values, length))
         except OSError:
             self.failed += 1
             operation.surely = False
