@@ -43,6 +43,11 @@ BackingMembers: TypeAlias = Mapping[str, Any] | None
 
 #: images in one chain; each costs descriptors, and a read may pass through all of them
 MAX_DEPTH: Final = 200
+#: nodes that one image may bring with it: a ``json:`` name may hide a chain in a file child, which
+#: may lead to the same image again, and every look at a format opens nodes
+MAX_NODES: Final = 4 * MAX_DEPTH
+#: nodes within nodes, through file children and backing options (not the links that headers name)
+MAX_NESTING: Final = 64
 PREFIX: Final = "Could not open backing file: "
 
 log = logging.getLogger(__name__)
@@ -100,12 +105,36 @@ def check_depth(overlay: Node, backing: Node) -> None:
         raise ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
 
 
+class _Budget:
+    """How much one call of ``Graph.open`` may still do, looks at formats included."""
+
+    def __init__(self) -> None:
+        self.nodes = MAX_NODES
+        self.nesting = 0
+
+    def enter(self) -> None:
+        """A node is opened within another; ``leave`` when that is done."""
+        if self.nesting >= MAX_NESTING:
+            raise ChainError(f"block nodes are nested more than {MAX_NESTING} deep")
+        self.nesting += 1
+
+    def leave(self) -> None:
+        self.nesting -= 1
+
+    def take_node(self) -> None:
+        """One more node, whether it stays or not."""
+        if not self.nodes:
+            raise ChainError(f"the images refer to more than {MAX_NODES} block nodes")
+        self.nodes -= 1
+
+
 class Opener:
     """One call of ``Graph.open``: it remembers what it made, to undo it."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, budget: _Budget | None = None) -> None:
         self.graph = graph
         self.made: list[Node] = []
+        self._budget = budget or _Budget()
 
     async def open(
         self, options: BlockdevOptions, *, probed: bool, backing_members: BackingMembers
@@ -145,6 +174,15 @@ class Opener:
         self, options: BlockdevOptions, parent: Node | None, role: str, members: BackingMembers
     ) -> Node:
         """A node and its backing chain; the links that headers name are followed in a loop."""
+        self._budget.enter()
+        try:
+            return await self._open_chain(options, parent, role, members)
+        finally:
+            self._budget.leave()
+
+    async def _open_chain(
+        self, options: BlockdevOptions, parent: Node | None, role: str, members: BackingMembers
+    ) -> Node:
         top = node = await self._open_one(options, parent, role)
         links: list[tuple[Node, str, Node]] = []
         seen = [_identity(top)]
@@ -174,6 +212,7 @@ class Opener:
     async def _open_one(self, given: BlockdevOptions, parent: Node | None, role: str) -> Node:
         """A node with all its children but the backing node."""
         graph = self.graph
+        self._budget.take_node()
         driver_class = find_driver(given.driver)
         options = inherited(given, parent, role)
         name = given.node_name
@@ -310,7 +349,7 @@ class Opener:
             options = options.model_copy(update={"read_only": True})
         if options.node_name is not None:
             options = options.model_copy(update={"node_name": None})
-        inner = Opener(self.graph)
+        inner = Opener(self.graph, self._budget)
         try:
             node = await inner._open_with_chain(options, None, "", None)
             return await probe_node(node)
