@@ -12,6 +12,7 @@ from liveblockd.graph import chain, info
 from liveblockd.graph.node import Operation
 from liveblockd.graph.reopen import reopen
 from liveblockd.qapi import QapiModel, UInt64
+from liveblockd.qmp.block_info import BlockDeviceInfo, BlockInfo, BlockStats
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import NoArguments, command
 from liveblockd.storage.options import BlockdevOptions
@@ -98,20 +99,20 @@ async def blockdev_set_active(context: Context, arguments: BlockdevSetActive) ->
         raise BlockError("Inactive block nodes are not supported")
 
 
-@command("query-named-block-nodes", args=Flat, returns=list[dict[str, Any]], query=True)
+@command("query-named-block-nodes", args=Flat, returns=list[BlockDeviceInfo], query=True)
 async def query_named_block_nodes(context: Context, arguments: Flat) -> list[dict[str, Any]]:
     """All nodes, newest first."""
     nodes, query = reversed(context.graph.nodes.values()), info.Query(flat=arguments.flat)
     return [info.block_device_info(n, query=query) for n in nodes if n.opened]
 
 
-@command("query-block", args=Flat, returns=list[dict[str, Any]], query=True)
+@command("query-block", args=Flat, returns=list[BlockInfo], query=True)
 async def query_block(context: Context, arguments: Flat) -> list[dict[str, Any]]:
     """All drives."""
     return [info.block_info(d, flat=arguments.flat) for d in context.graph.drives.values()]
 
 
-@command("query-blockstats", args=QueryBlockstats, returns=list[dict[str, Any]], query=True)
+@command("query-blockstats", args=QueryBlockstats, returns=list[BlockStats], query=True)
 async def query_blockstats(context: Context, arguments: QueryBlockstats) -> list[dict[str, Any]]:
     """Counters of drives, or of nodes."""
     graph = context.graph
