@@ -34,6 +34,7 @@ from liveblockd.exports.registry import ExportRegistry
 from liveblockd.graph.graph import Graph
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qmp import registry
+from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.registry import Environment
@@ -79,7 +80,11 @@ class Daemon:
         registry.load()
         self._publisher = Publisher()
         self._workers = WorkerPool()
-        environment = Environment(workers=self._workers, publisher=self._publisher)
+        environment = Environment(
+            workers=self._workers,
+            publisher=self._publisher,
+            secret=lambda name: object_registry(self._context).secret(name),
+        )
         self._graph = Graph(environment)
         self._scheduler = Scheduler(self._publisher)
         self._exports = ExportRegistry(self._publisher, GraphBackends(self._graph))

@@ -70,7 +70,7 @@ def block_device_info(
         "drv": node.driver_class.driver_name,
         "file": filenames.filename(node, query.names),
         "ro": node.read_only,
-        "encrypted": False,
+        "encrypted": node.driver.encrypted,
         "active": True,
         "children": [
             {"child": role, "node-name": edge.child.name} for role, edge in node.children.items()
@@ -108,6 +108,8 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
         info["actual-size"] = size
     if driver.cluster_size:
         info["cluster-size"] = driver.cluster_size
+    if driver.encrypted:
+        info["encrypted"] = True
     if info["format"] not in _UNKNOWING:
         info["dirty-flag"] = driver.dirty_flag()
     with contextlib.suppress(BlockError):  # a format without internal snapshots

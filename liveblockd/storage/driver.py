@@ -240,6 +240,11 @@ class BlockDriver(abc.ABC):
         """The host file whose offsets equal this driver's offsets, if there is one."""
         return None
 
+    @property
+    def encrypted(self) -> bool:
+        """What the file holds is not what is read here."""
+        return False
+
     def data_host_file(self) -> HostFile | None:
         """The host file to which the ``host_offset`` of DATA extents refers, if there is one."""
         file = self.children.get("file")

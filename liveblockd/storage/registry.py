@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -21,6 +21,10 @@ from liveblockd.events import Publisher
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import BlockDriver, BlockIO
 from liveblockd.storage.options import BlockdevOptions, option_models
+
+
+def _no_secret(name: str) -> bytes:
+    raise BlockError(f"No secret with id '{name}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Environment:
     node_name: str = ""
     #: name of the ``file`` child as QEMU shows it, for relative backing names; "" without one
     filename: str = ""
+    #: the bytes of a ``secret`` object by its id; raises BlockError
+    secret: Callable[[str], bytes] = _no_secret
 
 
 class OpenableDriver(Protocol):

@@ -35,12 +35,13 @@ async def create_qcow2(
     data_file: BlockIO | None = None,
     data_file_name: str = "",
     data_file_raw: bool = False,
+    crypto_header: bytes = b"",
 ) -> None:
     """Make ``file`` an empty qcow2 image of ``size`` bytes; what the file had is lost.
 
     ``compression``: ``zlib`` or ``zstd``. ``data_file``: where guest data go instead; it is made as
     long as the disk, and what a raw one has is what the disk has. The header states its name, if
-    one is given. Raises BlockError, OSError.
+    one is given. ``crypto_header``: of ``luks.new_luks``. Raises BlockError, OSError.
     """
     if preallocation not in list(Preallocation):
         raise BlockError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
@@ -49,6 +50,8 @@ async def create_qcow2(
         raise BlockError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
+    if crypto_header and (data_file_raw or mode is not Preallocation.OFF):
+        raise BlockError("Encrypted images are made without preallocation and raw data files")
     if data_file_raw and mode is Preallocation.OFF:
         mode = Preallocation.METADATA  # who reads the raw file and who reads the image see the same
     layout = lay_out(
@@ -64,6 +67,7 @@ async def create_qcow2(
             compression=Compression[compression.upper()],
             data_file=None if data_file is None else data_file_name,
             data_file_raw=data_file_raw,
+            crypto_header=crypto_header,
         )
     )
     if data_file is not None:

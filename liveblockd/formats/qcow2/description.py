@@ -40,6 +40,11 @@ class Described(BlockDriver):
         size = self._metadata.header.size
         return [snapshot.info(size) for snapshot in self._snapshots.snapshots]
 
+    @property
+    def encrypted(self) -> bool:
+        """See ``BlockDriver``."""
+        return bool(self._metadata.header.crypt_method)
+
     def data_host_file(self) -> HostFile | None:
         """See ``BlockDriver``: none where data are encrypted."""
         return self._metadata.data.host_file()

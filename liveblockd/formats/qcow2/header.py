@@ -299,7 +299,7 @@ def _parse_extensions(data: bytes, start: int, end: int) -> tuple[tuple[int, byt
 def check_supported(header: Header, *, read_only: bool) -> None:
     """Refuse, by name, what this engine does not do; raises BlockError."""
     refused = []
-    if header.crypt_method:
+    if header.crypt_method == Crypt.AES:
         refused.append(f"{Crypt(header.crypt_method).name} encryption")
     if refused:
         raise BlockError(f"Unsupported qcow2 feature(s): {', '.join(refused)}", errno=ENOTSUP)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted
+from liveblockd.formats.ciphers import SectorCipher
 from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.check import CheckResult
 from liveblockd.formats.qcow2.checking import check_image, repair_dirty
@@ -31,6 +32,7 @@ from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
+from liveblockd.formats.qcow2.encrypted import EncryptedStore, unlock_image
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear
 from liveblockd.formats.qcow2.management import Management
@@ -78,12 +80,14 @@ class Qcow2(Management, Described):
         opened: Opened,
         *,
         autosync: float | None,
+        cipher: SectorCipher | None = None,
     ) -> None:
         self.children = children
         self.read_only = True
         self._options = options
         self._environment = environment
         self._autosync = autosync
+        self._cipher = cipher
         self._lazy_refcounts = options.lazy_refcounts
         self._tasks: set[asyncio.Task[None]] = set()
         self._damaged = False
@@ -94,6 +98,10 @@ class Qcow2(Management, Described):
         """The parts, for what was read from the disk; nothing is dirty."""
         options, children, environment = self._options, self.children, self._environment
         metadata = opened.metadata
+        if self._cipher is not None:
+            role = metadata.data_role
+            store = EncryptedStore(children, role, self._cipher, environment.workers)
+            metadata.stores = {role: store}
         geometry = metadata.geometry
         self.cluster_size = geometry.cluster_size
         self._metadata = metadata
@@ -145,7 +153,9 @@ class Qcow2(Management, Described):
         """
         read_only = bool(options.read_only)
         opened = await open_image(options, children, read_only=read_only)
-        self = cls(options, children, environment, opened, autosync=autosync)
+        header = opened.metadata.header
+        cipher = await unlock_image(header, options.encrypt, children, environment)
+        self = cls(options, children, environment, opened, autosync=autosync, cipher=cipher)
         await self._bitmaps.read()
         if not read_only:
             await self._begin_writing()

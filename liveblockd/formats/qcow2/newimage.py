@@ -9,6 +9,7 @@ Errors: ``BlockError`` in the words of qemu-img.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
 from errno import EFBIG, ENOSPC
 
@@ -29,6 +30,7 @@ from liveblockd.formats.qcow2.layout import (
     Autoclear,
     Compatible,
     Compression,
+    Crypt,
     Extension,
     Geometry,
     Incompatible,
@@ -53,6 +55,8 @@ class NewImage:
     #: the name of the external data file as the header has it, "" for none there
     data_file: str | None = None
     data_file_raw: bool = False
+    #: a LUKS header: the image is encrypted
+    crypto_header: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,9 @@ def lay_out(new: NewImage) -> Layout:
     l1_clusters = geometry.clusters(l1_size * ENTRY_BYTES)
     table_clusters = blocks = 1
     while True:  # the tables must describe themselves
-        total = 1 + table_clusters + blocks + l1_clusters
+        total = (
+            1 + table_clusters + blocks + l1_clusters + geometry.clusters(len(new.crypto_header))
+        )
         needed_blocks = -(-total // geometry.refcounts_per_block)
         needed_clusters = geometry.clusters(needed_blocks * ENTRY_BYTES)
         if (needed_blocks, needed_clusters) == (blocks, table_clusters):
@@ -142,6 +148,7 @@ def lay_out(new: NewImage) -> Layout:
     table_offset = size
     blocks_offset = table_offset + table_clusters * size
     l1_offset = blocks_offset + blocks * size
+    crypto_offset = l1_offset + l1_clusters * size
     table = np.zeros(table_clusters * geometry.table_entries, np.uint64)
     table[:blocks] = np.arange(blocks, dtype=np.uint64) * np.uint64(size) + np.uint64(blocks_offset)
     counts = np.zeros(blocks * geometry.refcounts_per_block, np.uint64)
@@ -155,18 +162,20 @@ def lay_out(new: NewImage) -> Layout:
         refcount_table_offset=table_offset,
         refcount_table_clusters=table_clusters,
         refcount_order=geometry.refcount_order,
+        crypt_method=int(Crypt.LUKS if new.crypto_header else Crypt.NONE),
         incompatible=_incompatible(new),
         compression_type=int(new.compression),
         autoclear=int(Autoclear.RAW_DATA_FILE) if new.data_file_raw else 0,
         compatible=int(Compatible.LAZY_REFCOUNTS) if new.lazy_refcounts else 0,
         header_length=HEADER_LENGTH_V3 if new.version >= 3 else HEADER_LENGTH_V2,
         backing_file=_encoded(new.backing_file, MAX_BACKING_NAME, "file"),
-        extensions=_extensions(new),
+        extensions=_extensions(new, crypto_offset),
     )
     tables = (
         Write(table_offset, to_disk(table)),
         Write(blocks_offset, pack_counts(counts, geometry.refcount_order)),
         Write(l1_offset, bytes(l1_clusters * size)),
+        *((Write(crypto_offset, new.crypto_header),) if new.crypto_header else ()),
     )
     return Layout(_serialise(header).ljust(size, b"\0"), tables)
 
@@ -200,11 +209,14 @@ def _encoded(text: str | None, limit: int, what: str) -> bytes | None:
     return data or None
 
 
-def _extensions(new: NewImage) -> tuple[tuple[int, bytes], ...]:
+def _extensions(new: NewImage, crypto_offset: int) -> tuple[tuple[int, bytes], ...]:
     found: list[tuple[int, bytes]] = []
     backing_format = _encoded(new.backing_format, MAX_BACKING_FORMAT, "format")
     if backing_format is not None:
         found.append((int(Extension.BACKING_FORMAT), backing_format))
+    if new.crypto_header:
+        place = struct.pack(">QQ", crypto_offset, len(new.crypto_header))
+        found.append((int(Extension.ENCRYPTION), place))
     if new.data_file:
         name = new.data_file.encode("utf-8", "surrogateescape")
         if len(name) > MAX_BACKING_NAME or b"\0" in name:

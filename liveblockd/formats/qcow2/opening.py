@@ -14,6 +14,7 @@ from typing import NamedTuple
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.allocator import Refcounts
 from liveblockd.formats.qcow2.compression import HAS_ZSTD
+from liveblockd.formats.qcow2.encrypted import crypto_header_place
 from liveblockd.formats.qcow2.header import Header, check_supported, parse
 from liveblockd.formats.qcow2.layout import (
     ENTRY_BYTES,
@@ -23,6 +24,7 @@ from liveblockd.formats.qcow2.layout import (
     SECTOR,
     Autoclear,
     Compression,
+    Crypt,
 )
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.options import Qcow2Options, cache_sizes, check_options
@@ -72,7 +74,7 @@ async def open_image(
             errno=ENOTSUP,
         )
     _check_data_file(header, children)
-    check_options(options)
+    check_options(options, encrypted=bool(header.crypt_method))
     geometry = header.geometry
     sizes = cache_sizes(options, geometry, header.size)
     l1 = from_disk(
@@ -91,6 +93,9 @@ async def open_image(
     if sum(clusters for _, clusters in l1_tables) <= MAX_GUARDED_CLUSTERS:
         for offset, clusters in l1_tables:
             refcounts.add_metadata(offset, clusters)
+    if header.crypt_method == Crypt.LUKS:
+        place, length = crypto_header_place(header, file.length)
+        refcounts.add_metadata(place, geometry.clusters(length))
     metadata = Metadata(
         children,
         header,

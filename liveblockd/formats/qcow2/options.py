@@ -105,9 +105,9 @@ def cache_sizes(options: Qcow2Options, geometry: Geometry, disk_size: int) -> Ca
     return CacheSizes(l2 // geometry.cluster_size, refcount // geometry.cluster_size)
 
 
-def check_options(options: Qcow2Options) -> None:
+def check_options(options: Qcow2Options, *, encrypted: bool) -> None:
     """Refuse what this engine does not do; raises BlockError."""
-    if options.encrypt is not None:
+    if options.encrypt is not None and not encrypted:
         raise BlockError(
             "No encryption in image header, but options specified format "
             f"'{options.encrypt.get('format')}'"

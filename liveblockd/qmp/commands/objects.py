@@ -17,6 +17,7 @@ from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.qapi import QapiModel, members, to_qmp
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
+from liveblockd.qmp.secrets import load_secret
 
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
@@ -190,6 +191,7 @@ class ObjectRegistry:
     def __init__(self) -> None:
         self._objects: dict[str, ObjectOptions] = {}
         self._references: dict[str, int] = {}
+        self._secrets: dict[str, bytes] = {}
 
     def add(self, options: ObjectOptions) -> None:
         """Keep a new object."""
@@ -199,8 +201,8 @@ class ObjectRegistry:
             raise BlockError(
                 f"attempt to add duplicate property '{options.id}' to object (type 'container')"
             )
-        if isinstance(options, Secret) and (options.data is None) == (options.file is None):
-            raise BlockError("A secret needs 'data' or 'file', and not both")
+        if isinstance(options, Secret):
+            self._secrets[options.id] = load_secret(options, self.secret)
         self._objects[options.id] = options
 
     def remove(self, name: str) -> None:
@@ -211,6 +213,7 @@ class ObjectRegistry:
                 raise BlockError(f"Cannot delete throttle group '{name}' with active references")
             raise BlockError(f"object '{name}' is in use, can not be deleted")
         del self._objects[name]
+        self._secrets.pop(name, None)
 
     def find(self, name: str) -> ObjectOptions:
         """The object ``name``."""
@@ -223,6 +226,14 @@ class ObjectRegistry:
         """The object if there is one of this type."""
         options = self._objects.get(name)
         return options if options is not None and options.qom_type == qom_type else None
+
+    def secret(self, name: str) -> bytes:
+        """What the secret ``name`` holds."""
+        if name not in self._objects:
+            raise BlockError(f"No secret with id '{name}'")
+        if name not in self._secrets:
+            raise BlockError(f"Object with id '{name}' is not a secret")
+        return self._secrets[name]
 
     def reference(self, name: str) -> None:
         """Keep ``name`` from being removed; once for each ``release``."""
