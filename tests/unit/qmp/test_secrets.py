@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from liveblockd.errors import BlockError
+from liveblockd.qapi import parse
 from liveblockd.qmp.commands.objects import ObjectRegistry, Secret
 
 
 def secret(name: str = "s", **members: str) -> Secret:
-    return Secret(qom_type="secret", id=name, **members)
+    return parse(Secret, {"qom-type": "secret", "id": name, **members})
 
 
 def value(**members: str) -> bytes:
