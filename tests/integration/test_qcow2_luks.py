@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 from pathlib import Path
@@ -211,3 +212,21 @@ def test_stream_into_and_out_of_an_encrypted_image(tmp_path: Path) -> None:
     assert check_plain(top) == {}
     check(mid)
     assert expected[:4096] not in mid.read_bytes()
+
+
+async def test_parts_of_one_sector_at_the_same_time() -> None:
+    """Neither undoes the other, whether the other one is whole sectors or not."""
+    file = await new_qcow2(size=64 * K, crypto_header=new_luks(b"swordfish", iter_time=1))
+    image = await open_luks(file)
+    await image.write(0, bytes(64 * K))
+    file.nowait = False
+
+    async def slow() -> None:
+        await asyncio.sleep(0.005)
+
+    file.hook = lambda op, offset, length: slow()
+    await asyncio.gather(*(image.write(n * 50, bytes([n + 1]) * 50) for n in range(40)))
+    file.hook, file.nowait = None, True
+    expected = b"".join(bytes([n + 1]) * 50 for n in range(40))
+    assert bytes(await image.read(0, 2000)) == expected
+    await image.close()
