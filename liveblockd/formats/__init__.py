@@ -7,6 +7,7 @@ import importlib
 #: format drivers, imported by ``load_formats``; the import registers them
 FORMAT_MODULES = (
     "liveblockd.formats.raw",
+    "liveblockd.formats.foreign",
     "liveblockd.formats.qcow2.image",
 )
 
