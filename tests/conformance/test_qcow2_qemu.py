@@ -448,27 +448,6 @@ async def test_no_qcow2_at_all() -> None:
             await open_qcow2(MemoryDriver.of(data))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("data_file=data.raw", "external data file"),
-    ],
-)
-async def test_features_that_are_not_done_yet(
-    tmp_path: Path, options: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "1M"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"this qemu-img does not do {options}")
-    disk = MemoryDriver.of((tmp_path / "a.qcow2").read_bytes())
-    with pytest.raises(BlockError, match=words):
-        await open_qcow2(disk)
-
-
 @pytest.mark.parametrize("seed", range(4))
 async def test_power_cuts_of_an_image_with_snapshots(tmp_path: Path, seed: int) -> None:
     """Shared L2 tables and clusters, and compressed ones, are copied before they change."""

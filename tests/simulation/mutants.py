@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
-from liveblockd.formats.qcow2 import cow, populate
+from liveblockd.formats.qcow2 import cow
 from liveblockd.formats.qcow2.allocator import BlockNeeded
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.image import Qcow2
@@ -61,7 +61,6 @@ def _publish_before_data(stack: ExitStack) -> None:
         task.add_done_callback(tasks.discard)
 
     stack.enter_context(mock.patch.object(cow, "write_bytes", mutated))
-    stack.enter_context(mock.patch.object(populate, "write_bytes", mutated))
 
 
 def _header_before_commit(stack: ExitStack) -> None:
