@@ -29,6 +29,7 @@ from liveblockd.formats.qcow2.tables import (
     bad_refcount_table_entries,
     flags_at,
     repeated,
+    shown,
     to_disk,
 )
 from liveblockd.storage.driver import Buffer
@@ -200,7 +201,7 @@ class Refcounts:
         if index < len(self._bad) and self._bad[index]:
             raise DamageError(
                 f"Refblock offset {int(self.table[index]):#x} unaligned "
-                f"(reftable index: {index:#x})",
+                f"(reftable index: {shown(index)})",
             )
         return int(self.table[index]) if index < len(self.table) else 0
 

@@ -46,6 +46,7 @@ from liveblockd.formats.qcow2.tables import (
     flags_at,
     from_disk,
     repeated,
+    shown,
     to_disk,
 )
 from liveblockd.storage.driver import BlockIO, Buffer
@@ -228,11 +229,7 @@ class Metadata:
         """Host offset of an L2 table, 0 where there is none; raises DamageError."""
         if l1_index < len(self.bad_l1) and self.bad_l1[l1_index]:
             offset = self.l1_view[l1_index] & OFFSET_MASK
-            raise DamageError(
-                f"L2 table offset {offset:#x} unaligned or in use (L1 index: {l1_index:#x})",
-                offset=offset,
-                size=self.geometry.cluster_size,
-            )
+            raise self._bad_offset("L2 table", offset, f"L1 index: {shown(l1_index)}")
         return self.l1_view[l1_index] & OFFSET_MASK
 
     def _set_l1(self, l1_index: int, host_offset: int) -> None:
@@ -333,12 +330,36 @@ class Metadata:
                 offset = entry & OFFSET_MASK
                 if entry & COMPRESSED:
                     offset = compressed_range(entry, self.geometry).host_offset
-                raise DamageError(
-                    f"Cluster allocation offset {offset:#x} unaligned or in metadata "
-                    f"(L2 offset: {table.host_offset:#x}, L2 index: {index:#x})",
-                    offset=offset,
-                    size=self.geometry.cluster_size,
-                )
+                where = f"L2 offset: {shown(table.host_offset)}, L2 index: {shown(index)}"
+                raise self._bad_offset("Cluster allocation", offset, where)
+
+    def _bad_offset(self, what: str, offset: int, where: str) -> DamageError:
+        """An entry (``where``) that names ``offset``; of an unaligned one QEMU says no range."""
+        size = self.geometry.cluster_size
+        if offset % size:
+            return DamageError(f"{what} offset {shown(offset)} unaligned ({where})")
+        reason = f"overlaps with {self._use_of(offset)}"
+        return DamageError(
+            f"{what} offset {shown(offset)} invalid ({where}, {reason})", offset=offset, size=size
+        )
+
+    def _use_of(self, host_offset: int) -> str:
+        """What a cluster holds, in QEMU's words."""
+        size = self.geometry.cluster_size
+        refcounts = self.refcounts
+        for name, start, clusters in (
+            ("qcow2_header", 0, 1),
+            ("active L1 table", self.l1_offset, self.l1_clusters),
+            ("refcount table", refcounts.table_offset, refcounts.table_clusters),
+        ):
+            if start <= host_offset < start + clusters * size:
+                return name
+        cluster = np.uint64(host_offset // size * size)
+        if (refcounts.table == cluster).any():
+            return "refcount block"
+        if ((self.l1 & np.uint64(OFFSET_MASK)) == cluster).any():
+            return "active L2 table"
+        return "other metadata or the end of the file"
 
     def check_in_place(self, host_offset: int, length: int) -> None:
         """Raise DamageError if a guest write to the host clusters would hit metadata.
@@ -352,7 +373,7 @@ class Metadata:
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
         if not self.refcounts.metadata.added.isdisjoint(range(first, last + 1)):
             raise DamageError(
-                "Preventing invalid write on metadata (overlaps with a table)",
+                f"Preventing invalid write on metadata (overlaps with {self._use_of(host_offset)})",
                 offset=host_offset,
                 size=length,
             )

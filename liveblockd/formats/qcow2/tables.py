@@ -145,6 +145,11 @@ def host_offset(entry: int) -> int:
     return entry & OFFSET_MASK
 
 
+def shown(number: int) -> str:
+    """A number as QEMU shows it: hexadecimal, but a plain 0."""
+    return f"{number:#x}" if number else "0"
+
+
 class DamageError(OSError):
     """Metadata was found that a sound image cannot have (EIO); who meets it marks the image."""
 

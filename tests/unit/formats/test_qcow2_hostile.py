@@ -44,7 +44,7 @@ async def test_a_compressed_cluster_in_the_refcount_table_is_damage():
     disk = await image_with(lambda l1, table, old: [COMPRESSED | table])
     before = disk.content()
     image, events = await open_and_listen(disk)
-    with pytest.raises(OSError, match="in metadata"):
+    with pytest.raises(OSError, match="overlaps with refcount table"):
         await image.write(0, b"b" * SIZE)
     await image.close()
     assert isinstance(events[0], BlockImageCorrupted)
