@@ -271,7 +271,7 @@ def _check_table(name: str, offset: int, length: int, limit: int, cluster_size: 
     if length > limit:
         raise BlockError(f"{name} too large", errno=EFBIG)
     if length == 0:
-        if offset % cluster_size:
+        if offset % cluster_size or offset >= 1 << 63:
             raise BlockError(f"{name} offset invalid")
         return
     # Cluster 0 is the header: no table may lie there.
