@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM
+from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM, ESHUTDOWN
 from os import strerror
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -73,6 +73,7 @@ class Backend:
         #: called after the node below is another, or has another size
         self.on_change: list[Callable[[], None]] = []
         self._quiesced = 0
+        self._ended = False
         self._resumed: asyncio.Event = asyncio.Event()
         self._resumed.set()
         self._idle_waiters: list[asyncio.Future[None]] = []
@@ -118,6 +119,12 @@ class Backend:
         if not self._quiesced:
             self.rebind()
             self._resumed.set()
+
+    def end(self) -> None:
+        """Quiesce for good: who waits for the end of a quiesce, or comes later, is refused."""
+        self.quiesce()
+        self._ended = True
+        self._resumed.set()
 
     async def idle(self) -> None:
         """Return when nothing is in flight; a cancelled waiter leaves no trace."""
@@ -243,6 +250,8 @@ class Backend:
     async def _enter(self, kind: str, offset: int, length: int) -> None:
         """Wait for the end of a quiesce; refuse what cannot be. No await follows the check."""
         while self._quiesced:
+            if self._ended:
+                raise OSError(ESHUTDOWN, strerror(ESHUTDOWN))
             await self._resumed.wait()
         if offset < 0 or length < 0:
             self._refuse(kind, EINVAL)

@@ -337,7 +337,7 @@ class Graph:
     async def _detach(self, backend: Backend) -> None:
         if backend not in self.backends:
             return
-        backend.quiesce()  # for good
+        backend.end()
         await backend.idle()
         self.backends.remove(backend)
         if self.drives.get(backend.name) is backend:

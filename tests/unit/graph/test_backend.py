@@ -1,7 +1,7 @@
 """What a user of a node sees: bounds, quiesce and drain, statistics, events, zero detection."""
 
 import asyncio
-from errno import EINVAL, EIO, ENOSPC, EPERM
+from errno import EINVAL, EIO, ENOSPC, EPERM, ESHUTDOWN
 from timeit import timeit
 
 import pytest
@@ -67,6 +67,18 @@ async def test_quiesced_requests_wait_and_go_to_the_new_node(world):
     assert other.driver.content()[1 << 16 : (1 << 16) + 3] == b"new"
     assert node.driver.content() == bytes(1 << 16)
     assert bytes(user.read_nowait(1 << 16, 3)) == b"new"
+
+
+async def test_requests_of_a_user_that_is_gone_do_not_wait_for_ever(world):
+    node, user = await disk(world)
+    async with world.graph.drained(node):
+        waiting = asyncio.create_task(user.read(0, 1))
+        await asyncio.sleep(0)
+        await world.graph.detach(user)
+    for request in (waiting, user.write(0, b"x")):
+        with pytest.raises(OSError) as info:
+            await asyncio.wait_for(request, 1)
+        assert info.value.errno == ESHUTDOWN
 
 
 async def test_drain_waits_for_what_is_in_flight(world):
