@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
+from liveblockd.formats.qcow2.damage import bad_offset, use_of
 from liveblockd.formats.qcow2.header import Header
 from liveblockd.formats.qcow2.layout import (
     COMPRESSED,
@@ -229,7 +230,7 @@ class Metadata:
         """Host offset of an L2 table, 0 where there is none; raises DamageError."""
         if l1_index < len(self.bad_l1) and self.bad_l1[l1_index]:
             offset = self.l1_view[l1_index] & OFFSET_MASK
-            raise self._bad_offset("L2 table", offset, f"L1 index: {shown(l1_index)}")
+            raise bad_offset(self, "L2 table", offset, f"L1 index: {shown(l1_index)}")
         return self.l1_view[l1_index] & OFFSET_MASK
 
     def _set_l1(self, l1_index: int, host_offset: int) -> None:
@@ -331,35 +332,7 @@ class Metadata:
                 if entry & COMPRESSED:
                     offset = compressed_range(entry, self.geometry).host_offset
                 where = f"L2 offset: {shown(table.host_offset)}, L2 index: {shown(index)}"
-                raise self._bad_offset("Cluster allocation", offset, where)
-
-    def _bad_offset(self, what: str, offset: int, where: str) -> DamageError:
-        """An entry (``where``) that names ``offset``; of an unaligned one QEMU says no range."""
-        size = self.geometry.cluster_size
-        if offset % size:
-            return DamageError(f"{what} offset {shown(offset)} unaligned ({where})")
-        reason = f"overlaps with {self._use_of(offset)}"
-        return DamageError(
-            f"{what} offset {shown(offset)} invalid ({where}, {reason})", offset=offset, size=size
-        )
-
-    def _use_of(self, host_offset: int) -> str:
-        """What a cluster holds, in QEMU's words."""
-        size = self.geometry.cluster_size
-        refcounts = self.refcounts
-        for name, start, clusters in (
-            ("qcow2_header", 0, 1),
-            ("active L1 table", self.l1_offset, self.l1_clusters),
-            ("refcount table", refcounts.table_offset, refcounts.table_clusters),
-        ):
-            if start <= host_offset < start + clusters * size:
-                return name
-        cluster = np.uint64(host_offset // size * size)
-        if (refcounts.table == cluster).any():
-            return "refcount block"
-        if ((self.l1 & np.uint64(OFFSET_MASK)) == cluster).any():
-            return "active L2 table"
-        return "other metadata or the end of the file"
+                raise bad_offset(self, "Cluster allocation", offset, where)
 
     def check_in_place(self, host_offset: int, length: int) -> None:
         """Raise DamageError if a guest write to the host clusters would hit metadata.
@@ -373,7 +346,7 @@ class Metadata:
         first, last = host_offset >> bits, (host_offset + length - 1) >> bits
         if not self.refcounts.metadata.added.isdisjoint(range(first, last + 1)):
             raise DamageError(
-                f"Preventing invalid write on metadata (overlaps with {self._use_of(host_offset)})",
+                f"Preventing invalid write on metadata (overlaps with {use_of(self, host_offset)})",
                 offset=host_offset,
                 size=length,
             )
