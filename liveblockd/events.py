@@ -120,6 +120,16 @@ class BlockImageCorrupted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockWriteThreshold(Event):
+    """A write went beyond what block-set-write-threshold said; offsets in bytes."""
+
+    name: ClassVar[str] = "BLOCK_WRITE_THRESHOLD"
+    node_name: str
+    amount_exceeded: int
+    write_threshold: int
+
+
+@dataclass(frozen=True, slots=True)
 class BlockExportDeleted(Event):
     """An export is gone."""
 

@@ -20,11 +20,10 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from liveblockd.errors import BlockError
-from liveblockd.events import Event, Publisher
+from liveblockd.events import BlockWriteThreshold, Publisher
 from liveblockd.graph import permissions
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.lock import SurgeryLock, to_its_end
@@ -40,16 +39,6 @@ log = logging.getLogger(__name__)
 MAX_LENGTH = 9223372035781033984
 #: Python calls by which a request goes from one layer of a chain to the next, with room to spare
 CALLS_A_LAYER = 40
-
-
-@dataclass(frozen=True, slots=True)
-class BlockWriteThreshold(Event):
-    """A write went beyond what block-set-write-threshold said; offsets in bytes."""
-
-    name: ClassVar[str] = "BLOCK_WRITE_THRESHOLD"
-    node_name: str
-    amount_exceeded: int
-    write_threshold: int
 
 
 class Graph:
