@@ -206,6 +206,14 @@ class Backend:
         """``write`` and durable."""
         await self.write(offset, data, fua=True)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """``write`` of whole clusters, compressed where the format can; see ``BlockDriver``."""
+        length = len(data)
+        await self._enter("wr", offset, length)
+        await self._run("wr", length, self._store_compressed(offset, data))
+        if offset + length > self.statistics.wr_highest_offset:
+            self.statistics.wr_highest_offset = offset + length
+
     async def write_zeroes(
         self,
         offset: int,
@@ -326,6 +334,14 @@ class Backend:
         if node.write_threshold:
             self.graph.check_write_threshold(node, offset + len(data))
         if fua or self.writethrough:
+            await node.flush()
+
+    async def _store_compressed(self, offset: int, data: Buffer) -> None:
+        node = self.edge.child
+        await node.write_compressed(offset, data)
+        if node.write_threshold:
+            self.graph.check_write_threshold(node, offset + len(data))
+        if self.writethrough:
             await node.flush()
 
     async def _store_zeroes(

@@ -49,6 +49,11 @@ class CopyOnRead(BlockDriver):
         """As the child."""
         await self._child.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """As the child; OSError(ENOTSUP) where it has none."""
+        write = getattr(self._child, "write_compressed", super().write_compressed)
+        await write(offset, data)
+
     async def discard(self, offset: int, length: int) -> None:
         """As the child."""
         await self._child.discard(offset, length)

@@ -258,6 +258,13 @@ class Node:
         finally:
             self.record(offset, length)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """As the driver's."""
+        try:
+            await self.driver.write_compressed(offset, data)
+        finally:
+            self.record(offset, len(data))
+
     async def discard(self, offset: int, length: int) -> None:
         """As the driver's; nothing without ``discard=unmap``."""
         if self._unmaps:
