@@ -18,7 +18,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from errno import EPERM
-from typing import Final
+from typing import Any, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.ciphers import SECTOR, SectorCipher, sector_cipher
@@ -41,8 +41,9 @@ _HASHES: Final = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One key slot that is in use; ``offset`` in bytes from the header."""
+    """One key slot; ``offset`` in bytes from the header."""
 
+    active: bool
     iterations: int
     salt: bytes
     offset: int
@@ -61,7 +62,49 @@ class LuksHeader:
     digest: bytes
     digest_salt: bytes
     digest_iterations: int
+    uuid: str
     slots: tuple[Slot, ...]
+
+    @property
+    def active(self) -> tuple[Slot, ...]:
+        """The slots that are in use."""
+        return tuple(slot for slot in self.slots if slot.active)
+
+    @property
+    def material_bytes(self) -> int:
+        """Bytes of the key material of one slot, as they are on the disk."""
+        return -(-self.key_bytes * STRIPES // SECTOR) * SECTOR
+
+    def describe(self) -> dict[str, Any]:
+        """QCryptoBlockInfoLUKS (qapi/crypto.json)."""
+        chaining, _, generator = self.mode.partition("-")
+        generator, _, generator_hash = generator.partition(":")
+        bits = self.key_bytes * (4 if chaining == "xts" else 8)
+        info: dict[str, Any] = {"ivgen-alg": generator}
+        if generator_hash:
+            info["ivgen-hash-alg"] = generator_hash
+        info |= {
+            "hash-alg": self.hash_name,
+            "cipher-alg": f"{self.cipher}-{bits}",
+            "uuid": self.uuid,
+            "cipher-mode": chaining,
+            "slots": [_describe_slot(slot) for slot in self.slots],
+            "payload-offset": self.payload_offset,
+            "master-key-iters": self.digest_iterations,
+            "detached-header": False,
+        }
+        return info
+
+
+def _describe_slot(slot: Slot) -> dict[str, Any]:
+    if not slot.active:
+        return {"active": False, "key-offset": slot.offset}
+    return {
+        "active": True,
+        "iters": slot.iterations,
+        "key-offset": slot.offset,
+        "stripes": slot.stripes,
+    }
 
 
 def parse_luks(data: bytes) -> LuksHeader:
@@ -69,7 +112,7 @@ def parse_luks(data: bytes) -> LuksHeader:
     if len(data) < HEADER_BYTES or data[:6] != MAGIC:
         raise BlockError("Volume is not in LUKS format")
     (
-        _, version, cipher, mode, hash_name, payload, key_bytes, digest, salt, iterations, _,
+        _, version, cipher, mode, hash_name, payload, key_bytes, digest, salt, iterations, name,
     ) = _HEADER.unpack_from(data)  # fmt: skip
     if version != 1:
         raise BlockError(f"LUKS version {version} is not supported", errno=95)
@@ -78,12 +121,11 @@ def parse_luks(data: bytes) -> LuksHeader:
         active, count, slot_salt, start, stripes = _SLOT.unpack_from(
             data, _HEADER.size + number * _SLOT.size
         )
-        if active == _ACTIVE:
-            found.append(Slot(count, slot_salt, start * SECTOR, stripes))
+        found.append(Slot(active == _ACTIVE, count, slot_salt, start * SECTOR, stripes))
     texts = [_text(cipher), _text(mode), _text(hash_name)]
     header = LuksHeader(
         texts[0], texts[1], texts[2], payload * SECTOR, key_bytes, digest, salt, iterations,
-        tuple(found),
+        _text(name), tuple(found),
     )  # fmt: skip
     _check(header, len(data))
     return header
@@ -101,6 +143,8 @@ def _check(header: LuksHeader, available: int) -> None:
     if not 0 < header.digest_iterations <= MAX_ITERATIONS:
         raise BlockError("LUKS key iteration count is not possible")
     for number, slot in enumerate(header.slots):
+        if not slot.active:
+            continue
         if slot.stripes != STRIPES:
             raise BlockError(f"Keyslot {number} is corrupted (stripes {slot.stripes} != {STRIPES})")
         if not 0 < slot.iterations <= MAX_ITERATIONS:
@@ -113,18 +157,24 @@ def _check(header: LuksHeader, available: int) -> None:
 def unlock(data: bytes, passphrase: bytes) -> SectorCipher:
     """The cipher of the payload; ``data`` is the header with its key material. BlockError."""
     header = parse_luks(data)
-    for slot in header.slots:
-        key = hashlib.pbkdf2_hmac(
-            header.hash_name, passphrase, slot.salt, slot.iterations, header.key_bytes
-        )
-        length = header.key_bytes * slot.stripes
-        secret = data[slot.offset : slot.offset + length]
-        padded = secret.ljust(-(-length // SECTOR) * SECTOR, b"\0")
-        split = sector_cipher(header.cipher, header.mode, key).decrypt(0, padded)[:length]
-        master = merge(split, header.key_bytes, header.hash_name)
-        if hmac.compare_digest(_digest(header, master), header.digest):
+    for slot in header.active:
+        master = open_slot(header, slot, data, passphrase)
+        if master is not None:
             return sector_cipher(header.cipher, header.mode, master)
     raise BlockError("Invalid password, cannot unlock any keyslot", errno=EPERM)
+
+
+def open_slot(header: LuksHeader, slot: Slot, data: bytes, passphrase: bytes) -> bytes | None:
+    """The master key, if ``passphrase`` is that of the slot."""
+    key = hashlib.pbkdf2_hmac(
+        header.hash_name, passphrase, slot.salt, slot.iterations, header.key_bytes
+    )
+    length = header.key_bytes * slot.stripes
+    secret = data[slot.offset : slot.offset + length]
+    padded = secret.ljust(-(-length // SECTOR) * SECTOR, b"\0")
+    split = sector_cipher(header.cipher, header.mode, key).decrypt(0, padded)[:length]
+    master = merge(split, header.key_bytes, header.hash_name)
+    return master if hmac.compare_digest(_digest(header, master), header.digest) else None
 
 
 def _digest(header: LuksHeader, master: bytes) -> bytes:

@@ -56,10 +56,11 @@ def size_of(text: str, what: str = "image size") -> int:
 class Images:
     """The images of one command; an async context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, no_io: bool = False) -> None:
+        """``no_io``: only to be described, so that encrypted ones need no key."""
         load_all_drivers()
         self.workers = WorkerPool()
-        self.graph = Graph(Environment(workers=self.workers, publisher=Publisher()))
+        self.graph = Graph(Environment(self.workers, publisher=Publisher(), no_io=no_io))
         self._count = 0
 
     async def __aenter__(self) -> Self:

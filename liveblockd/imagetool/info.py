@@ -44,7 +44,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _one(filename: str, image_format: str | None, *, force_share: bool) -> dict[str, Any]:
-    async with Images() as images:
+    async with Images(no_io=True) as images:
         node = await images.open(filename, image_format, backing=False, force_share=force_share)
         info = Query(flat=True).image(node)
         # An image that is opened without its chain is still shown by its name.

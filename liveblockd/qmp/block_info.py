@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 
 from liveblockd.jobs.job import BlockDeviceIoStatus
 from liveblockd.qapi import QapiModel
+from liveblockd.qmp.crypto_info import QCryptoBlockInfoLUKS
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 
@@ -67,11 +68,20 @@ class BlockdevQcow2EncryptionFormat(enum.StrEnum):
 
 
 class ImageInfoSpecificQCow2Encryption(QapiModel):
-    """Encryption of an image; what luks adds depends on the header and is left open here."""
+    """Encryption of an image."""
 
-    model_config = ConfigDict(extra="allow")
+    qapi_tag: ClassVar[str] = "format"
 
     format_: BlockdevQcow2EncryptionFormat
+
+    @classmethod
+    def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
+        """What luks says besides."""
+        return {"luks": ImageInfoSpecificQCow2EncryptionLuks}
+
+
+class ImageInfoSpecificQCow2EncryptionLuks(ImageInfoSpecificQCow2Encryption, QCryptoBlockInfoLUKS):
+    """Encryption by luks."""
 
 
 class ImageInfoSpecificQCow2(QapiModel):
@@ -105,13 +115,23 @@ class ImageInfoSpecific(QapiModel):
     @classmethod
     def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
         """The formats that we describe."""
-        return {"qcow2": ImageInfoSpecificQCow2Wrapper, "file": ImageInfoSpecificFileWrapper}
+        return {
+            "qcow2": ImageInfoSpecificQCow2Wrapper,
+            "luks": ImageInfoSpecificLUKSWrapper,
+            "file": ImageInfoSpecificFileWrapper,
+        }
 
 
 class ImageInfoSpecificQCow2Wrapper(ImageInfoSpecific):
     """Of a qcow2 image."""
 
     data: ImageInfoSpecificQCow2
+
+
+class ImageInfoSpecificLUKSWrapper(ImageInfoSpecific):
+    """Of a luks image."""
+
+    data: QCryptoBlockInfoLUKS
 
 
 class ImageInfoSpecificFileWrapper(ImageInfoSpecific):

@@ -39,6 +39,8 @@ class Environment:
     filename: str = ""
     #: the bytes of a ``secret`` object by its id; raises BlockError
     secret: Callable[[str], bytes] = _no_secret
+    #: only what images say of themselves is asked for: no key of an encrypted one is needed
+    no_io: bool = False
 
 
 class OpenableDriver(Protocol):

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from liveblockd.formats.luks import LuksHeader
 from liveblockd.formats.qcow2.bitmap_store import BitmapStore
-from liveblockd.formats.qcow2.layout import Compression
+from liveblockd.formats.qcow2.layout import Compression, Crypt
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
 from liveblockd.storage.driver import BlockDriver, HostFile, SnapshotInfo
@@ -24,6 +25,8 @@ class Described(BlockDriver):
     _snapshots: SnapshotStore
     _bitmaps: BitmapStore
     _lazy_refcounts: bool | None
+    #: of an image that is encrypted so; its key slots may change
+    _luks: LuksHeader | None = None
 
     @property
     def backing_file(self) -> str | None:
@@ -80,6 +83,10 @@ class Described(BlockDriver):
         if header.has_data_file:
             data["data-file-raw"] = header.raw_data_file
         data["refcount-bits"] = header.geometry.refcount_bits
+        if header.crypt_method:
+            details = self._luks.describe() if self._luks is not None else {}
+            kind = Crypt(header.crypt_method).name.lower()
+            data["encrypt"] = details | {"format": kind}
         if header.version >= 3:
             data["corrupt"] = header.corrupt
             data["extended-l2"] = header.geometry.extended_l2

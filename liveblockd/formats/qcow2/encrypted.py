@@ -1,11 +1,11 @@
-"""The data of an encrypted image: between the engine, which sees plain bytes, and the file.
+"""Encrypted qcow2 images: where their key is, and how it is got.
 
-Specification: docs/interop/qcow2, "Full disk encryption header pointer": sectors of 512 bytes,
-numbered by the host offset.
+Specification: docs/interop/qcow2, "Full disk encryption header pointer", "Data encryption": with
+LUKS the sectors of 512 bytes are numbered by the host offset, with the legacy AES by the guest
+offset.
 
-Runs on: the event loop; workers encrypt and decrypt what is large. Invariants: a request for a part
-of a sector reads, changes and writes the whole, and no other write to that sector runs meanwhile.
-Nobody gets a host file from here: nothing may be copied past the cipher.
+Runs on: the event loop; deriving a key and large requests are for workers. Invariant: legacy AES is
+read only: the engine writes by host offsets.
 Errors: OSError from below; ``BlockError`` from ``unlock_image``.
 """
 
@@ -13,138 +13,64 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from errno import ENOTSUP
-from typing import Any, Final
+from errno import EPERM
+from typing import Any
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.ciphers import SECTOR, SectorCipher
-from liveblockd.formats.luks import MAX_BYTES, unlock
+from liveblockd.formats.ciphers import SECTOR, SectorCipher, sector_cipher
+from liveblockd.formats.encrypted_store import EncryptedStore
+from liveblockd.formats.luks import MAX_BYTES, LuksHeader, parse_luks, unlock
 from liveblockd.formats.qcow2.header import Header
 from liveblockd.formats.qcow2.layout import Crypt, Extension
 from liveblockd.formats.qcow2.metadata import read_bytes
-from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage.driver import BlockIO, Buffer, Extent, HostFile
+from liveblockd.storage.driver import BlockIO, Buffer
 from liveblockd.storage.registry import Environment
-from liveblockd.storage.serialise import Serialiser
 
-#: bytes up to which the loop does it: 64 KiB take about 100 us
-INLINE: Final = 64 << 10
-_PIECE: Final = 1 << 20
+#: bytes of the key of legacy AES
+_AES_KEY = 16
 
 
-class EncryptedStore:
-    """A ``BlockIO`` of plain bytes above ``children[role]``."""
-
-    def __init__(
-        self,
-        children: Mapping[str, BlockIO],
-        role: str,
-        cipher: SectorCipher,
-        workers: WorkerPool,
-    ) -> None:
-        self._children = children
-        self._role = role
-        self._cipher = cipher
-        self._workers = workers
-        self._serialiser = Serialiser()
-        #: writes of parts of sectors that are under way or wait
-        self._partial = 0
-
-    @property
-    def _file(self) -> BlockIO:
-        return self._children[self._role]
-
-    @property
-    def length(self) -> int:
-        """Whole sectors of the file, in bytes."""
-        return self._file.length // SECTOR * SECTOR
+class LegacyAesStore(EncryptedStore):
+    """Read-only; every read has to say for which guest offset it is."""
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
-        """See ``BlockDriver``."""
-        start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
-        if end - start > INLINE or end > self._file.length:
-            return None
-        data = self._file.read_nowait(start, end - start)
-        if data is None:
-            return None
-        plain = self._cipher.decrypt(start // SECTOR, data)
-        return plain[offset - start : offset - start + length]
+        """None: ``read_guest`` is the only way."""
+        del offset, length
+        return None
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """See ``BlockDriver``."""
-        if self._partial or (offset | len(data)) % SECTOR or len(data) > INLINE:
-            return False
-        return self._file.write_nowait(offset, self._cipher.encrypt(offset // SECTOR, data))
+        """Never."""
+        del offset, data
+        return False
+
+    async def read_guest(self, guest_offset: int, host_offset: int, length: int) -> Buffer:
+        """The plain bytes at a guest offset; both offsets are as far into their sector."""
+        skip = guest_offset % SECTOR
+        whole = -(-(skip + length) // SECTOR) * SECTOR
+        data = await read_bytes(self._file, host_offset - skip, whole)
+        plain = await self._run(self._cipher.decrypt, guest_offset - skip, data)
+        return plain[skip : skip + length]
 
     async def read(self, offset: int, length: int) -> Buffer:
-        """See ``BlockDriver``."""
-        start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
-        data = await read_bytes(self._file, start, end - start)
-        plain = await self._run(self._cipher.decrypt, start, data)
-        if end - start == length:
-            return plain
-        return plain[offset - start : offset - start + length]
+        """EPERM: no guest offset is known."""
+        del offset, length
+        raise OSError(EPERM, os.strerror(EPERM))
 
     async def write(self, offset: int, data: Buffer) -> None:
-        """See ``BlockDriver``."""
-        start, end = offset // SECTOR * SECTOR, -(-(offset + len(data)) // SECTOR) * SECTOR
-        partial = end - start != len(data)
-        self._partial += partial
-        try:
-            section = await self._serialiser.enter(start, end, exclusive=partial)
-            try:
-                if partial:
-                    data = await self._whole(start, end, offset, data)
-                secret = await self._run(self._cipher.encrypt, start, data)
-                await self._file.write(start, secret)
-            finally:
-                self._serialiser.leave(section)
-        finally:
-            self._partial -= partial
+        """EPERM."""
+        del offset, data
+        raise OSError(EPERM, os.strerror(EPERM))
 
-    async def _whole(self, start: int, end: int, offset: int, data: Buffer) -> Buffer:
-        """``data`` within the sectors around it."""
-        whole = bytearray(end - start)
-        whole[:SECTOR] = await self.read(start, SECTOR)
-        whole[-SECTOR:] = await self.read(end - SECTOR, SECTOR)
-        whole[offset - start : offset - start + len(data)] = data
-        return whole
 
-    async def _run(self, crypt: Any, offset: int, data: Buffer) -> bytes:
-        if len(data) <= INLINE:
-            return bytes(crypt(offset // SECTOR, data))
-        return bytes(await self._workers.run(crypt, offset // SECTOR, data))
+class NoKey:
+    """Stands for the cipher of an image of which only the header is asked for."""
 
-    async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
-    ) -> None:
-        """See ``BlockDriver``; written, for a hole does not decrypt to zeros."""
-        del may_unmap
-        if fast_only:
-            raise OSError(ENOTSUP, os.strerror(ENOTSUP))
-        zeroes = memoryview(bytes(min(_PIECE, length)))
-        for start in range(offset, offset + length, _PIECE):
-            await self.write(start, zeroes[: offset + length - start])
+    def encrypt(self, sector: int, data: Buffer) -> bytes:
+        """EPERM."""
+        del sector, data
+        raise OSError(EPERM, os.strerror(EPERM))
 
-    async def discard(self, offset: int, length: int) -> None:
-        """See ``BlockDriver``."""
-        await self._file.discard(offset, length)
-
-    async def flush(self) -> None:
-        """See ``BlockDriver``."""
-        await self._file.flush()
-
-    async def map(self, offset: int, length: int) -> list[Extent]:
-        """See ``BlockDriver``."""
-        return await self._file.map(offset, length)
-
-    async def truncate(self, length: int) -> None:
-        """See ``BlockDriver``."""
-        await self._file.truncate(length)
-
-    def host_file(self) -> HostFile | None:
-        """None: its bytes are not those of the disk."""
-        return None
+    decrypt = encrypt
 
 
 def crypto_header_place(header: Header, file_length: int) -> tuple[int, int]:
@@ -163,6 +89,21 @@ def crypto_header_place(header: Header, file_length: int) -> tuple[int, int]:
     return offset, length
 
 
+async def _crypto_header(header: Header, file: BlockIO) -> bytes:
+    offset, length = crypto_header_place(header, file.length)
+    try:
+        return bytes(await read_bytes(file, offset, length))
+    except OSError as error:
+        raise BlockError.from_os_error("Unable to read LUKS header", error) from error
+
+
+async def describe_luks(header: Header, file: BlockIO) -> LuksHeader | None:
+    """What the LUKS header says, None where there is none; raises BlockError."""
+    if header.crypt_method != Crypt.LUKS:
+        return None
+    return parse_luks(await _crypto_header(header, file))
+
+
 async def unlock_image(
     header: Header,
     encrypt: Mapping[str, Any] | None,
@@ -171,19 +112,21 @@ async def unlock_image(
 ) -> SectorCipher | None:
     """The cipher of an encrypted image, None for one that is not; raises BlockError."""
     given = dict(encrypt or {})
-    if header.crypt_method != Crypt.LUKS:
+    if header.crypt_method == Crypt.NONE:
         return None
-    if given.get("format", "luks") != "luks":
+    if environment.no_io:
+        return NoKey()
+    kind = Crypt(header.crypt_method).name.lower()
+    if given.get("format", kind) != kind:
         raise BlockError(
-            f"Header reported 'luks' encryption format but options specify '{given['format']}'"
+            f"Header reported '{kind}' encryption format but options specify '{given['format']}'"
         )
     name = given.get("key-secret")
     if name is None:
         raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
     passphrase = environment.secret(str(name))
-    offset, length = crypto_header_place(header, children["file"].length)
-    try:
-        data = bytes(await read_bytes(children["file"], offset, length))
-    except OSError as error:
-        raise BlockError.from_os_error("Unable to read LUKS header", error) from error
+    if header.crypt_method == Crypt.AES:
+        # The passphrase is the key, as it is: that is why nobody should use this.
+        return sector_cipher("aes", "cbc-plain64", passphrase[:_AES_KEY].ljust(_AES_KEY, b"\0"))
+    data = await _crypto_header(header, children["file"])
     return await environment.workers.run(unlock, data, passphrase)

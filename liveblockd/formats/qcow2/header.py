@@ -298,13 +298,12 @@ def _parse_extensions(data: bytes, start: int, end: int) -> tuple[tuple[int, byt
 
 def check_supported(header: Header, *, read_only: bool) -> None:
     """Refuse, by name, what this engine does not do; raises BlockError."""
-    refused = []
-    if header.crypt_method == Crypt.AES:
-        refused.append(f"{Crypt(header.crypt_method).name} encryption")
-    if refused:
-        raise BlockError(f"Unsupported qcow2 feature(s): {', '.join(refused)}", errno=ENOTSUP)
     if read_only:
         return
+    if header.crypt_method == Crypt.AES:
+        raise BlockError(
+            "Images with the legacy AES encryption can only be opened read-only", errno=EACCES
+        )
     if header.corrupt:
         raise BlockError("qcow2: Image is corrupt; cannot be opened read/write", errno=EACCES)
 

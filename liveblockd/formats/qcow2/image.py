@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted
 from liveblockd.formats.ciphers import SectorCipher
+from liveblockd.formats.encrypted_store import EncryptedStore
 from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.check import CheckResult
 from liveblockd.formats.qcow2.checking import check_image, repair_dirty
@@ -32,9 +33,9 @@ from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
-from liveblockd.formats.qcow2.encrypted import EncryptedStore, unlock_image
+from liveblockd.formats.qcow2.encrypted import LegacyAesStore, describe_luks, unlock_image
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
-from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear
+from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
 from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
 from liveblockd.formats.qcow2.metadata import L2Table
@@ -100,8 +101,9 @@ class Qcow2(Management, Described):
         metadata = opened.metadata
         if self._cipher is not None:
             role = metadata.data_role
-            store = EncryptedStore(children, role, self._cipher, environment.workers)
-            metadata.stores = {role: store}
+            legacy = metadata.header.crypt_method == Crypt.AES
+            kind = LegacyAesStore if legacy else EncryptedStore
+            metadata.stores = {role: kind(children, role, self._cipher, environment.workers)}
         geometry = metadata.geometry
         self.cluster_size = geometry.cluster_size
         self._metadata = metadata
@@ -156,6 +158,7 @@ class Qcow2(Management, Described):
         header = opened.metadata.header
         cipher = await unlock_image(header, options.encrypt, children, environment)
         self = cls(options, children, environment, opened, autosync=autosync, cipher=cipher)
+        self._luks = await describe_luks(header, children["file"])
         await self._bitmaps.read()
         if not read_only:
             await self._begin_writing()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from liveblockd.formats.qcow2.compression import inflate
+from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
@@ -95,7 +96,10 @@ class Reader:
     async def _read_part(self, part: _Part) -> Buffer:
         length, kind, host_offset = part.extent
         if kind is ExtentKind.DATA:
-            return await read_bytes(self._metadata.data, host_offset, length)
+            data = self._metadata.data
+            if isinstance(data, LegacyAesStore):
+                return await data.read_guest(part.guest_offset, host_offset, length)
+            return await read_bytes(data, host_offset, length)
         if kind is ExtentKind.UNALLOCATED:
             return await self.read_backing(part.guest_offset, length)
         if kind is ExtentKind.ZERO:

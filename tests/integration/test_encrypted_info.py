@@ -1,0 +1,110 @@
+"""What encrypted images say of themselves, and legacy AES, beside qemu-img and qemu-io."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from liveblockd.qapi import parse
+from liveblockd.qmp.block_info import BlockDeviceInfo
+from tests.support.daemon import DaemonProcess, QmpError
+from tests.support.qcow2_images import needs, run
+
+pytest.importorskip("cryptography")
+pytestmark = needs("qemu-img", "qemu-io")
+SECRET = "secret,id=s,data=swordfish"
+
+
+def create(path: Path, form: str, options: str, size: str = "3M") -> None:
+    command = ["qemu-img", "create", "-q", "--object", SECRET, "-f", form, "-o", options, str(path),
+               size]  # fmt: skip
+    for _ in range(8):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if "accurate CPU usage" not in done.stderr:  # of its clock, on a busy machine
+            break
+    assert done.returncode == 0, done.stderr
+
+
+def info(program: list[str], path: Path) -> dict:
+    done = subprocess.run([*program, "info", "-U", "--output=json", str(path)], capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    details = found["format-specific"]["data"]
+    details = details.get("encrypt", details)
+    if details.get("format") != "aes":
+        details.setdefault("detached-header", False)  # not told before QEMU 9
+    found.pop("children", None)
+    return found
+
+
+LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+QCOW2 = [
+    LUKS,
+    f"{LUKS},encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha512",
+    f"{LUKS},encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
+    "encrypt.format=aes,encrypt.key-secret=s",
+    "encrypt.format=aes,encrypt.key-secret=s,compat=0.10",
+]
+
+
+@pytest.mark.parametrize("options", QCOW2)
+def test_info_is_that_of_qemu_img(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "i.qcow2"
+    create(path, "qcow2", options)
+    ours = info([sys.executable, "-m", "liveblockd.ctl", "image"], path)
+    assert ours == info(["qemu-img"], path)
+
+
+def test_details_in_the_queries(tmp_path: Path) -> None:
+    path = tmp_path / "i.qcow2"
+    create(path, "qcow2", QCOW2[0])
+    with DaemonProcess(tmp_path, "--object", SECRET) as daemon:
+        qmp = daemon.qmp()
+        qmp("blockdev-add", driver="qcow2", node_name="disk", encrypt={"key-secret": "s"},
+            file={"driver": "file", "filename": "i.qcow2"})  # fmt: skip
+        node = qmp("query-named-block-nodes", flat=True)[0]
+        encrypt = node["image"]["format-specific"]["data"]["encrypt"]
+        assert encrypt == info(["qemu-img"], path)["format-specific"]["data"]["encrypt"]
+        assert parse(BlockDeviceInfo, node).encrypted
+        del encrypt["uuid"]
+        with pytest.raises(Exception, match="uuid' is missing"):
+            parse(BlockDeviceInfo, node)
+
+
+@pytest.mark.parametrize("more", ["", ",compat=0.10", ",cluster_size=4k"])
+def test_legacy_aes(tmp_path: Path, more: str) -> None:
+    path, base = tmp_path / "i.qcow2", tmp_path / "base"
+    base.write_bytes(b"\x55" * (3 << 20))
+    create(path, "qcow2", QCOW2[3] + f",backing_file={base},backing_fmt=raw" + more)
+    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    commands = ("write -P 1 1000k 70k", "write -P 2 0 3k", "write -P 3 2000k 300k")
+    arguments = [a for c in commands for a in ("-c", c)]
+    run("qemu-io", "--object", SECRET, *arguments, "--image-opts", image)
+    raw = tmp_path / "raw"
+    run("qemu-img", "convert", "--object", SECRET, "--image-opts", image, "-O", "raw", raw)
+    out = tmp_path / "out.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", out, "3M")
+    members = {"driver": "qcow2", "file": {"driver": "file", "filename": "i.qcow2"}}
+    encrypt = {"format": "aes", "key-secret": "s"}
+    with DaemonProcess(tmp_path, "--object", SECRET) as daemon:
+        qmp = daemon.qmp()
+        with pytest.raises(QmpError, match="legacy AES encryption can only be opened read-only"):
+            qmp("blockdev-add", node_name="aes", encrypt=encrypt, **members)
+        with pytest.raises(QmpError, match=r"'encrypt\.key-secret' is required"):
+            qmp("blockdev-add", node_name="aes", read_only=True, **members)
+        with pytest.raises(QmpError, match="Header reported 'aes' encryption format"):
+            qmp("blockdev-add", node_name="aes", read_only=True,
+                encrypt={"format": "luks", "key-secret": "s"}, **members)  # fmt: skip
+        qmp("blockdev-add", node_name="aes", read_only=True, encrypt=encrypt, **members)
+        qmp("blockdev-add", driver="qcow2", node_name="out", backing="aes",
+            file={"driver": "file", "filename": "out.qcow2"})  # fmt: skip
+        qmp("block-stream", job_id="job", device="out", auto_dismiss=False)
+        qmp.wait("JOB_STATUS_CHANGE", id="job", status="concluded")
+        assert "error" not in qmp("query-jobs")[0]
+    assert b"\x02" * 512 not in path.read_bytes()
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, out)
