@@ -5,11 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 SEEDS ?= 200
 CUTS ?= 150
+PAIRS ?= 5
+SCALE ?= 1
+ONLY ?=
+DAEMONS ?= uvloop,asyncio
+DIRECTORY ?=
 
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all demo test test-all stress powercut check lint coverage peers clean
+.PHONY: all bench demo test test-all stress powercut check lint coverage peers clean
 
 all: $(VENV)/.run
 
@@ -42,6 +47,12 @@ stress: $(VENV)/.dev peers
 # Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
 powercut: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.powercut --seeds $(SEEDS) --cuts $(CUTS)
+
+# Beside qemu-storage-daemon; writes docs/benchmarks.md (benchmarks/README.md).
+bench: $(VENV)/.run peers
+	@tools/debian-packages --optional xfsprogs btrfs-progs
+	$(BIN)/python -m benchmarks --only '$(ONLY)' --pairs $(PAIRS) --scale $(SCALE) \
+		--daemons $(DAEMONS) $(if $(DIRECTORY),--directory '$(DIRECTORY)')
 
 check: lint coverage
 

@@ -1,0 +1,1 @@
+"""liveblockd beside qemu-storage-daemon: the same images, command line and QMP, in turn."""

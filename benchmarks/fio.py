@@ -1,0 +1,121 @@
+"""Guests: fio with its NBD engine, which is C and the same for both daemons."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.images import GUEST
+from benchmarks.registry import CannotRun, WrongResult
+
+TIMEOUT = 300
+
+
+def available() -> None:
+    """``CannotRun`` without fio's NBD engine."""
+    try:
+        engines = subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        raise CannotRun("no fio") from None
+    if "nbd" not in engines.stdout.split():
+        raise CannotRun("this fio has no NBD engine")
+
+
+def command(socket: Path, exports: list[str], **options: object) -> list[str]:
+    """fio's words for one job an export."""
+    common = {
+        "ioengine": "nbd", "bs": "4k", "randrepeat": 1, "buffer_pattern": hex(GUEST),
+        "output-format": "json", "group_reporting": 0, "thread": 1, **options,
+    }  # fmt: skip
+    words = ["fio", *(f"--{name}={value}" for name, value in common.items())]
+    for export in exports:
+        words += [f"--name={export}", f"--uri=nbd+unix:///{export}?socket={socket}"]
+    return words
+
+
+def jobs(output: str) -> list[dict[str, Any]]:
+    """The jobs of fio's JSON, which stands behind what the engine prints."""
+    try:
+        found: list[dict[str, Any]] = json.loads(output[output.index("{\n") :])["jobs"]
+    except (ValueError, KeyError):
+        raise WrongResult(f"fio: {output[-500:]}") from None
+    for job in found:
+        if job["error"]:
+            raise WrongResult(f"fio: job {job['jobname']} failed with error {job['error']}")
+    return found
+
+
+def measure(socket: Path, export: str, directory: Path, **options: object) -> dict[str, Any]:
+    """Run one guest to its end; its ``read`` or ``write`` part."""
+    words = command(socket, [export], **options)
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=TIMEOUT)
+    if done.returncode:
+        raise WrongResult(f"fio: {(done.stdout + done.stderr)[-800:]}")
+    part = "write" if "write" in str(options["rw"]) else "read"
+    result: dict[str, Any] = jobs(done.stdout)[0][part]
+    return result
+
+
+@dataclass
+class Latencies:
+    """Of one guest's requests: when they ended (seconds since the epoch), how long they took."""
+
+    ends: npt.NDArray[np.float64]
+    seconds: npt.NDArray[np.float64]
+
+    def between(self, start: float, end: float) -> npt.NDArray[np.float64]:
+        """Those that were under way in that time (the log counts whole milliseconds)."""
+        during = (self.ends >= start) & (self.ends - self.seconds <= end)
+        return self.seconds[during]
+
+
+class Guests:
+    """``with Guests(...)``: one writing guest an export in the background, each request logged."""
+
+    def __init__(self, socket: Path, exports: list[str], directory: Path, *, rate: int) -> None:
+        self.directory = directory
+        self.exports = exports
+        for old in directory.glob("guest_*.log"):
+            old.unlink()
+        words = command(
+            socket, exports, rw="randwrite", rate_iops=rate, time_based=1, runtime=TIMEOUT,
+            write_lat_log="guest", log_unix_epoch=1, per_job_logs=1,
+        )  # fmt: skip
+        self._process = subprocess.Popen(
+            words, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def __enter__(self) -> Self:
+        # connecting takes fio a moment; requests flow before anything is measured
+        time.sleep(1.0)
+        if self._process.poll() is not None:
+            raise WrongResult(f"fio: {self._process.communicate()[0][-800:]}")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            self.output, _ = self._process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self.output, _ = self._process.communicate()
+
+    def latencies(self) -> dict[str, Latencies]:
+        """After the end, by export."""
+        self.writes = {job["jobname"]: int(job["write"]["total_ios"]) for job in jobs(self.output)}
+        found = {}
+        for number, export in enumerate(self.exports, 1):
+            table = np.loadtxt(
+                self.directory / f"guest_clat.{number}.log", delimiter=",", usecols=(0, 1), ndmin=2
+            )
+            found[export] = Latencies(table[:, 0] / 1e3, table[:, 1] / 1e9)
+        return found
