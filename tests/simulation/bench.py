@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from liveblockd.events import Event, Publisher
@@ -25,11 +27,20 @@ load_formats()
 class Bench:
     """``events`` keeps (name, data) of all that was published, in order."""
 
-    def __init__(self, workers: WorkerPool | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        workers: WorkerPool | None = None,
+        clock: Clock | None = None,
+        *,
+        secret: Callable[[str], bytes] | None = None,
+    ) -> None:
         self.workers = workers or WorkerPool()
         self.publisher = Publisher()
         self.publisher.subscribe(self._note)
-        self.graph = Graph(Environment(workers=self.workers, publisher=self.publisher))
+        environment = Environment(workers=self.workers, publisher=self.publisher)
+        if secret is not None:
+            environment = replace(environment, secret=secret)
+        self.graph = Graph(environment)
         self.scheduler = Scheduler(self.publisher, clock=clock)
         self.events: list[tuple[str, dict[str, Any]]] = []
 

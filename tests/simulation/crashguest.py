@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from errno import EINVAL, ENOTSUP
 
 from liveblockd.graph.backend import Backend
 from tests.simulation.disks import Machine
@@ -29,12 +30,14 @@ class CrashGuest:
         *,
         limit: int,
         cluster_size: int,
+        can_compress: Callable[[], bool] = lambda: False,
     ) -> None:
         self.machine = machine
         self.backend = backend
         self.random = rng
         self.limit = limit
         self.cluster_size = cluster_size
+        self.can_compress = can_compress
         self.size = backend.length
         #: what reads give; None: an error has left that open
         self.model = bytearray(content)
@@ -53,10 +56,10 @@ class CrashGuest:
                 group.create_task(self._work())
 
     async def _work(self) -> None:
-        kinds = (self._write, self._zeroes, self._discard, self._flush, self._read)
+        kinds = (self._write, self._zeroes, self._discard, self._flush, self._read, self._pack)
         while not self.stopping:
             await self._going.wait()
-            await self.random.choices(kinds, (10, 3, 2, 2, 2))[0]()
+            await self.random.choices(kinds, (10, 3, 2, 2, 2, 1))[0]()
             self.requests += 1
             pause = self.random.choice((0.0, 0.0, 0.002, 0.02))
             await asyncio.sleep(self.random.random() * pause)
@@ -75,12 +78,15 @@ class CrashGuest:
             if not self._halted:
                 self._going.set()
 
-    def _take(self) -> tuple[int, int] | None:
+    def _take(self, clusters: int | None = None) -> tuple[int, int] | None:
+        """A place nobody is at; of whole ``clusters`` if they have a size."""
         rng = self.random
         if not self._going.is_set():
             return None
         unit = rng.choice((1, 512, 512, 4 * KIB, self.cluster_size, self.cluster_size))
         most = min(self.limit, rng.choice((700, 4 * KIB, 4 * self.cluster_size, self.limit)))
+        if clusters is not None:
+            unit, most = clusters, min(most, 4 * clusters)
         offset = rng.randrange(self.size) // unit * unit
         length = max(1, rng.randrange(most) // unit) * unit
         length = min(length, self.size - offset)
@@ -109,6 +115,8 @@ class CrashGuest:
             if kind == "write":
                 if not self.backend.write_nowait(offset, data):
                     await self.backend.write(offset, data)
+            elif kind == "compressed":
+                await self._compress(offset, data)
             elif kind == "zeroes":
                 unmap = self.random.random() < 0.5
                 await self.backend.write_zeroes(offset, length, may_unmap=unmap)
@@ -132,7 +140,30 @@ class CrashGuest:
 
     async def _write(self) -> None:
         if (place := self._take()) is not None:
-            await self._change("write", place[0], self.random.randbytes(place[1]))
+            # Zeros: what detect-zeroes looks for.
+            zero = self.random.random() < 0.1
+            data = bytes(place[1]) if zero else self.random.randbytes(place[1])
+            if self.random.random() < 0.1:
+                data = bytes(place[1] // 2) + data[place[1] // 2 :]
+            await self._change("write", place[0], data)
+
+    async def _pack(self) -> None:
+        """Compressed clusters, as who fills an image does."""
+        size = self.backend.node.driver.cluster_size or self.cluster_size
+        if not self.can_compress() or (place := self._take(size)) is None:
+            return
+        piece = self.random.randbytes(self.random.choice((8, 200, 4096)))
+        data = (piece * (place[1] // len(piece) + 1))[: place[1]]
+        await self._change("compressed", place[0], data)
+
+    async def _compress(self, offset: int, data: bytes) -> None:
+        try:
+            await self.backend.write_compressed(offset, data)
+        except OSError as error:
+            # Another image may be on top by now, with other clusters, or without compression.
+            if error.errno not in (EINVAL, ENOTSUP):
+                raise
+            await self.backend.write(offset, data)
 
     async def _zeroes(self) -> None:
         if (place := self._take()) is not None:

@@ -54,6 +54,8 @@ class Machine:
         #: probability of a fault by operation: read, write, flush
         self.faults: dict[str, float] = {}
         self.injected = 0
+        #: above 0: no faults
+        self.calm = 0
         self._numbers = 0
 
     def add(self, *names: str) -> Medium:
@@ -89,7 +91,7 @@ class Machine:
     def fault(self, operation: str) -> bool:
         """Whether this one is to fail."""
         probability = self.faults.get(operation, 0.0)
-        if not probability or self.quiet or self.random.random() >= probability:
+        if not probability or self.quiet or self.calm or self.random.random() >= probability:
             return False
         self.injected += 1
         return True
@@ -240,6 +242,14 @@ class SimulatedDisk(BlockDriver):
         # Nobody may count on what a discard leaves.
         if self._unmaps:
             await self.write(offset, b"\xdd" * length)
+
+    async def truncate(self, length: int) -> None:
+        """Durable on return; a file that is shorter again keeps its length here, and has zeros."""
+        if length > self.length:
+            await self.write(length - 1, b"\0")
+        elif length < self.length:
+            await self.write(length, bytes(self.length - length))
+        await self.flush()
 
     async def flush(self) -> None:
         if self.read_only:

@@ -2,7 +2,9 @@
 
 The guest notes its requests in the log of the machine, among those of the disks: ``begin`` (the
 number, the place and the bytes), ``done`` (with the bytes that a discard left), ``failed``,
-``sync`` and ``synced``, ``resize`` and ``resized``, ``switch`` (the image that is the top now).
+``sync`` and ``synced``, ``resize`` and ``resized``, ``switch`` (the image that is the top now),
+``keep`` and ``kept``, ``forget`` and ``forgotten`` (an internal snapshot), ``apply`` and
+``applied``.
 
 ``History`` walks along with ``crash.Replay``. At every moment each byte is either what the last
 durable request made it, or what one of the requests since then would make it.
@@ -40,6 +42,20 @@ class Open:
             self.left[low:high] = False
 
 
+@dataclass(slots=True)
+class Kept:
+    """An internal snapshot; ``content`` None: nobody knows it."""
+
+    image: str
+    name: str
+    content: Bytes | None
+    #: of the image when it was taken
+    backing: str | None
+    #: for sure it is there; it may be there
+    there: bool = False
+    possible: bool = True
+
+
 @dataclass
 class History:
     """``durable`` has the largest size that the disk ever has, zeros behind its end."""
@@ -51,6 +67,12 @@ class History:
     syncs: dict[int, list[int]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    #: by the number of the request that took it
+    kept: dict[int, Kept] = field(default_factory=dict)
+    #: by the number of the request that forgets it
+    going: dict[int, Kept] = field(default_factory=dict)
+    #: the state to which the whole disk goes back at one instant
+    applied: dict[int, tuple[int, Bytes]] = field(default_factory=dict)
     #: the disk was never smaller, nor is it on its way there
     least: int = 1 << 62
 
@@ -81,12 +103,63 @@ class History:
             case "resized":
                 self.size = self.sizes.pop(number)
                 self._make_durable(self.open.pop(number))
+            case "keep":
+                image, name, content, backing = entry.data
+                known = None if content is None else np.frombuffer(content, np.uint8)
+                self.kept[number] = Kept(image, name, known, backing)
+            case "kept":
+                self.kept[number].there = True
+            case "forget":
+                found = next(k for k in self.kept.values() if (k.image, k.name) == entry.data)
+                found.there = False
+                self.going[number] = found
+            case "forgotten":
+                self.going.pop(number).possible = False
+            case "apply":
+                whole = np.zeros(len(self.durable), np.uint8)
+                whole[: len(entry.data)] = np.frombuffer(entry.data, np.uint8)
+                self.applied[number] = (entry.offset, whole)
+                self.least = min(self.least, entry.offset)
+            case "applied":
+                self.size, self.durable = self.applied.pop(number)
+                self.open.clear()
+            case "unapplied":
+                del self.applied[number]
             case "switch":
                 self.top = entry.data
             case "note":
                 self.notes.append(entry.data)
             case _:
                 raise AssertionError(entry.kind)
+
+    def wrong_snapshots(
+        self, name: str, backing: str | None, found: dict[str, tuple[Bytes, Bytes]]
+    ) -> str | None:
+        """What cannot be so in the internal snapshots of an image.
+
+        ``found``: by name, the bytes, and which of them are the image's own.
+        """
+        for kept in self.kept.values():
+            if kept.image != name:
+                continue
+            if kept.name not in found:
+                if kept.there:
+                    return f"{name}: the snapshot {kept.name} is gone"
+                continue
+            if not kept.possible:
+                return f"{name}: the snapshot {kept.name} is back"
+            view, own = found[kept.name]
+            if kept.content is None:
+                continue
+            if len(view) != len(kept.content):
+                return f"{name}: the snapshot {kept.name} has {len(view)} bytes"
+            bad = view != kept.content
+            if backing != kept.backing:
+                bad &= own != 0  # what showed through from below is another image's now
+            if bad.any():
+                at = np.flatnonzero(bad)
+                return f"{name}: {len(at)} wrong bytes in {kept.name} from {int(at[0]):#x}"
+        return None
 
     def _make_durable(self, request: Open) -> None:
         start, end = request.offset, request.offset + len(request.data)
@@ -101,6 +174,9 @@ class History:
 
     def wrong(self, view: Bytes) -> str | None:
         """What cannot be so in the bytes found after a crash; None if all can."""
+        for size, content in self.applied.values():
+            if len(view) == size and (view == content[:size]).all():
+                return None
         if len(view) != self.size and len(view) not in self.sizes.values():
             return f"the size is {len(view)}, not {self.size} or {list(self.sizes.values())}"
         whole = self.durable

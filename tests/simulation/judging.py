@@ -19,11 +19,12 @@ import numpy as np
 
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer
-from tests.simulation import virtual
+from tests.simulation import forms, virtual
 from tests.simulation.crash import Bytes, Replay
 from tests.simulation.crashed import Chains, Crashed, NoImageError
 from tests.simulation.history import History
-from tests.simulation.machine import BITMAP, Course
+from tests.simulation.machine import Course
+from tests.simulation.upkeep import BITMAP
 from tests.support.qcow2_images import open_qcow2
 
 #: one cut in so many is looked at by the engine, by qemu-img
@@ -60,6 +61,7 @@ class Figures:
     by_qemu: int = 0
     leaking: int = 0
     bitmaps: int = 0
+    snapshots: int = 0
     corrupt: int = 0
     lost: int = 0
     found: list[Found] = field(default_factory=list)
@@ -80,6 +82,7 @@ class Figures:
             f"machines {self.machines}, guest requests {self.requests}, cuts {self.cuts} (of which "
             f"SIGKILL {self.kills}; reopened by the engine {self.by_engine}, by qemu-img "
             f"{self.by_qemu}), leaking {self.leaking}, bitmaps {self.bitmaps}, "
+            f"internal snapshots {self.snapshots}, "
             f"corrupt {self.corrupt}, lost {self.lost}"
         )
 
@@ -113,7 +116,7 @@ class Judge:
                                course.top)  # fmt: skip
         self.replay = Replay(course.log, course.initial)
         self.replay.listeners.append(self.history)
-        self.chains = Chains(course.names)
+        self.chains = Chains(course.names, forms.KEY)
         self.first = np.frombuffer(course.content, np.uint8)
 
     def cut_at(self, position: int, *, kill: bool | None = None) -> None:
@@ -146,17 +149,38 @@ class Judge:
                 return found
         self.figures.leaking += any(image.leaks for _, image in images)
         view = views[0]
-        found.lost = self.history.wrong(view) or self._bitmap_misses(images, views)
+        found.lost = (
+            self.history.wrong(view)
+            or self._bitmap_misses(images, views)
+            or self._snapshots_wrong(images, views)
+        )
+        if found.lost is None and images[0][1].raw:
+            wrong = self.history.wrong(images[0][1].raw_view())
+            found.lost = wrong and f"in the raw data file: {wrong}"
         if found.lost is not None:
             return found
-        content = {name: disks[self.course.names[name]] for name, _ in images}
+        names = [n for name, image in images for n in (name, image.data_file) if n is not None]
+        content = {name: disks[self.course.names[name]] for name in names}
         if self.random.randrange(ENGINE_SHARE) == 0:
             self.figures.by_engine += 1
             found.lost = virtual.run(_reopen(images, content, view))
         if self.random.randrange(QEMU_SHARE) == 0 and shutil.which("qemu-img"):
             self.figures.by_qemu += 1
-            found.corrupt = _ask_qemu(content)
+            locked = {name for name, image in images if image.key is not None}
+            found.corrupt = _ask_qemu(content, locked)
         return found if found.corrupt or found.lost else None
+
+    def _snapshots_wrong(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
+        """Internal snapshots are there, and read as the disk did when they were taken."""
+        for number, (name, image) in enumerate(images):
+            if not any(kept.image == name for kept in self.history.kept.values()):
+                continue
+            below = views[number + 1] if number + 1 < len(views) else None
+            found = image.snapshot_views(below)
+            self.figures.snapshots += len(found)
+            if wrong := self.history.wrong_snapshots(name, image.backing, found):
+                return wrong
+        return None
 
     def _bitmap_misses(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
         """A bitmap that may be believed has a bit for all that is not as at first."""
@@ -212,34 +236,56 @@ async def _reopen(
 ) -> str | None:
     """The engine reads the same, goes on writing, and leaves a sound image."""
     below: Qcow2 | None = None
-    for name, _ in reversed(images):
-        file = _Found(content[name])
-        below = await open_qcow2(file, below, read_only=name != images[0][0])
+    for name, image in reversed(images):
+        file, data_file = _Found(content[name]), None
+        if image.data_file is not None:
+            data_file = _Found(content[image.data_file])
+        below = await open_qcow2(
+            file,
+            below,
+            read_only=name != images[0][0],
+            data_file=data_file,
+            secret=forms.secret,
+            **forms.unlocking(encrypted=image.key is not None),
+        )
     assert below is not None
     wanted = bytearray(view.tobytes())
     if bytes(await below.read(0, below.length)) != wanted:
         return "the engine reads something else"
-    data = b"after the crash "
-    for offset in range(0, below.length - len(data), max(4096, below.length // 7)):
-        await below.write(offset, data)
-        wanted[offset : offset + len(data)] = data
+    text = b"after the crash "
+    for offset in range(0, below.length - len(text), max(4096, below.length // 7)):
+        await below.write(offset, text)
+        wanted[offset : offset + len(text)] = text
     await below.close()
-    after = Crashed(np.frombuffer(bytes(file.content), np.uint8))
+    data = None if data_file is None else np.frombuffer(bytes(data_file.content), np.uint8)
+    after = Crashed(np.frombuffer(bytes(file.content), np.uint8), data, forms.KEY)
     if after.errors:
         return f"after more writes: {after.errors}"
+    if len(images) == 1 and after.view(None).tobytes() != wanted:
+        return "after more writes: it reads as something else"
     return None
 
 
-def _ask_qemu(content: dict[str, Bytes]) -> str | None:
+def _ask_qemu(content: dict[str, Bytes], locked: set[str]) -> str | None:
     """qemu-img check of every image of the chain; its word on corruptions."""
+    key = f"secret,id={forms.SECRET},data={forms.PASSPHRASE.decode()}"
     with tempfile.TemporaryDirectory(prefix="liveblockd-powercut-") as directory:
         for name, data in content.items():
-            path = Path(directory, "image.qcow2")
+            if name.endswith(".data"):
+                continue
+            path, data_path = Path(directory, "image.qcow2"), Path(directory, "image.data")
             path.write_bytes(data.tobytes())
-            file = {"driver": "file", "filename": str(path)}
-            node = {"driver": "qcow2", "backing": None, "file": file}
+            node: dict[str, object] = {
+                "driver": "qcow2",
+                "backing": None,
+                "file": {"driver": "file", "filename": str(path)},
+                **forms.unlocking(encrypted=name in locked),
+            }
+            if (other := content.get(forms.data_name(name))) is not None:
+                data_path.write_bytes(other.tobytes())
+                node["data-file"] = {"driver": "file", "filename": str(data_path)}
             done = subprocess.run(
-                ["qemu-img", "check", "--output=json", f"json:{json.dumps(node)}"],
+                ["qemu-img", "check", "--object", key, "--output=json", f"json:{json.dumps(node)}"],
                 capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
             if not done.stdout:

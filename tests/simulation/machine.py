@@ -8,44 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from unittest import mock
+from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockJobCompleted, Event
 from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.graph import chain, dirty, internal_snapshot
+from liveblockd.graph import chain, dirty
 from liveblockd.graph.node import Node
 from liveblockd.graph.snapshot import snapshot
 from liveblockd.storage.driver import Permission
-from tests.simulation import virtual
+from tests.simulation import forms, virtual
 from tests.simulation.bench import Bench
+from tests.simulation.crashed import plain_name
 from tests.simulation.crashguest import CrashGuest
-from tests.simulation.disks import Entry, Machine, Medium, SimulatedDisk, SimulatedWorkers
+from tests.simulation.disks import Entry, Machine, SimulatedDisk, SimulatedWorkers
+from tests.simulation.upkeep import BITMAP, REFUSED, Upkeep
 from tests.support.qcow2_images import open_qcow2
 
 KIB, MIB = 1024, 1024 * 1024
-FORMATS = (
-    {"cluster_size": 512},
-    {"cluster_size": 512, "refcount_bits": 64},
-    {"cluster_size": 512, "version": 2},
-    {"cluster_size": 1024, "refcount_bits": 1},
-    {"cluster_size": 4096},
-    {"cluster_size": 4096, "refcount_bits": 4},
-    {"cluster_size": 4096, "version": 2},
-    {"cluster_size": 65536},
-    {"cluster_size": 65536, "refcount_bits": 8},
-)
 #: what management does, each as often as it is here
 STEPS = (
     "stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "restart", "rest",
-    "internal", "internal_gone",
+    "internal", "internal_gone", "internal_apply", "amend",
 )  # fmt: skip
-#: what an image may be unable to do
-REFUSED = ("which has snapshots", "would have more than", "No space left")
-#: persistent dirty bitmaps that are tracked from the first request on
-BITMAP, GRANULARITY = "tracked", 4096
+GRANULARITY = 4096
 
 
 @dataclass
@@ -55,6 +44,8 @@ class Plan:
     seed: int
     depth: int | None = None
     cluster_size: int | None = None
+    #: one of ``forms.KINDS``, of all images
+    kind: str | None = None
     #: names of steps (see ``Scene``), in order
     steps: tuple[str, ...] | None = None
     faults: bool | None = None
@@ -81,7 +72,7 @@ class Course:
     requests: int = 0
 
 
-class Scene:
+class Scene(Upkeep):
     """A machine at work."""
 
     def __init__(self, plan: Plan) -> None:
@@ -92,11 +83,17 @@ class Scene:
         self.streams = self.overlays = 0
         #: (node, name) of internal snapshots
         self.internal: list[tuple[str, str]] = []
+        #: what is in them, where that is known: (size, bytes)
+        self.kept: dict[tuple[str, str], tuple[int, bytes]] = {}
+        #: by the name of its file
+        self.forms: dict[str, dict[str, Any]] = {}
 
     async def run(self) -> Course:
         """The whole course."""
         SimulatedDisk.machine = self.machine
-        self.bench = Bench(SimulatedWorkers(self.machine), virtual.VirtualClock())
+        self.bench = Bench(
+            SimulatedWorkers(self.machine), virtual.VirtualClock(), secret=forms.secret
+        )
         self.bench.publisher.subscribe(self._note)
         options = await self._build()
         await self._open(options)
@@ -133,14 +130,13 @@ class Scene:
         """The images; what blockdev-add takes to open them."""
         rng, plan = self.random, self.plan
         depth = plan.depth or rng.randrange(1, 5)
-        formats = [f for f in FORMATS if plan.cluster_size in (None, f["cluster_size"])]
-        form = rng.choice(formats)
+        form = forms.choose(rng, plan.cluster_size, plan.kind)
         large = plan.large if plan.large is not None else rng.random() < 0.06
         if large:
             form = {"cluster_size": 512, "refcount_bits": 64}
         cluster_size = form["cluster_size"]
         size = rng.randrange(24, 72) * max(cluster_size, 2 * KIB)
-        if cluster_size == 65536:
+        if cluster_size > 8192:
             size = rng.randrange(6, 24) * cluster_size
         if large:
             size = 2 * MIB + 256 * KIB
@@ -150,37 +146,74 @@ class Scene:
         last: str | None = None
         for number in range(depth):
             name = f"/sim/{number}.qcow2"
-            medium = self.machine.add(name)
-            own = form if rng.random() < 0.7 else rng.choice(formats)
+            own = form if rng.random() < 0.7 else forms.choose(rng, plan.cluster_size, plan.kind)
             own_size = size
             if number < depth - 1 and rng.random() < 0.3:
                 own_size = rng.randrange(1, size * 5 // 4 // 512) * 512
             model = bytearray(model[:own_size].ljust(own_size, b"\0"))
-            disk = SimulatedDisk(medium)
-            await create_qcow2(
-                disk, size=own_size, backing_file=last, backing_format=last and "qcow2", **own
-            )
             filled = 2 * MIB - 90 * KIB if large and number == depth - 1 else 0
-            await self._fill(disk, model, filled)
+            await self._create(name, own_size, own, last)
+            await self._fill(name, model, filled)
             below = options or None
             options = {
                 "driver": "qcow2",
                 "node-name": f"n{number}",
-                "discard": "unmap",
                 "l2-cache-size": rng.choice((4, 8, 64)) * cluster_size,
-                "file": {"driver": "simdisk", "filename": name},
                 "backing": below,
+                **forms.members(name, self.forms[name]),
             }
             last = name
         assert last is not None
         self.top = last
         self.model = model
+        self.detect_zeroes = rng.choice(("off", "off", "on", "unmap"))
         return options
 
-    async def _fill(self, disk: SimulatedDisk, model: bytearray, filled: int) -> None:
+    async def _create(
+        self, name: str, size: int, form: dict[str, Any], backing: str | None
+    ) -> None:
+        """A new, empty image; what its form says for images without a backing file is dropped."""
+        if backing is not None:
+            form = {k: v for k, v in form.items() if k != "data_file_raw"}
+        self.forms[name] = form
+        options = {k: v for k, v in form.items() if k not in ("data_file", "encrypt")}
+        if form.get("data_file"):
+            other = forms.data_name(name)
+            options["data_file"] = SimulatedDisk(self.machine.add(other))
+            options["data_file_name"] = other
+        if form.get("encrypt"):
+            options["crypto_header"] = forms.crypto_header(self.random)
+        await create_qcow2(
+            SimulatedDisk(self.machine.add(name)),
+            size=size,
+            backing_file=backing,
+            backing_format=backing and "qcow2",
+            **options,
+        )
+
+    async def _alone(self, name: str) -> Qcow2:
+        """An image opened without a graph, and without what is below it."""
+        form = self.forms[name]
+        names = self.machine.names
+        data_file = None
+        if form.get("data_file"):
+            data_file = SimulatedDisk(names[forms.data_name(name)])
+        members = forms.members(name, form)
+        for child in ("file", "data-file"):
+            members.pop(child, None)
+        return await open_qcow2(
+            SimulatedDisk(names[name]),
+            data_file=data_file,
+            workers=self.bench.workers,
+            secret=forms.secret,
+            **members,
+        )
+
+    async def _fill(self, name: str, model: bytearray, filled: int) -> None:
         """Give an image clusters of its own; what is below it does not matter to whole ones."""
         rng = self.random
-        image = await open_qcow2(disk)
+        image = await self._alone(name)
+        packs = rng.random() < 0.3 and can_compress(self.forms[name])
         size = image.cluster_size
         assert size is not None
         if filled:
@@ -194,7 +227,11 @@ class Scene:
             if rng.random() < 0.75:
                 data = rng.randbytes(end - offset)
                 # The last cluster may be longer than the disk.
-                await image.write(offset, data)
+                if packs:
+                    data = squeezable(rng, end - offset)
+                    await image.write_compressed(offset, data)
+                else:
+                    await image.write(offset, data)
                 model[offset:end] = data
             elif not filled:
                 await image.write_zeroes(offset, end - offset)
@@ -214,6 +251,7 @@ class Scene:
             random.Random(f"guest {self.plan.seed}"),
             limit=min(size // 2, 8 * cluster_size if cluster_size > 4096 else 64 * cluster_size),
             cluster_size=cluster_size,
+            can_compress=lambda: can_compress(self.forms[self.top]),
         )
         bitmap = self.plan.bitmap if self.plan.bitmap is not None else self.random.random() < 0.4
         self.bitmap_in = None
@@ -224,6 +262,7 @@ class Scene:
 
     async def _attach(self, options: dict[str, object]) -> Node:
         """Open the chain and put the drive on it."""
+        options = {**options, "detect-zeroes": self.detect_zeroes}
         node = await self.bench.graph.open(self.bench.options(**options))
         assert isinstance(node.driver, Qcow2)
         self.backend = await self.bench.graph.attach(
@@ -234,21 +273,28 @@ class Scene:
         self.backend.on_change.append(self._changed)
         return node
 
-    async def _restart(self) -> None:
-        """Close the whole chain and open it again as its headers say; the guest is halted."""
-        layers = chain.chain(self.backend.node)
+    async def _restart(self, between: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Close the whole chain and open it again as its headers say; the guest is halted.
+
+        ``between``: what is done to images that nobody has open.
+        """
+        names = [
+            (layer.name, layer.file.driver.medium.name)
+            for layer in chain.chain(self.backend.node)
+            if layer.file is not None and isinstance(layer.file.driver, SimulatedDisk)
+        ]
         options: dict[str, object] = {}
-        for layer in reversed(layers):
-            assert layer.file is not None and isinstance(layer.file.driver, SimulatedDisk)
+        for node_name, name in reversed(names):
             options = {
                 "driver": "qcow2",
-                "node-name": layer.name,
-                "discard": "unmap",
-                "file": {"driver": "simdisk", "filename": layer.file.driver.medium.name},
+                "node-name": node_name,
                 "backing": options or None,
+                **forms.members(name, self.forms[name]),
             }
         await self.bench.graph.detach(self.backend)
         assert not self.bench.graph.nodes, self.bench.graph.nodes
+        if between is not None:
+            await between()
         self.guest.backend = (await self._attach(options)) and self.backend
 
     def _changed(self) -> None:
@@ -341,32 +387,28 @@ class Scene:
             await asyncio.sleep(0.001)
         if job.error is not None:
             self.story.append(f"  ended: {job.error}")
-            assert job.cancelled or self.machine.injected, f"stream failed: {job.error}"
+            full = "No space" in str(job.error)  # a long backing name, a small header cluster
+            assert job.cancelled or self.machine.injected or full, f"stream failed: {job.error}"
 
     async def _do_snapshot(self) -> None:
         rng = self.random
         self.overlays += 1
         name = f"/sim/overlay{self.overlays}.qcow2"
-        medium: Medium = self.machine.add(name)
         node = chain.skip_filters(self.backend.node)
         assert node is not None
         cluster_size = rng.choice((512, 4096, node.driver.cluster_size or 512))
         if self.guest.size > MIB:
             cluster_size = node.driver.cluster_size or 4096
-        await create_qcow2(
-            SimulatedDisk(medium),
-            size=node.length,
-            cluster_size=cluster_size,
-            backing_file=node.filename,
-            backing_format="qcow2",
-            version=rng.choice((2, 3, 3)),
-        )
+        form: dict[str, Any] = {"cluster_size": cluster_size, "version": rng.choice((2, 3, 3))}
+        if rng.random() < 0.4 and self.guest.size <= MIB:
+            form = forms.choose(rng, kind=self.plan.kind)
+        await self._create(name, node.length, form, node.filename)
         overlay = await self.bench.open(
             driver="qcow2",
             node_name=f"overlay{self.overlays}",
-            discard="unmap",
-            file={"driver": "simdisk", "filename": name},
             backing=None,
+            detect_zeroes=self.detect_zeroes,
+            **forms.members(name, self.forms[name]),
         )
         await snapshot(self.bench.graph, node.name, overlay.name)
         # As blockdev-snapshot-sync does it: the header leads to where it stands.
@@ -386,27 +428,20 @@ class Scene:
         async with guest.halted():
             if machine.injected:
                 return  # what could not be written back is not there afterwards
-            number = machine.number()
-            machine.note("sync", number)
-            await self._restart()
+            await self._sync_and_restart()
+
+    async def _sync_and_restart(self, between: Callable[[], Awaitable[None]] | None = None) -> None:
+        machine = self.machine
+        number = machine.number()
+        machine.note("sync", number)
+
+        async def synced() -> None:
             if not machine.injected:
                 machine.note("synced", number)
+            if between is not None:
+                await between()
 
-    async def _do_internal(self) -> None:
-        """An internal snapshot: tables and clusters are shared from then on."""
-        name = f"snapshot{len(self.story)}"
-        with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9):
-            await internal_snapshot.create(self.bench.graph, self._node.name, name)
-        self.internal.append((self._node.name, name))
-
-    async def _do_internal_gone(self) -> None:
-        mine = [pair for pair in self.internal if pair[0] == self._node.name]
-        if not mine:
-            await self._do_internal()
-            return
-        pair = self.random.choice(mine)
-        self.internal.remove(pair)
-        await internal_snapshot.delete(self.bench.graph, pair[0], None, pair[1])
+        await self._restart(synced)
 
     async def _do_rename(self) -> None:
         """change-backing-file to another name of the same image, and back."""
@@ -417,7 +452,7 @@ class Scene:
         old = node.driver.backing_file
         space = max(20, (node.driver.cluster_size or 512) - 360)
         long = "/sim/" + "x" * self.random.randrange(1, min(900, space)) + str(len(self.story))
-        self.machine.names[long] = self.machine.names[old]
+        self.machine.names[long] = self.machine.names[plain_name(old)]
         for name in (long, old):
             try:
                 await node.driver.change_backing_file(name, "qcow2")
@@ -436,6 +471,17 @@ class Scene:
         await self.bench.close()
         self.machine.close()
         SimulatedDisk.machine = None
+
+
+def can_compress(form: dict[str, Any]) -> bool:
+    """Whether there are compressed clusters in an image."""
+    return not form.get("data_file") and not form.get("encrypt")
+
+
+def squeezable(rng: random.Random, length: int) -> bytes:
+    """Bytes that are no zeros and take little space."""
+    piece = rng.randbytes(max(1, rng.choice((16, 200, length // 3))))
+    return (piece * (length // len(piece) + 1))[:length]
 
 
 async def _course(plan: Plan) -> Course:

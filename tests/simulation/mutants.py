@@ -11,11 +11,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
-from liveblockd.formats.qcow2 import cow
+from liveblockd.formats import ciphers
+from liveblockd.formats.qcow2 import amend, cow, packing
 from liveblockd.formats.qcow2.allocator import BlockNeeded
+from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
+from liveblockd.formats.qcow2.subclusters import summaries
+from liveblockd.formats.qcow2.switch import Switch
+from liveblockd.formats.qcow2.zeroes import Eraser
+from liveblockd.graph import backend
 from liveblockd.jobs.stream import Stream
 from tests.simulation.disks import SimulatedDisk
 
@@ -135,6 +142,144 @@ def _skip_last_flush(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Committer, "_commit", mutated))
 
 
+def _bitmaps_stay_behind(stack: ExitStack) -> None:
+    """What only the bitmap of an extended entry says is not written back."""
+    publish_words = Metadata.publish_words
+
+    def mutated(self: Metadata, table: Any, first: int, words: Any, bitmaps: Any) -> None:
+        if (table.entries[first : first + len(words)] == summaries(words, bitmaps)).all():
+            table.bitmaps[first : first + len(bitmaps)] = bitmaps
+        else:
+            publish_words(self, table, first, words, bitmaps)
+
+    stack.enter_context(mock.patch.object(Metadata, "publish_words", mutated))
+
+
+def _data_file_not_flushed(stack: ExitStack) -> None:
+    """Entries reach the disk before the data in the external file."""
+
+    async def mutated(self: Committer) -> None:
+        return
+
+    stack.enter_context(mock.patch.object(Committer, "_sync_data", mutated))
+
+
+def _raw_file_without_zeros(stack: ExitStack) -> None:
+    """Zeros are in the tables only: who reads the raw data file does not see them."""
+    change = Eraser._change_data_file
+
+    async def mutated(self: Eraser, *args: Any, **options: Any) -> None:
+        raw, self._metadata.raw_data_file = self._metadata.raw_data_file, False
+        try:
+            await change(self, *args, **options)
+        finally:
+            self._metadata.raw_data_file = raw
+
+    stack.enter_context(mock.patch.object(Eraser, "_change_data_file", mutated))
+
+
+def _data_file_discarded_early(stack: ExitStack) -> None:
+    """The data file is discarded while entries on the disk still refer to it."""
+    write_zeroes = SimulatedDisk.write_zeroes
+
+    async def mutated(self: SimulatedDisk, offset: int, length: int, **options: Any) -> None:
+        if options.get("fast_only"):
+            await self.discard(offset, length)
+        else:
+            await write_zeroes(self, offset, length, **options)
+
+    stack.enter_context(mock.patch.object(SimulatedDisk, "write_zeroes", mutated))
+
+
+def _tweak_by_another_sector(stack: ExitStack) -> None:
+    """The engine reads what it wrote; nobody else does."""
+    for name in ("encrypt", "decrypt"):
+        whole = getattr(ciphers.Xts, name)
+
+        def mutated(self: Any, sector: int, data: Any, whole: Any = whole) -> Any:
+            return whole(self, sector + 1, data)
+
+        stack.enter_context(mock.patch.object(ciphers.Xts, name, mutated))
+
+
+def _packed_before_data(stack: ExitStack) -> None:
+    """The entry of compressed data is there, the data is not yet."""
+    _publish_before_data(stack)
+    stack.enter_context(mock.patch.object(packing, "write_bytes", cow.write_bytes))
+
+
+def _snapshot_of_the_disk(stack: ExitStack) -> None:
+    """A snapshot has the tables that the disk has, though memory is further on."""
+    create, close = SnapshotStore.create, Committer.close
+
+    async def mutated(self: SnapshotStore, *args: Any) -> Any:
+        async def nothing(_: Committer) -> None:
+            return
+
+        with mock.patch.object(Committer, "close", nothing):
+            before = dict(self._metadata.dirty_tables)
+            self._metadata.dirty_tables.clear()
+            self._metadata.pending_fields.clear()
+            result = await create(self, *args)
+            self._metadata.dirty_tables.update(before)
+        await close(self._committer)
+        return result
+
+    stack.enter_context(mock.patch.object(SnapshotStore, "create", mutated))
+
+
+def _switch_not_flushed(stack: ExitStack) -> None:
+    """The header names new tables that may not be on the disk yet."""
+    commit = Switch.commit
+
+    async def mutated(self: Switch, *args: Any, **fields: Any) -> Any:
+        if (disk := _disk(self._metadata.file)) is not None:
+            disk.medium.skip_flushes = 1
+        return await commit(self, *args, **fields)
+
+    stack.enter_context(mock.patch.object(Switch, "commit", mutated))
+
+
+def _apply_keeps_clusters_of_nobody(stack: ExitStack) -> None:
+    """What the disk had and the snapshot has not is given up, what both have too."""
+    drop = SnapshotStore._drop_tree
+    apply = SnapshotStore.apply
+
+    async def mutated(self: SnapshotStore, snapshot: Any) -> Any:
+        async def twice(store: SnapshotStore, switch: Switch, l1: Any) -> None:
+            await drop(store, switch, l1)
+            with suppress(OSError):
+                await drop(store, switch, l1)
+
+        with mock.patch.object(SnapshotStore, "_drop_tree", twice):
+            return await apply(self, snapshot)
+
+    stack.enter_context(mock.patch.object(SnapshotStore, "apply", mutated))
+
+
+def _bitmaps_not_in_use(stack: ExitStack) -> None:
+    """Stored bitmaps are not marked when writing begins."""
+
+    async def mutated(self: BitmapStore) -> None:
+        return
+
+    stack.enter_context(mock.patch.object(BitmapStore, "mark_in_use", mutated))
+
+
+def _zeroes_in_version_2(stack: ExitStack) -> None:
+    """A downgrade leaves zero clusters where there are none in that version."""
+
+    async def mutated(self: amend._Expansion) -> None:
+        return
+
+    stack.enter_context(mock.patch.object(amend._Expansion, "run", mutated))
+
+
+def _zeroes_by_first_byte(stack: ExitStack) -> None:
+    """detect-zeroes takes for zeros what only begins so."""
+    stack.enter_context(mock.patch.object(backend, "is_zero", lambda data: not data[0]))
+
+
 #: by name; each is caught by the tests
 MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "skip-first-flush": _skip_first_flush,
@@ -143,6 +288,31 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "reuse-at-once": _reuse_at_once,
     "reuse-before-commit": _reuse_before_commit,
     "skip-last-flush": _skip_last_flush,
+    "bitmaps-stay-behind": _bitmaps_stay_behind,
+    "data-file-not-flushed": _data_file_not_flushed,
+    "raw-file-without-zeros": _raw_file_without_zeros,
+    "data-file-discarded-early": _data_file_discarded_early,
+    "tweak-by-another-sector": _tweak_by_another_sector,
+    "packed-before-data": _packed_before_data,
+    "snapshot-of-the-disk": _snapshot_of_the_disk,
+    "switch-not-flushed": _switch_not_flushed,
+    "apply-gives-up-too-much": _apply_keeps_clusters_of_nobody,
+    "bitmaps-not-in-use": _bitmaps_not_in_use,
+    "zeroes-in-version-2": _zeroes_in_version_2,
+    "zeroes-by-first-byte": _zeroes_by_first_byte,
+}
+#: members of ``machine.Plan`` for defects of something that few machines have
+PLANS: dict[str, dict[str, Any]] = {
+    "bitmaps-stay-behind": {"kind": "extended_l2"},
+    "data-file-not-flushed": {"kind": "data_file"},
+    "raw-file-without-zeros": {"kind": "data_file_raw", "depth": 1, "steps": ("rest",)},
+    "data-file-discarded-early": {"kind": "data_file"},
+    "tweak-by-another-sector": {"kind": "encrypt"},
+    "snapshot-of-the-disk": {"depth": 1, "steps": ("internal", "internal")},
+    "switch-not-flushed": {"steps": ("internal", "internal_gone", "amend")},
+    "apply-gives-up-too-much": {"depth": 1, "steps": ("internal_apply", "rest")},
+    "bitmaps-not-in-use": {"bitmap": True, "steps": ("rest", "restart", "rest")},
+    "zeroes-in-version-2": {"cluster_size": 4096, "steps": ("amend", "amend", "amend")},
 }
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 
+from tests.simulation.forms import KINDS
 from tests.simulation.judging import Figures, judge
 from tests.simulation.machine import Plan, run_machine
 
@@ -26,18 +27,20 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--cuts", type=int, default=100, help="cuts of each machine")
     parser.add_argument("--mutant", help="put in a known defect: see mutants.py")
+    parser.add_argument("--kind", choices=KINDS, help="images of one kind only")
     parser.add_argument("--quiet", action="store_true", help="only the sum")
     arguments = parser.parse_args()
-    from tests.simulation.mutants import MUTANTS, planted
+    from tests.simulation.mutants import MUTANTS, PLANS, planted
 
     if arguments.mutant is not None and arguments.mutant not in MUTANTS:
         parser.error(f"--mutant is one of {', '.join(MUTANTS)}")
+    plan = {"kind": arguments.kind} if arguments.kind else PLANS.get(arguments.mutant, {})
     started = time.monotonic()
     figures = Figures()
     with planted(arguments.mutant):
         for seed in range(arguments.start, arguments.start + arguments.seeds):
             try:
-                one = run_seed(seed, arguments.cuts)
+                one = run_seed(seed, arguments.cuts, **plan)
             except Exception as error:
                 say(f"seed {seed} failed: {error!r}")
                 say(f"again: python -m tests.simulation.powercut --start {seed} --seeds 1")

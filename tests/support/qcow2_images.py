@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ async def open_qcow2(
     publisher: Publisher | None = None,
     workers: WorkerPool | None = None,
     data_file: BlockIO | None = None,
+    secret: Callable[[str], bytes] | None = None,
     **options: Any,
 ) -> Qcow2:
     """The driver on ``file``; ``options`` are members of blockdev-add."""
@@ -41,6 +44,8 @@ async def open_qcow2(
     environment = Environment(
         workers or InlineWorkers(), publisher=publisher or Publisher(), node_name="node"
     )
+    if secret is not None:
+        environment = replace(environment, secret=secret)
     image = await Qcow2.open(model, children, environment, autosync=autosync)
     if backing is not None:
         children["backing"] = backing

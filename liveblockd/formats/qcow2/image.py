@@ -19,7 +19,7 @@ import contextlib
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from errno import EIO, EPERM
+from errno import EIO, ENOTSUP, EPERM
 from typing import Any, ClassVar, Self
 
 from liveblockd.errors import BlockError
@@ -439,8 +439,10 @@ class Qcow2(Management, Described):
         await self._run(self._populator.populate_from, offset, length, source, source_offset)
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
-        """See ``BlockDriver.write_compressed``."""
+        """See ``BlockDriver.write_compressed``; not in a data file, and never beside a cipher."""
         self._check_writable()
+        if self._metadata.has_data_file or self._cipher is not None:
+            raise OSError(ENOTSUP, os.strerror(ENOTSUP))
         await self._run(self._packer.write, offset, memoryview(data))
 
     # -- running what changes entries

@@ -282,9 +282,12 @@ class Eraser:
             unmap = unmap and self._unmap_requests
             if metadata.raw_data_file and length > 0:
                 await metadata.data.write_zeroes(cluster << bits, length, may_unmap=unmap)
-            elif unmap and length > 0 and change == self._zero_unmap:
+            elif unmap and length > 0 and change == self._zero_unmap and metadata.data is file:
+                # The disk's entries go on naming these clusters until they are committed: a crash
+                # may leave the old bytes there or zeros, not what a discard leaves (on a block
+                # device anything), and not zeros that somebody then decrypts.
                 with contextlib.suppress(OSError):  # a wish only
-                    await file.discard(cluster << bits, length)
+                    await file.write_zeroes(cluster << bits, length, may_unmap=True, fast_only=True)
             self._change_table(table, index, count, change, unmap=False)
         finally:
             table.pins -= 1

@@ -87,6 +87,27 @@ async def test_data_are_durable_before_what_refers_to_them():
     await image.close()
 
 
+@pytest.mark.parametrize("request_", ["discard", "write_zeroes"])
+async def test_what_entries_on_the_disk_name_is_never_discarded(request_: str):
+    """A crash then showed what a discard leaves, which is anything on a block device."""
+    file, data = await pair(size=1024 * K)
+    image = await open_qcow2(file, data_file=data, discard="unmap")
+    await image.write(0, b"a" * 128 * K)
+    await image.flush()
+    data.log.clear()
+    if request_ == "discard":
+        await image.discard(0, 64 * K)
+    else:
+        await image.write_zeroes(0, 64 * K, may_unmap=True)
+    assert "discard" not in [entry.operation for entry in data.log]
+    assert data.content()[: 128 * K] == bytes(64 * K) + b"a" * 64 * K  # given back, as zeros
+    crashed = MemoryDriver()
+    await crashed.write(0, file.content())
+    again = await open_qcow2(crashed, data_file=data, read_only=True)
+    assert bytes(await again.read(0, 64 * K)) == bytes(64 * K)
+    await image.close()
+
+
 async def test_a_failed_flush_of_the_data_is_told_and_publishes_nothing():
     file, data = await pair(size=1024 * K)
     image = await open_qcow2(file, data_file=data)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
-from errno import EINVAL, EIO, ENOSPC
+from errno import EINVAL, EIO, ENOSPC, ENOTSUP
 from pathlib import Path
 
 import pytest
 
+from liveblockd.formats.luks import new_luks
 from liveblockd.formats.qcow2.compression import HAS_ZSTD, deflate, inflate
 from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.storage.driver import ExtentKind
@@ -59,6 +61,40 @@ def test_a_bomb_gives_a_cluster(kind: Compression) -> None:
     bomb = deflate(bytes(64 << 20), 64 << 20, kind)
     assert bomb is not None
     assert inflate(bomb, CLUSTER, kind) == bytes(CLUSTER)
+
+
+@pytest.mark.skipif(not HAS_ZSTD, reason="backports.zstd is not installed")
+@pytest.mark.parametrize("inside", [b"", b"a"])
+def test_many_tiny_frames_take_no_time(inside: bytes) -> None:
+    """4 MiB of them, as much as an entry can name: that took minutes."""
+    zstd = pytest.importorskip("backports.zstd")
+    frame = zstd.compress(inside)
+    started = time.thread_time()
+    with pytest.raises(OSError, match="too many frames"):
+        inflate(frame * ((4 << 20) // len(frame)), 2 << 20, Compression.ZSTD)
+    assert time.thread_time() - started < 5
+    few = zstd.compress(bytes(K)) * 64
+    assert inflate(few, CLUSTER, Compression.ZSTD) == bytes(CLUSTER)
+
+
+async def test_not_where_data_lie_plainly_or_under_a_cipher() -> None:
+    """A data file has no compressed clusters; and encrypted images no data in clear."""
+    data = MemoryDriver()
+    file = await new_qcow2(size=CLUSTER, data_file=data)
+    image = await open_qcow2(file, data_file=data)
+    with pytest.raises(OSError) as caught:
+        await image.write_compressed(0, text(1, CLUSTER))
+    assert caught.value.errno == ENOTSUP
+    await image.close()
+    pytest.importorskip("cryptography")
+    header = new_luks(b"x", key_bytes=32, iter_time=1)
+    file = await new_qcow2(size=CLUSTER, crypto_header=header)
+    encrypt = {"format": "luks", "key-secret": "s"}
+    image = await open_qcow2(file, secret=lambda _: b"x", encrypt=encrypt)
+    with pytest.raises(OSError) as caught:
+        await image.write_compressed(0, text(1, CLUSTER))
+    assert caught.value.errno == ENOTSUP
+    await image.close()
 
 
 def test_the_window_is_that_of_the_format() -> None:
