@@ -99,6 +99,15 @@ def settle(directory: Path) -> None:
     run("sync", "-f", directory)
 
 
+def to_disk(path: Path) -> None:
+    """fsync(2) of one file, by whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def used(directory: Path) -> int:
     """Bytes taken on the file system, after everything delayed was allocated."""
     settle(directory)

@@ -164,7 +164,17 @@ def median(values: list[float] | None) -> str:
     return figure(statistics.median(values)) if values else "-"
 
 
-def table_line(found: Row) -> str:
+def taken_when(found: dict[str, Any]) -> str:
+    """When, how often and at which scale a measure was taken."""
+    pairs = len(found.get("samples", {}).get("qsd", []))
+    if not pairs:
+        return ""
+    return f"{found.get('when', '')[:10]}, {pairs} pairs, scale {found.get('scale', 1):g}".strip(
+        ", "
+    )
+
+
+def table_line(found: Row, taken: str) -> str:
     cells = [
         found.title,
         found.unit,
@@ -174,6 +184,7 @@ def table_line(found: Row) -> str:
         spread(found.ratios.get("asyncio", [])),
         found.target,
         found.verdict,
+        taken,
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -181,11 +192,12 @@ def table_line(found: Row) -> str:
 def table(results: dict[str, Any], measures: Sequence[Measure]) -> str:
     """Markdown."""
     lines = [
-        "| measure | unit | QSD | liveblockd | gain | gain, asyncio | target | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| measure | unit | QSD | liveblockd | gain | gain, asyncio | target | | taken |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for measure in measures:
-        lines += [table_line(found) for found in rows(measure, results)]
+        taken = taken_when(results["measures"].get(measure.name, {}))
+        lines += [table_line(found, taken) for found in rows(measure, results)]
     peaks = [results["measures"].get(m.name, {}).get("peak", {}) for m in measures]
     most = {k: max((p[k] for p in peaks if k in p), default=0) / MIB for k in ("qsd", *OURS)}
     if most["uvloop"]:
@@ -194,7 +206,7 @@ def table(results: dict[str, Any], measures: Sequence[Measure]) -> str:
         lines.append(
             f"| peak resident memory in all the above | MiB | {most['qsd']:.0f} "
             f"| {most['uvloop']:.0f} | **{most['qsd'] / most['uvloop']:.2g}** "
-            f"| {asyncio} | < {MEMORY_LIMIT} MiB | {verdict} |"
+            f"| {asyncio} | < {MEMORY_LIMIT} MiB | {verdict} | |"
         )
     return "\n".join(lines)
 

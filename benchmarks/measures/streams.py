@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from benchmarks import images, lab
@@ -35,6 +36,9 @@ class Stream(Measure):
         lab.settle(self.directory)
         with Daemon(kind, self.directory, *qcow2("top", self.top, direct=self.direct)) as daemon:
             seconds = daemon.qmp.stream("top", **arguments)
+            start = time.perf_counter()
+            lab.to_disk(self.top)
+            self.durable = seconds + time.perf_counter() - start
             self.peak(daemon)
         images.same(self.top, self.base)
         return seconds
@@ -53,11 +57,19 @@ class Dense(Stream):
         self.name = f"stream-dense-{place}" + ("-direct" if direct else "")
         title = f"dense block-stream, {'file system' if place == 'disk' else place}, {cache}"
         self.metrics = (Metric("rate", title, "MiB/s", target=4),)
+        if place == "disk":
+            self.metrics += (Metric("durable", "... until all of it is on the disk", "MiB/s"),)
 
     def prepare(self, lab: Lab) -> None:
         super().prepare(lab)
         if self.direct:
             direct_or_not(self.base)
+
+    def sample(self, lab: Lab, kind: Kind) -> dict[str, float]:
+        figures = super().sample(lab, kind)
+        if self.place == "disk":
+            figures["durable"] = self.length / MIB / self.durable
+        return figures
 
 
 def direct_or_not(path: Path) -> None:
