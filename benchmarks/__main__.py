@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def main() -> int:
             if not shutil.which(tool):
                 parser.error(f"{tool} is missing (Debian: qemu-utils, qemu-system-common)")
         kinds = chosen_kinds(arguments.daemons)
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores ^C for us
+            signal.signal(number, lambda *_: sys.exit("interrupted"))
         with Lab(arguments.scale, arguments.directory) as lab:
             for measure in chosen:
                 found = take(measure, lab, kinds, arguments.pairs)

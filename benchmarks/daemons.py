@@ -122,6 +122,7 @@ class Daemon:
                 raise QmpFailure(f"{self.kind.name} does not start: {self._log.read_text()}")
             time.sleep(0.01)
         self.qmp = Qmp(self._monitor)
+        self.cpu_start = self.cpu_seconds()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -160,8 +161,12 @@ class Daemon:
 
     def cpu_seconds(self) -> float:
         """User and system time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        home = Path(f"/proc/{self.process.pid}")
+        fields = (home / "stat").read_text().rpartition(")")[2].split()
+        ticks = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        # to the microsecond, but without the threads that are gone
+        exact = sum(int(path.read_text().split()[0]) for path in home.glob("task/*/schedstat"))
+        return max(exact / 1e9, ticks)
 
 
 def qcow2(node: str, path: Path, *, direct: bool = False) -> tuple[str, ...]:

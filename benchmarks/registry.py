@@ -55,12 +55,18 @@ class Measure:
         """Start the daemon, take the figures (one for each metric), verify the result."""
         raise NotImplementedError
 
-    def peak(self, daemon: Daemon) -> None:
-        """Note the most memory that the daemon had; call it before the daemon ends."""
-        self.peaks.append(daemon.peak_memory())
-
     def __init__(self) -> None:
         self.peaks: list[int] = []
+        self.cpu: list[float] = []
+
+    def note(self, daemon: Daemon, work: float = 1) -> None:
+        """Note the daemon's peak memory and its processor time since the start, per unit of work.
+
+        Call it when the work is done, before anything is verified through the daemon. On a machine
+        that others use, processor time tells more than the clock.
+        """
+        self.peaks.append(daemon.peak_memory())
+        self.cpu.append((daemon.cpu_seconds() - daemon.cpu_start) / max(work, 1))
 
 
 M = TypeVar("M", bound=Measure)

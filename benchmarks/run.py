@@ -19,6 +19,7 @@ def take(measure: Measure, lab: Lab, kinds: list[Kind], pairs: int) -> dict[str,
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "scale": lab.scale,
         "samples": {kind.name: [] for kind in kinds},
+        "cpu": {kind.name: [] for kind in kinds},
         "peak": {},
     }
     try:
@@ -27,11 +28,14 @@ def take(measure: Measure, lab: Lab, kinds: list[Kind], pairs: int) -> dict[str,
         for number in range(pairs):
             for kind in kinds:
                 start = time.monotonic()
-                measure.peaks = []
+                measure.peaks, measure.cpu = [], []
                 figures = measure.sample(lab, kind)
                 result["samples"][kind.name].append(figures)
                 peaks[kind.name] += measure.peaks
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                if measure.cpu:  # of several runs in a sample the last is what the figures are of
+                    result["cpu"][kind.name].append(measure.cpu[-1])
+                figures_and_cpu = {**figures, "cpu": measure.cpu[-1]} if measure.cpu else figures
+                shown = "  ".join(f"{k} {value:.4g}" for k, value in figures_and_cpu.items())
                 took = time.monotonic() - start
                 print(
                     f"{measure.name} {number + 1}/{pairs} {kind.name}: {shown}  [{took:.0f} s]",

@@ -50,7 +50,7 @@ class Latency(Measure):
                 start = time.time()
                 seconds = daemon.qmp.stream("top")
                 end = time.time()
-            self.peak(daemon)
+            self.note(daemon)
         during = guests.latencies()["top"].between(start, end) * 1e6
         if not len(during):
             raise WrongResult("the guest was not served at all during the stream")
@@ -106,7 +106,7 @@ class Sixteen(Measure):
                     daemon.qmp("block-stream", device=name, job_id=name)
                 seconds = max(daemon.qmp.completed(name) for name in self.names) - first
                 end = time.time()
-            self.peak(daemon)
+            self.note(daemon)
         during = {k: v.between(start, end) for k, v in guests.latencies().items()}
         for name, top in tops.items():
             count_writes(top, self.directory, guests.writes[name])
@@ -150,7 +150,7 @@ class Queries(Measure):
                 if not found:
                     break
             daemon.qmp.completed("job0")
-            self.peak(daemon)
+            self.note(daemon)
         images.same(top, self.base)
         return {"rate": len(times) / sum(times), "slowest": max(times) * 1e3}
 

@@ -45,7 +45,7 @@ class Guest(Measure):
                 socket, "disk", self.directory,
                 rw=self.rw, bs=self.block, iodepth=self.depth, **self.options(lab_),
             )  # fmt: skip
-            self.peak(daemon)
+            self.note(daemon, found["total_ios"])
             if "write" not in self.rw:
                 uri = f"nbd+unix:///disk?socket={socket}"
                 images.same_live(uri, self.base)

@@ -39,7 +39,7 @@ class Stream(Measure):
             start = time.perf_counter()
             lab.to_disk(self.top)
             self.durable = seconds + time.perf_counter() - start
-            self.peak(daemon)
+            self.note(daemon)
         images.same(self.top, self.base)
         return seconds
 

@@ -25,11 +25,13 @@ RESULTS = {
     "machine": {},
     "measures": {
         "streams": {
+            "when": "2026-01-01 00:00 UTC",
+            "scale": 1,
             "samples": {
                 "qsd": [sample(100, 6, 10), sample(200, 6, 10), sample(100, 6, 10)],
                 "uvloop": [sample(400, 5, 70), sample(600, 2, 50), sample(500, 6, 61)],
                 "asyncio": [sample(300, 6, 50), sample(300, 6, 50), sample(300, 6, 50)],
-            }
+            },
         }
     },
 }
@@ -54,7 +56,7 @@ def test_gain_of_nothing():
 def test_lines_that_could_not_be_taken_stay_in_the_table():
     table = report.table({"measures": {"streams": {"missing": "no loop mount"}}}, [Streams()])
     assert table.count("cannot run: no loop mount") == 4
-    failed = {"failed": "WrongResult: bytes differ", "samples": RESULTS["measures"]["streams"]}
+    failed = {**RESULTS["measures"]["streams"], "failed": "WrongResult: bytes differ"}
     table = report.table({"measures": {"streams": failed}}, [Streams()])
     assert "WRONG" in table and "reached" not in table
 
