@@ -115,15 +115,21 @@ class Daemon:
         )  # fmt: skip
 
     def __enter__(self) -> Self:
+        try:
+            self._await_start()
+            self.qmp = Qmp(self._monitor)
+            self.cpu_start = self.cpu_seconds()
+        except BaseException:  # __exit__ is not called then
+            self._end(signal.SIGKILL)
+            raise
+        return self
+
+    def _await_start(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while not self._pidfile.exists() or not self._pidfile.read_text().endswith("\n"):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self._end(signal.SIGKILL)
                 raise QmpFailure(f"{self.kind.name} does not start: {self._log.read_text()}")
             time.sleep(0.01)
-        self.qmp = Qmp(self._monitor)
-        self.cpu_start = self.cpu_seconds()
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.qmp.close()
