@@ -70,7 +70,7 @@ Known: TypeAlias = dict["Node", str]
 
 def backing_overridden(node: Node, known: Known | None = None) -> bool:
     """Whether the backing node is another than the header would give."""
-    if not node.supports_backing or not node.opened:
+    if not node.supports_backing or not node.opened or node.without_chain:
         return False
     written = node.driver.backing_file or ""
     backing = node.backing
@@ -155,7 +155,7 @@ def protocol_options(name: str) -> dict[str, Any]:
                 value = None
             if not isinstance(value, dict):
                 raise BlockError(f"Could not parse the JSON options of '{name}'")
-            return nested(value)
+            return with_drivers(nested(value))
         case "null-co" | "null-aio":
             return {"driver": protocol}
         case "blkdebug":
@@ -165,6 +165,21 @@ def protocol_options(name: str) -> dict[str, Any]:
             found = {"driver": "blkdebug", "image": protocol_options(image)}
             return found | ({"config": config} if config else {})
     raise BlockError(f"Unknown protocol '{protocol}'", errno=2)
+
+
+def with_drivers(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Members of blockdev-add in which files that have a name have a driver, too."""
+    found = dict(members)
+    for role, child in members.items():
+        if not isinstance(child, Mapping):
+            continue
+        child = with_drivers(child)
+        name = child.get("filename")
+        if "driver" not in child and isinstance(name, str):
+            del child["filename"]
+            child = protocol_options(name) | child
+        found[role] = child
+    return found
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

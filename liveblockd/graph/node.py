@@ -137,6 +137,8 @@ class Node:
         self.implicit = False
         #: (backing string of the header, file name of the node it led to)
         self.implied_backing: tuple[str, str] | None = None
+        #: opened without its chain by who does not read it: its name is what it would be with it
+        self.without_chain = False
         self.permissions = (Permission.NONE, Permission.ALL)
         self.write_threshold = 0
         #: newest first; what jobs track for themselves has no name

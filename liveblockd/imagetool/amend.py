@@ -21,7 +21,7 @@ async def run(args: argparse.Namespace) -> int:
     """The command."""
     options = dict(pair.partition("=")[::2] for text in args.options for pair in text.split(","))
     amendment = _amendment(options)
-    async with Images() as images:
+    async with Images(args.objects) as images:
         node = await images.open(args.filename, args.format, writable=True)
         driver = node.driver
         if not isinstance(driver, Qcow2):

@@ -28,7 +28,7 @@ async def run(args: argparse.Namespace) -> int:
     """The command."""
     fix = {None: Fix.NONE, "leaks": Fix.LEAKS, "all": Fix.ALL}[args.repair]
     human = args.output == "human"
-    async with Images() as images:
+    async with Images(args.objects) as images:
         image_format = args.format or await images.format_of(
             args.filename, force_share=args.force_share
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from liveblockd.errors import BlockError, ConfigError
-from liveblockd.imagetool.images import ToolError, reason
+from liveblockd.imagetool.images import OptionText, ToolError, reason
 from liveblockd.imagetool.output import warn
 from liveblockd.runtime.loop import run
 
@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--object", dest="objects", action="append", default=[], metavar="secret,id=ID,...",
+            help="a secret that options refer to",
+        )  # fmt: skip
         added.add_argument("-q", "--quiet", action="store_true", help="print errors only")
         return added
 
@@ -102,7 +106,7 @@ def _changing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("target")
 
     one = command("resize", "change the size of the disk in an image")
-    one.add_argument("-f", "--format")
+    _format(one)
     one.add_argument("--shrink", action="store_true", help="allow it to become smaller")
     one.add_argument("filename")
     one.add_argument("size", help="[+|-]SIZE")
@@ -119,18 +123,25 @@ def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("filename")
 
     one = command("amend", "change the version, refcount width or size of a qcow2 image")
-    one.add_argument("-f", "--format")
+    _format(one)
     one.add_argument("-o", dest="options", action="append", required=True, metavar="KEY=VALUE,...")
     one.add_argument("filename")
 
 
 def _image(one: argparse.ArgumentParser, *, output: bool = False) -> None:
-    one.add_argument("-f", "--format", help="format of the image; else it is guessed")
+    _format(one)
     one.add_argument(
         "-U", "--force-share", action="store_true", help="although others may be writing to it"
     )
     if output:
         one.add_argument("--output", choices=("human", "json"), default="human")
+
+
+def _format(one: argparse.ArgumentParser) -> None:
+    one.add_argument("-f", "--format", help="format of the image; else it is guessed")
+    one.add_argument(
+        "--image-opts", action="store_true", help="images are driver=...,file.filename=..."
+    )
 
 
 def _cache(one: argparse.ArgumentParser) -> None:
@@ -142,6 +153,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(_with_negative_sizes(argv))
     module = importlib.import_module(f"liveblockd.imagetool.{args.command}")
     try:
+        _take_option_texts(args)
         status: int = run(module.run(args))
         return status
     except ToolError as error:
@@ -158,6 +170,20 @@ def main(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _take_option_texts(args: argparse.Namespace) -> None:
+    """With ``--image-opts`` the names of images are options; ToolError beside ``-f``."""
+    if not getattr(args, "image_opts", False):
+        return
+    if args.format is not None or getattr(args, "format2", None) is not None:
+        status = 2 if args.command == "compare" else 1
+        raise ToolError("--image-opts and --format are mutually exclusive", status)
+    for name in ("filename", "filename1", "filename2", "source"):
+        if hasattr(args, name):
+            setattr(args, name, OptionText(getattr(args, name)))
+    if hasattr(args, "sources"):
+        args.sources = [OptionText(source) for source in args.sources]
 
 
 def _with_negative_sizes(argv: Sequence[str]) -> list[str]:

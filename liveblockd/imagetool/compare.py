@@ -29,7 +29,7 @@ DIFFERENT, NOT_OPENED, NOT_READ = 1, 2, 4
 
 async def run(args: argparse.Namespace) -> int:
     """The command."""
-    async with Images() as images:
+    async with Images(args.objects) as images:
         sides = []
         for filename, image_format in (
             (args.filename1, args.format),

@@ -22,7 +22,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import chain
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.node import Node
-from liveblockd.imagetool import create
+from liveblockd.imagetool import create, creation
 from liveblockd.imagetool.images import Images, ToolError, reason, size_of
 from liveblockd.imagetool.output import Progress
 from liveblockd.storage.copy_engine import copy_extent, copy_nonzero, zero_clusters
@@ -58,8 +58,8 @@ async def run(args: argparse.Namespace) -> int:
             "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up "
             f"to {PIECE}. Select 0 to disable sparse detection (fully allocates output)."
         )
-    options = create.parse_options(args.options, args.output_format)
-    async with Images() as images:
+    options = creation.parse_options(args.options, args.output_format)
+    async with Images(args.objects) as images:
         source = await images.open(args.source, args.format, force_share=args.force_share)
         reader = await images.use(source)
         size = source.driver.virtual_size
@@ -84,17 +84,15 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _create(
-    images: Images, args: argparse.Namespace, options: dict[str, str], size: int
+    images: Images, args: argparse.Namespace, options: creation.Options, size: int
 ) -> None:
     if args.backing is not None:
         if args.backing_format is None:
             raise ToolError("Use of backing file requires explicit backing format")
         options |= {"backing_file": args.backing, "backing_fmt": args.backing_format}
-    options.setdefault("size", str(size))
+    options.setdefault("size", size)
     try:
-        await create.create_image(
-            images, args.target, args.output_format, size_of(options["size"]), options
-        )
+        await create.create_image(images, args.target, args.output_format, options)
     except (BlockError, OSError) as error:
         raise ToolError(
             f"{args.target}: error while converting {args.output_format}: {reason(error)}"

@@ -7,22 +7,34 @@ qemu-img does; ``ToolError`` carries an exit status of its own.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from liveblockd.daemon.drivers import load_all_drivers
-from liveblockd.errors import BlockError
+from liveblockd.errors import BlockError, ConfigError
 from liveblockd.events import Publisher
 from liveblockd.graph import filenames
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.graph.opening import Opener
+from liveblockd.keyval import nest, parse_keyval, parse_opts
 from liveblockd.qapi import parse, parse_size
+from liveblockd.qmp.commands.objects import ObjectOptions, ObjectRegistry
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, find_driver
+
+
+class OptionText(str):
+    """With ``--image-opts``: no file name, but ``driver=...,file.filename=...``."""
+
+    __slots__ = ()
 
 
 class ToolError(Exception):
@@ -53,14 +65,57 @@ def size_of(text: str, what: str = "image size") -> int:
     return size
 
 
+_NO_FILE: Final = 'A block device must be specified for "file"'
+
+
+def _given(filename: str) -> dict[str, Any]:
+    """Members of blockdev-add that a name or the text of options stands for; BlockError."""
+    if not isinstance(filename, OptionText):
+        return filenames.protocol_options(filename)
+    try:
+        found: dict[str, Any] = nest(parse_opts(filename, "file"))
+    except ConfigError as error:
+        raise BlockError(str(error)) from None
+    found = filenames.with_drivers(found)
+    file = found.get("file")
+    if isinstance(file, Mapping):
+        found["file"] = {"driver": "file"} | dict(file)
+    elif file is not None:
+        raise BlockError(f"Cannot find device='{file}' nor node-name='{file}'")
+    elif "driver" not in found or find_driver(str(found["driver"])).is_format:
+        raise BlockError(_NO_FILE)
+    return found
+
+
+def _not_opened(filename: str, error: BlockError | OSError) -> ToolError:
+    text = reason(error)
+    if isinstance(filename, OptionText):  # the words of QEMU's option strings, not of QMP
+        text = re.sub(
+            r"^Parameter '(.*)' is unexpected$",
+            rf"Block format '{_driver_of(filename)}' does not support the option '\1'",
+            text,
+        )
+    return ToolError(f"Could not open '{filename}': {text}")
+
+
+def _driver_of(text: OptionText) -> str:
+    return parse_opts(text, "file").get("driver", "raw")
+
+
 class Images:
     """The images of one command; an async context manager."""
 
-    def __init__(self, *, no_io: bool = False) -> None:
-        """``no_io``: only to be described, so that encrypted ones need no key."""
+    def __init__(self, objects: Sequence[str] = ()) -> None:
+        """``objects``: texts of ``--object``. Raises BlockError, ConfigError."""
         load_all_drivers()
+        secrets = ObjectRegistry()
+        for text in objects:
+            members = parse_keyval(text, "qom-type")
+            secrets.add(parse(ObjectOptions, members, keyval=True))
         self.workers = WorkerPool()
-        self.graph = Graph(Environment(self.workers, publisher=Publisher(), no_io=no_io))
+        self.graph = Graph(
+            Environment(workers=self.workers, publisher=Publisher(), secret=secrets.secret)
+        )
         self._count = 0
 
     async def __aenter__(self) -> Self:
@@ -79,14 +134,17 @@ class Images:
 
     async def format_of(self, filename: str, *, force_share: bool = False) -> str:
         """The format that an image seems to have; ToolError when it cannot be read."""
-        members = {"read-only": True, "force-share": force_share}
         try:
-            found = filenames.protocol_options(filename)
-            if find_driver(str(found["driver"])).is_format:
-                return str(found["driver"])
-            return await Opener(self.graph).probe(found | members)
+            found = _given(filename)
+            driver = str(found.get("driver", ""))
+            if driver and (isinstance(filename, OptionText) or find_driver(driver).is_format):
+                return driver
+            file = found["file"] if isinstance(filename, OptionText) else found
+            if isinstance(file, Mapping):
+                file = dict(file) | {"read-only": True, "force-share": force_share}
+            return await Opener(self.graph).probe(file)
         except (BlockError, OSError) as error:
-            raise ToolError(f"Could not open '{filename}': {reason(error)}") from error
+            raise _not_opened(filename, error) from error
 
     async def open(
         self,
@@ -102,16 +160,34 @@ class Images:
         probed = False
         if image_format is None:
             image_format = await self.format_of(filename, force_share=force_share)
-            probed = image_format == "raw"
+            probed = image_format == "raw" and "driver" not in _given(filename)
         try:
             members = self._members(
                 filename, image_format, writable, backing=backing, force_share=force_share
             )
             members["cache"] = {"no-flush": no_flush}
-            options = parse(BlockdevOptions, members)
+            options = parse(BlockdevOptions, members, keyval=isinstance(filename, OptionText))
             return await self.graph.open(options, probed=probed)
         except (BlockError, OSError) as error:
-            raise ToolError(f"Could not open '{filename}': {reason(error)}") from error
+            raise _not_opened(filename, error) from error
+
+    async def look_at(
+        self, filename: str, image_format: str | None = None, *, force_share: bool = False
+    ) -> Node:
+        """An image alone, to see what it says of itself: it is not unlocked. ToolError."""
+        with self._inspecting():
+            node = await self.open(filename, image_format, backing=False, force_share=force_share)
+        node.without_chain = True
+        return node
+
+    @contextmanager
+    def _inspecting(self) -> Iterator[None]:
+        before = self.graph.environment
+        self.graph.environment = replace(before, no_io=True)
+        try:
+            yield
+        finally:
+            self.graph.environment = before
 
     def _members(
         self, filename: str, image_format: str, writable: bool, *, backing: bool, force_share: bool
@@ -126,10 +202,15 @@ class Images:
             "read-only": not writable,
             "force-share": force_share,
         }
-        file = filenames.protocol_options(filename)
-        if find_driver(str(file["driver"])).is_format or not driver.is_format:
-            return file | members
-        members |= {"driver": image_format, "file": file, "discard": "unmap"}
+        found = _given(filename)
+        if isinstance(filename, OptionText):
+            found.setdefault("driver", image_format)
+            found.setdefault("discard", "unmap")
+            members |= found
+        elif find_driver(str(found["driver"])).is_format or not driver.is_format:
+            return found | members
+        else:
+            members |= {"driver": image_format, "file": found, "discard": "unmap"}
         if not backing and "backing" in driver.child_roles:
             members["backing"] = None
         return members
@@ -145,12 +226,23 @@ class Images:
             "force-share": force_share,
         }
         try:
-            members |= filenames.protocol_options(filename)
+            found = _given(filename)
+            file = found.get("file", found)
+            if not isinstance(file, Mapping):
+                raise BlockError(_NO_FILE)
+            members |= file
             node = await self.graph.open(parse(BlockdevOptions, members))
             await self.use(node, writable=writable, exclusive=not force_share)
         except (BlockError, OSError) as error:
-            raise ToolError(f"Could not open '{filename}': {reason(error)}") from error
+            raise _not_opened(filename, error) from error
         return node
+
+    async def close(self, node: Node) -> None:
+        """Flush and close a node and end its users."""
+        for backend in tuple(self.graph.backends):
+            if backend.node is node:
+                await self.graph.detach(backend)
+        await self.graph.delete(node.name)
 
     async def use(self, node: Node, *, writable: bool = False, exclusive: bool = False) -> Backend:
         """A user of ``node``; ``exclusive``: nobody else changes it. Raises BlockError."""

@@ -28,7 +28,7 @@ async def run(args: argparse.Namespace) -> int:
         if filename in seen:
             raise ToolError(f"Backing file '{filename}' creates an infinite loop.")
         seen.add(filename)
-        info = await _one(filename, image_format, force_share=args.force_share)
+        info = await _one(args, filename, image_format)
         found.append(info)
         if not args.backing_chain:
             break
@@ -43,10 +43,8 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _one(filename: str, image_format: str | None, *, force_share: bool) -> dict[str, Any]:
-    async with Images(no_io=True) as images:
-        node = await images.open(filename, image_format, backing=False, force_share=force_share)
+async def _one(args: argparse.Namespace, filename: str, image_format: str | None) -> dict[str, Any]:
+    async with Images(args.objects) as images:
+        node = await images.look_at(filename, image_format, force_share=args.force_share)
         info = Query(flat=True).image(node)
-        # An image that is opened without its chain is still shown by its name.
-        info["filename"] = filename
         return {name: value for name, value in info.items() if name not in _NOT_SHOWN}

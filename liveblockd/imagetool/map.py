@@ -56,7 +56,7 @@ async def run(args: argparse.Namespace) -> int:
     """The command."""
     start = size_of(args.start_offset, "start offset") if args.start_offset else 0
     limit = size_of(args.max_length, "max length") if args.max_length else None
-    async with Images() as images:
+    async with Images(args.objects) as images:
         node = await images.open(args.filename, args.format, force_share=args.force_share)
         await images.use(node)
         end = node.driver.virtual_size
@@ -151,7 +151,9 @@ async def _ask(layers: list[Node], depth: int, start: int, end: int) -> list[_Qu
 def _entry(layer: Node, position: int, depth: int, extent: Extent) -> Entry:
     data = extent.kind in (ExtentKind.DATA, ExtentKind.COMPRESSED)
     offset = extent.host_offset if extent.host_offset >= 0 else None
-    if extent.kind is ExtentKind.ZERO and not layer.supports_backing:
+    if layer.driver.encrypted:
+        offset = None  # what is there is not what is read
+    elif extent.kind is ExtentKind.ZERO and not layer.supports_backing:
         offset = position  # a hole in a file that holds the bytes as they are
     file = layer.file if layer.driver_class.is_format else layer
     name = file.filename if file is not None and offset is not None else None

@@ -16,7 +16,7 @@ async def run(args: argparse.Namespace) -> int:
     """The command."""
     sign = args.size[:1] if args.size[:1] in "+-" else ""
     amount = size_of(args.size.removeprefix(sign))
-    async with Images() as images:
+    async with Images(args.objects) as images:
         node = await images.open(args.filename, args.format, writable=True)
         current = node.driver.virtual_size
         size = {"+": current + amount, "-": current - amount}.get(sign, amount)

@@ -23,7 +23,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 async def run(args: argparse.Namespace) -> int:
     """The command."""
     change = args.create or args.apply or args.delete
-    async with Images() as images:
+    async with Images(args.objects) as images:
         node = await images.open(
             args.filename, args.format, writable=bool(change), force_share=args.force_share
         )
