@@ -9,10 +9,21 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import fio, report
 from benchmarks.lab import Lab
-from benchmarks.registry import load_measures
+from benchmarks.registry import CannotRun, load_measures
 from benchmarks.run import chosen_kinds, take
+
+
+def client_alone(lab: Lab) -> str:
+    """fio's own ceiling, to tell whether a line measures the client."""
+    try:
+        fio.available()
+        return fio.ceiling(lab.disk(0))
+    except CannotRun as exc:
+        return f"unknown ({exc})"
+    finally:
+        lab.clean()
 
 
 def main() -> int:
@@ -47,6 +58,8 @@ def main() -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores ^C for us
             signal.signal(number, lambda *_: sys.exit("interrupted"))
         with Lab(arguments.scale, arguments.directory) as lab:
+            if any(measure.name.startswith("nbd-") for measure in chosen):
+                results["client"] = client_alone(lab)
             for measure in chosen:
                 found = take(measure, lab, kinds, arguments.pairs)
                 failed |= "failed" in found

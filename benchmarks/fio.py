@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -62,6 +63,32 @@ def measure(socket: Path, export: str, directory: Path, **options: object) -> di
     part = "write" if "write" in str(options["rw"]) else "read"
     result: dict[str, Any] = jobs(done.stdout)[0][part]
     return result
+
+
+def ceiling(directory: Path) -> str:
+    """What the client can do at most: randread IOPS of a server that does nothing, by depth."""
+    if not shutil.which("nbdkit"):
+        return "unknown (no nbdkit)"
+    socket = directory / "null.sock"
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-U", str(socket), "-e", "null", "null", "1G"], stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 10
+        while not socket.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found = [
+            measure(
+                socket, "null", directory, rw="randread", iodepth=depth, time_based=1, runtime="1s"
+            )["iops"]
+            for depth in (1, 16, 64)
+        ]
+    except WrongResult as exc:
+        return f"unknown ({exc})"[:80]
+    finally:
+        server.terminate()
+        server.wait(20)
+    return " / ".join(f"{iops:.0f}" for iops in found)
 
 
 @dataclass
