@@ -31,6 +31,11 @@ class CopyOnRead(BlockDriver):
         """Bytes."""
         return self._child.length
 
+    def layer(self) -> tuple[BlockIO, BlockDriver] | None:
+        """As the child."""
+        layer = getattr(self._child, "layer", None)
+        return None if layer is None else layer()
+
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As the child."""
         return self._child.write_nowait(offset, data)

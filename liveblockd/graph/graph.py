@@ -189,6 +189,7 @@ class Graph:
             edge.parent.children[edge.role] = edge
             if edge.parent.opened:
                 edge.parent.driver.children[edge.role] = edge.child
+                edge.parent.driver.restructured()
 
     def disconnect(self, edge: Edge) -> None:
         """Take an edge away."""
@@ -197,6 +198,7 @@ class Graph:
             del edge.parent.children[edge.role]
             if edge.parent.opened:
                 edge.parent.driver.children.pop(edge.role, None)
+                edge.parent.driver.restructured()
 
     def redirect(self, edge: Edge, child: Node) -> None:
         """Let ``edge`` lead to ``child``; whoever stands above is quiesced."""
@@ -206,6 +208,7 @@ class Graph:
         if isinstance(edge.parent, Node):
             if edge.parent.opened:
                 edge.parent.driver.children[edge.role] = child
+                edge.parent.driver.restructured()
         else:
             edge.parent.rebind()
 

@@ -22,6 +22,7 @@ from liveblockd.graph import filenames
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.storage.driver import (
     BlockDriver,
+    BlockIO,
     Buffer,
     Extent,
     HostFile,
@@ -248,6 +249,10 @@ class Node:
     def host_file(self) -> HostFile | None:
         """As the driver's."""
         return self.driver.host_file()
+
+    def layer(self) -> tuple[BlockIO, BlockDriver] | None:
+        """This node, or the one that a filter of a job hands everything on to."""
+        return self.driver.layer() if self.is_filter else (self, self.driver)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False

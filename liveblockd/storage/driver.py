@@ -30,9 +30,13 @@ import enum
 import os
 from collections.abc import Callable, Mapping, Sequence
 from errno import ENOTSUP
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from liveblockd.errors import BlockError
+
+if TYPE_CHECKING:
+    from liveblockd.storage.cells import Cells
+    from liveblockd.storage.flatmap import FlatMap
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -140,6 +144,16 @@ class HostFile(Protocol):
         """Opened with O_DIRECT: buffers, offsets and lengths must be aligned."""
 
 
+class MapWatcher(Protocol):
+    """Who keeps what a driver said of its layer (``flatmap``)."""
+
+    def remapped(self, offset: int, length: int) -> None:
+        """``cells`` of the range has changed; this is the same step of the loop."""
+
+    def restructured(self) -> None:
+        """The driver has another length, other children or other tables altogether."""
+
+
 class BlockDriver(abc.ABC):
     """Base of all drivers; a subclass is registered by its module (``formats/README.md``).
 
@@ -214,6 +228,70 @@ class BlockDriver(abc.ABC):
         number of extents); the sum of the lengths tells how far the answer goes.
         """
         return [Extent(length, ExtentKind.DATA, offset)]
+
+    # -- as a layer of a chain that is read through one flat map (``storage/flatmap.py``)
+
+    #: the map of what lies below this image, of formats with a backing node
+    below: FlatMap | None = None
+    _map_watchers: tuple[MapWatcher, ...] = ()
+
+    def layer(self) -> tuple[BlockIO, BlockDriver] | None:
+        """The node and driver that answer for this one; None: ask this one."""
+        return self, self
+
+    @property
+    def cell_unit(self) -> tuple[int, int] | None:
+        """(log2 of the bytes of a cell, bytes that one table is for).
+
+        None: this driver cannot say where its bytes lie, and has nothing below that a map could
+        show; the members below are not for it.
+        """
+        return None
+
+    @property
+    def data_node(self) -> BlockIO:
+        """What DATA cells refer to."""
+        return self.children["file"]
+
+    async def cells(self, offset: int, length: int, bits: int) -> Cells | None:
+        """What this layer alone says of a range, in cells of 2^``bits`` bytes; None: nothing.
+
+        The array is the caller's. Changes that come after the call has begun are told to the
+        watchers, and may be in the answer or not. Raises OSError.
+        """
+        raise NotImplementedError
+
+    def cells_now(self, offset: int, length: int, bits: int) -> Cells | None:
+        """The same if that needs no wait, zeros for nothing; else None."""
+        raise NotImplementedError
+
+    def next_table(self, offset: int) -> int:
+        """The first offset from ``offset`` on where this layer may say anything."""
+        return offset
+
+    async def read_host(self, host_offset: int, length: int) -> Buffer:
+        """Bytes of ``data_node``, where a DATA cell was seen in this step of the loop."""
+        raise NotImplementedError
+
+    def watch(self, watcher: MapWatcher) -> None:
+        """Tell ``watcher`` of changes."""
+        self._map_watchers += (watcher,)
+
+    def unwatch(self, watcher: MapWatcher) -> None:
+        """No longer."""
+        self._map_watchers = tuple(w for w in self._map_watchers if w is not watcher)
+
+    def remapped(self, offset: int, length: int) -> None:
+        """Say that ``cells`` of the range has changed; without an await after the change."""
+        for watcher in self._map_watchers:
+            watcher.remapped(offset, length)
+
+    def restructured(self) -> None:
+        """Say that children, length or all tables have changed; without an await after it."""
+        if self.below is not None:
+            self.below.reset()
+        for watcher in self._map_watchers:
+            watcher.restructured()
 
     # -- management
 

@@ -20,6 +20,7 @@ Errors: OSError from below, ENOSPC among them; ``DamageError``.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 
@@ -64,8 +65,19 @@ class Writer:
         self._reader = reader
         # Who is inside waits for nobody else's claim, so that all who wait get in.
         self._copies = asyncio.Semaphore(max(4, MAX_COPIES // (2 * metadata.geometry.cluster_size)))
-        #: bytes; what lies behind it in the last cluster reads as zeros
-        self.disk_size = metadata.header.size
+        #: called when the disk has another size
+        self.on_resize: Callable[[], None] = lambda: None
+        self._disk_size = metadata.header.size
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes; what lies behind it in the last cluster reads as zeros."""
+        return self._disk_size
+
+    @disk_size.setter
+    def disk_size(self, size: int) -> None:
+        self._disk_size = size
+        self.on_resize()
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Store ``data``; piece by piece, in the order of the disk."""

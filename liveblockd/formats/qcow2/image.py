@@ -35,6 +35,7 @@ from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore, describe_luks, unlock_image
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
+from liveblockd.formats.qcow2.layered import Layered
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
 from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
@@ -55,6 +56,7 @@ from liveblockd.storage.driver import (
     ExtentKind,
     HostFile,
 )
+from liveblockd.storage.flatmap import FlatMap
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -65,13 +67,14 @@ _SPECIAL = COMPRESSED | ZERO | MIXED
 
 
 @register_driver
-class Qcow2(Management, Described):
+class Qcow2(Management, Layered, Described):
     """One qcow2 image; ``open`` makes it."""
 
     driver_name = "qcow2"
     is_format = True
     child_roles = ("file", "backing", "data-file")
     Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
+    below: FlatMap
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class Qcow2(Management, Described):
         self._tasks: set[asyncio.Task[None]] = set()
         self._damaged = False
         self._closed = False
+        self.below = FlatMap(children)
         self._assemble(opened)
 
     def _assemble(self, opened: Opened) -> None:
@@ -110,8 +114,10 @@ class Qcow2(Management, Described):
         self._committer = Committer(metadata, opened.first_sector, autosync=self._autosync)
         self._committer.on_damage = self._on_damage
         self._claims = Claims()
-        self._reader = Reader(metadata, children, environment.workers)
+        self._reader = Reader(metadata, self.below, environment.workers)
         self._writer = Writer(metadata, self._committer, self._claims, self._reader)
+        self._writer.on_resize = self.restructured
+        metadata.on_idle = self._committer.kick
         unmap = options.pass_discard_request
         self._eraser = Eraser(
             metadata,
@@ -139,6 +145,9 @@ class Qcow2(Management, Described):
         self._in_cluster = geometry.cluster_size - 1
         self._l2_bits = geometry.l2_bits
         self._l2_mask = geometry.l2_entries - 1
+        self._read_backing_nowait = self.below.read_nowait
+        self._tell_watchers()
+        self.restructured()
 
     @classmethod
     async def open(
@@ -258,15 +267,6 @@ class Qcow2(Management, Described):
                 return None
             return self._stores[self._data_role].read_nowait(host_offset, length)
         return self._read_nowait_many(offset, length)
-
-    def _read_backing_nowait(self, offset: int, length: int) -> Buffer | None:
-        backing = self.children.get("backing")
-        if backing is None:
-            return bytes(length)
-        end = backing.length
-        if offset + length <= end:
-            return backing.read_nowait(offset, length)
-        return bytes(length) if offset >= end else None
 
     def _read_nowait_many(self, offset: int, length: int) -> Buffer | None:
         """The same for a request that spans clusters."""
@@ -511,6 +511,7 @@ class Qcow2(Management, Described):
         if self._closed:
             return
         self._closed = True
+        self.below.reset()
         await self._settle()
         try:
             if not self.read_only:

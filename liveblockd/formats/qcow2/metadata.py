@@ -186,6 +186,10 @@ class Metadata:
         self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
         #: called when something became dirty; set by ``commit``
         self.on_dirty: Callable[[], None] = lambda: None
+        #: called, if anybody wants to know, when entries of a range (bytes of the disk) were replaced
+        self.on_remap: Callable[[int, int], None] | None = None
+        #: called when requests ended that held back what is to be freed; set by ``image``
+        self.on_idle: Callable[[], None] = lambda: None
         self._loading: dict[int, asyncio.Task[L2Table]] = {}
         self._loading_blocks: dict[int, asyncio.Task[None]] = {}
         self._register_tables()
@@ -260,6 +264,13 @@ class Metadata:
         self.l1_offset = header.l1_table_offset
         self.bad_l1 = flags_at(bad_l1_entries(l1, header.geometry), len(l1))
         self.tables.clear()
+        if self.on_remap is not None:
+            self.on_remap(0, 1 << 63)
+
+    def leave(self, epoch: int) -> None:
+        """A request ends that took ``epoch`` from ``quarantine.enter``."""
+        if self.quarantine.leave(epoch):
+            self.on_idle()
 
     # -- L2
 
@@ -284,14 +295,15 @@ class Metadata:
             host_offset = entry & OFFSET_MASK
             data = await read_bytes(self.file, host_offset, self.geometry.cluster_size)
             assert self.l1_view[l1_index] == entry and l1_index not in self.tables
-            table = self._parse(l1_index, host_offset, data, exclusive=bool(entry & COPIED))
+            table = self.parse(l1_index, host_offset, data, exclusive=bool(entry & COPIED))
             self._evict()
             self.tables[l1_index] = table
             return table
         finally:
             del self._loading[l1_index]
 
-    def _parse(self, l1_index: int, host_offset: int, data: Buffer, *, exclusive: bool) -> L2Table:
+    def parse(self, l1_index: int, host_offset: int, data: Buffer, *, exclusive: bool) -> L2Table:
+        """A table of these bytes."""
         bitmaps = None
         if self.geometry.extended_l2:
             words, bitmaps = subclusters.from_disk(data)
@@ -454,6 +466,14 @@ class Metadata:
             table.bitmaps[first : first + count] = bitmaps
         self.mark_dirty(table, first, first + count)
         self._free_ranges(freed, unmap=unmap)
+        if self.on_remap is not None:
+            self._tell(self.on_remap, table, first, count)
+
+    def _tell(
+        self, on_remap: Callable[[int, int], None], table: L2Table, first: int, count: int
+    ) -> None:
+        cluster = table.l1_index * self.geometry.l2_entries + first
+        on_remap(cluster << self.geometry.cluster_bits, count << self.geometry.cluster_bits)
 
     def publish_run(self, table: L2Table, first: int, host_offset: int, count: int) -> None:
         """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
@@ -462,6 +482,8 @@ class Metadata:
             if table.bitmap_view is not None:
                 table.bitmap_view[first] = subclusters.ALL_ALLOCATED
             self.mark_dirty(table, first, first + 1)
+            if self.on_remap is not None:
+                self._tell(self.on_remap, table, first, 1)
             return
         hosts = np.arange(count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
         self.publish(table, first, hosts + np.uint64(host_offset | COPIED))

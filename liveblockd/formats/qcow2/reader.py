@@ -10,10 +10,9 @@ Errors: OSError from below; ``DamageError``; EIO for compressed data that is no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
+from liveblockd.formats.qcow2.cells import next_l1
 from liveblockd.formats.qcow2.compression import inflate
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.layout import OFFSET_MASK
@@ -21,7 +20,8 @@ from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.tables import compressed_range
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage.driver import BlockIO, Buffer, Extent, ExtentKind
+from liveblockd.storage.driver import Buffer, Extent, ExtentKind
+from liveblockd.storage.flatmap import FlatMap
 
 #: extents in one answer of ``map``
 MAP_LIMIT = 4096
@@ -40,16 +40,16 @@ class _Part:
 
 
 class Reader:
-    """Reads of one image; ``children`` is the driver's."""
+    """Reads of one image; ``below`` is the driver's map of its backing chain."""
 
     def __init__(
         self,
         metadata: Metadata,
-        children: Mapping[str, BlockIO],
+        below: FlatMap,
         workers: WorkerPool,
     ) -> None:
         self._metadata = metadata
-        self._children = children
+        self._below = below
         self._workers = workers
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -108,10 +108,7 @@ class Reader:
 
     async def read_backing(self, offset: int, length: int) -> Buffer:
         """The bytes below this image; zeros beyond its end or without it."""
-        backing = self._children.get("backing")
-        if backing is None:
-            return bytes(length)
-        return await read_bytes(backing, offset, length)
+        return await self._below.read(offset, length)
 
     async def _read_compressed(self, part: _Part) -> Buffer:
         size = self._metadata.geometry.cluster_size
@@ -140,7 +137,7 @@ class Reader:
         while position < end and len(extents) < MAP_LIMIT:
             l1_index = position // span
             if not metadata.l2_offset(l1_index):
-                stop = min(end, self._next_table(l1_index) * span)
+                stop = min(end, next_l1(metadata, l1_index) * span)
                 append_extent(extents, Extent(stop - position, ExtentKind.UNALLOCATED))
             else:
                 if extents and l1_index not in metadata.tables:
@@ -188,14 +185,3 @@ class Reader:
                     extents.append(Extent(part, ExtentKind.ZERO, place))
                 position += part
         return extents
-
-    def _next_table(self, l1_index: int) -> int:
-        """The first L1 index after ``l1_index`` that has a table, or the end of the L1 table."""
-        view = self._metadata.l1_view
-        size = len(view)
-        for step in range(l1_index + 1, min(l1_index + 64, size)):
-            if view[step]:
-                return step
-        rest = self._metadata.l1[l1_index + 1 :] != 0
-        hit = int(rest.argmax()) if len(rest) else 0
-        return l1_index + 1 + hit if len(rest) and rest[hit] else size

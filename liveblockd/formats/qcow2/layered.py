@@ -1,0 +1,71 @@
+"""An image as a layer of the chain of another: the methods of ``Qcow2`` that a flat map uses.
+
+Specification: ``storage/driver.py``, ``storage/flatmap.py``.
+
+Runs on: the event loop. Invariant: who watches this image is told of every entry that changes, in
+the step that changes it; an image that nobody watches pays nothing for that.
+Errors: OSError from below; ``DamageError``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from liveblockd.formats.qcow2 import cells
+from liveblockd.formats.qcow2.metadata import read_bytes
+from liveblockd.storage.cells import Cells
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher
+
+if TYPE_CHECKING:
+    from liveblockd.formats.qcow2.metadata import Metadata
+
+
+class Layered(BlockDriver):
+    """A part of the class ``Qcow2``."""
+
+    if TYPE_CHECKING:
+        _metadata: Metadata
+
+    def watch(self, watcher: MapWatcher) -> None:
+        """See ``BlockDriver``."""
+        super().watch(watcher)
+        self._tell_watchers()
+
+    def unwatch(self, watcher: MapWatcher) -> None:
+        """See ``BlockDriver``."""
+        super().unwatch(watcher)
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        self._metadata.on_remap = self.remapped if self._map_watchers else None
+
+    @property
+    def cell_unit(self) -> tuple[int, int] | None:
+        """See ``BlockDriver``."""
+        return cells.cell_unit(self._metadata)
+
+    @property
+    def data_node(self) -> BlockIO:
+        """See ``BlockDriver``."""
+        return self._metadata.data
+
+    async def cells(self, offset: int, length: int, bits: int) -> Cells | None:
+        """See ``BlockDriver``."""
+        return await cells.cells(self._metadata, offset, length, bits)
+
+    def cells_now(self, offset: int, length: int, bits: int) -> Cells | None:
+        """See ``BlockDriver``."""
+        return cells.cells_now(self._metadata, offset, length, bits)
+
+    def next_table(self, offset: int) -> int:
+        """See ``BlockDriver``."""
+        return cells.next_table(self._metadata, offset)
+
+    async def read_host(self, host_offset: int, length: int) -> Buffer:
+        """See ``BlockDriver``: what is freed meanwhile is not used again before this has ended."""
+        metadata = self._metadata
+        epoch = metadata.quarantine.enter()
+        try:
+            return await read_bytes(metadata.data, host_offset, length)
+        finally:
+            metadata.leave(epoch)
