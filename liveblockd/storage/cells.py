@@ -5,8 +5,8 @@ number says which layer answers for it (0 for the first that was asked), what th
 (``ExtentKind``; ``COMPRESSED`` means: ask the layer, whatever the reason), and for DATA the host
 offset. 0 means that nobody has it.
 
-Runs on: pure. Arrays are native int64 so that a memoryview gives Python ints; a DATA number grows by
-``cell >> SECTOR_BITS`` from one contiguous cell to the next.
+Runs on: pure. Arrays are native int64, of which a memoryview gives Python ints; a DATA number grows
+by ``cell >> SECTOR_BITS`` from one contiguous cell to the next.
 Invariants: host offsets are multiples of 512 below 2^56. Errors: none.
 """
 
@@ -34,7 +34,6 @@ ZERO: Final = int(ExtentKind.ZERO)
 DATA: Final = int(ExtentKind.DATA)
 ASK: Final = int(ExtentKind.COMPRESSED)
 
-ZERO_CELL: Final = ZERO << KIND_SHIFT
 ASK_CELL: Final = ASK << KIND_SHIFT
 
 

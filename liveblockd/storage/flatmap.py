@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from errno import EIO
 from typing import Final, cast
 
@@ -39,7 +40,6 @@ from liveblockd.storage.cells import (
     SECTOR_BITS,
     UNALLOCATED,
     ZERO,
-    ZERO_CELL,
     CellRun,
     Cells,
     add_layer,
@@ -204,6 +204,8 @@ class FlatMap:
 
     def layer_changed(self, layer: Layer, offset: int, length: int) -> None:
         """``layer`` answers otherwise for a range than it did."""
+        with suppress(OSError):  # who reads there is told
+            layer.data_end = layer.data.length
         first, last = offset >> self._span_bits, (offset + length - 1) >> self._span_bits
         if len(self._spans) < last - first:
             stored = [index for index in self._spans if first <= index <= last]
@@ -229,15 +231,8 @@ class FlatMap:
         cells = driver.cells_now(low, high - low, self._bits)
         if cells is None:
             return False
-        self._hide_end(layer, cells, low)
         part = slice(low - start >> self._bits, high - start >> self._bits)
         return replace_layer(known[part], cells, layer.index)
-
-    def _hide_end(self, layer: Layer, cells: Cells, offset: int) -> None:
-        """Cells behind the end of a layer are zeros, whatever its tables and those below say."""
-        inside = max(0, -(-(layer.length - offset) >> self._bits))
-        if inside < len(cells):
-            cells[inside:] = ZERO_CELL
 
     # -- spans
 
@@ -294,12 +289,8 @@ class FlatMap:
                 cells = np.full(length >> bits, ASK_CELL, np.int64)
             if build.void:
                 return None
-            if cells is None:
-                if layer.length >= start + length:
-                    continue
-                cells = np.zeros(length >> bits, np.int64)
-            self._hide_end(layer, cells, start)
-            add_layer(known, cells, layer.index)
+            if cells is not None:
+                add_layer(known, cells, layer.index)
         return known
 
     # -- reads that do not wait
@@ -323,7 +314,9 @@ class FlatMap:
         kind = code >> KIND_SHIFT & 3
         if kind == DATA:
             host_offset = ((code & HOST_MASK) << SECTOR_BITS) + inside
-            if offset + length > layer.limit or host_offset + length > layer.data_end:
+            if offset + length > layer.limit:
+                return bytes(length) if offset >= layer.limit else None
+            if host_offset + length > layer.data_end:
                 return None
             return layer.data.read_nowait(host_offset, length)
         if kind == ASK:
@@ -358,18 +351,19 @@ class FlatMap:
             last = stop - 1 >> self._bits & self._index_mask
             skip = position & self._cell_mask
             runs = cell_runs(span.cells[first : last + 1], self._bits, skip, stop - position)
-            for run in runs:
-                data = self._run_nowait(run, position)
-                if data is None:
-                    return None
-                parts.append(data)
-                position += run.length
+            for found in runs:
+                for run in self._clipped(found, position):
+                    data = self._run_nowait(run, position)
+                    if data is None:
+                        return None
+                    parts.append(data)
+                    position += run.length
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _run_nowait(self, run: CellRun, offset: int) -> Buffer | None:
         layer = self.layers[run.layer]
         if run.kind == DATA:
-            if offset + run.length > layer.limit or run.host_offset + run.length > layer.data_end:
+            if run.host_offset + run.length > layer.data_end:
                 return None
             return layer.data.read_nowait(run.host_offset, run.length)
         if run.kind == ASK:
@@ -415,6 +409,8 @@ class FlatMap:
         if run.kind != DATA:
             return bytes(run.length)
         assert layer.driver is not None
+        if run.host_offset + run.length > layer.data_end:
+            layer.data_end = layer.data.length  # it grows while somebody writes to the layer
         return await layer.driver.read_host(run.host_offset, run.length)
 
     def _first_run(self, span: Span, offset: int, length: int) -> CellRun:
@@ -426,7 +422,10 @@ class FlatMap:
         return self._clipped(run, offset)[0]
 
     def _clipped(self, run: CellRun, offset: int) -> list[CellRun]:
-        """A run without what a shorter layer above hides; that is zeros."""
+        """A run without what is behind the end of its layer or of one above: that is zeros.
+
+        Cells say what the tables say; there may be more in them, and in those below, than is seen.
+        """
         layer = self.layers[run.layer] if run.kind != UNALLOCATED else self.layers[-1]
         if offset + run.length <= layer.limit:
             return [run]

@@ -186,7 +186,7 @@ class Metadata:
         self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
         #: called when something became dirty; set by ``commit``
         self.on_dirty: Callable[[], None] = lambda: None
-        #: called, if anybody wants to know, when entries of a range (bytes of the disk) were replaced
+        #: called, if anybody listens, when entries of a range (bytes of the disk) were replaced
         self.on_remap: Callable[[int, int], None] | None = None
         #: called when requests ended that held back what is to be freed; set by ``image``
         self.on_idle: Callable[[], None] = lambda: None
