@@ -31,6 +31,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 DEFAULT_THREADS = 4
+#: for copies of jobs, however many jobs there are
+COPY_THREADS = 3
 
 
 class JobFuture(asyncio.Future[T]):
@@ -65,11 +67,24 @@ class WorkerPool:
         #: jobs that were submitted and whose results the loop has not seen
         self._outstanding = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
+        self._copies: WorkerPool | None = None
 
     @property
     def outstanding(self) -> int:
-        """Jobs submitted and not yet delivered."""
-        return self._outstanding
+        """Jobs submitted and not yet delivered, copies included."""
+        return self._outstanding + (0 if self._copies is None else self._copies.outstanding)
+
+    @property
+    def copies(self) -> WorkerPool:
+        """The lane of long copies: it has threads of its own, so that no request queues behind one.
+
+        Idle and closed together with this pool.
+        """
+        if self._copies is None:
+            if self._closed:
+                raise RuntimeError("the worker pool is closed")
+            self._copies = WorkerPool(COPY_THREADS, name=f"{self._name}-copy")
+        return self._copies
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -85,10 +100,13 @@ class WorkerPool:
 
     async def idle(self) -> None:
         """Return when no job is queued or running, whoever waits for it or no longer does."""
-        while self._outstanding:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._idle_waiters.append(waiter)
-            await waiter
+        while self.outstanding:
+            if self._copies is not None:
+                await self._copies.idle()
+            if self._outstanding:
+                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._idle_waiters.append(waiter)
+                await waiter
 
     def close(self) -> None:
         """Let the queued jobs end, join the threads and hand out the results.
@@ -96,6 +114,8 @@ class WorkerPool:
         Blocks for as long as the jobs take: ``await idle()`` first. Twice is harmless.
         """
         self._closed = True
+        if self._copies is not None:
+            self._copies.close()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:

@@ -13,12 +13,14 @@ Errors: ``OSError``.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
 import os
 import struct
 import threading
 from errno import EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, EXDEV
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,13 @@ _CLONE_RANGE = struct.Struct("qQQQ")  # source fd, source offset, length, destin
 #: no file system clones in smaller pieces
 CLONE_ALIGNMENT = 4096
 #: bytes read at a time: fits into the cache of a core, and a system call costs nothing against it
-PIECE = 2 << 20
+PIECE = 1 << 20
+#: the same with O_DIRECT, where nothing is cached and a disk wants large requests
+DIRECT_PIECE = 2 << 20
+#: bytes after which the disk is told to begin
+WRITEBACK_PIECE = 8 << 20
+
+Zeroes = npt.NDArray[np.bool_]
 
 _NEVER = (EXDEV, EOPNOTSUPP, ENOSYS, ENOTTY)
 
@@ -62,6 +70,83 @@ def _piece_buffer(length: int) -> memoryview:
     return buffer[:length]
 
 
+class Transfer(NamedTuple):
+    """A copy of clusters; offsets and lengths in bytes.
+
+    Where a file has O_DIRECT (``source_direct``, ``direct``) offsets and cluster size are multiples
+    of ``CLONE_ALIGNMENT``.
+    """
+
+    source_fd: int
+    source_offset: int
+    fd: int
+    offset: int
+    length: int
+    cluster_size: int
+    source_direct: bool = False
+    direct: bool = False
+
+
+class Copied(NamedTuple):
+    """What became of a ``Transfer``."""
+
+    #: bytes at the start that share the source's extents; the rest was read and written
+    cloned: int
+    #: for each cluster: all zeros, and not written
+    zero: Zeroes
+
+
+def clone_or_copy(transfer: Transfer) -> Copied:
+    """Share the extents where the file system can, else copy what is not zeros.
+
+    What is shared takes no space, so nobody looks whether it is zeros. The last cluster may be
+    short.
+    """
+    cloned = _clone_clusters(transfer)
+    zero = np.zeros(-(-transfer.length // transfer.cluster_size), np.bool_)
+    if cloned < transfer.length:
+        zero[cloned // transfer.cluster_size :] = copy_nonzero(
+            transfer.source_fd,
+            transfer.source_offset + cloned,
+            transfer.fd,
+            transfer.offset + cloned,
+            transfer.length - cloned,
+            transfer.cluster_size,
+            source_direct=transfer.source_direct,
+            direct=transfer.direct,
+        )
+    return Copied(cloned, zero)
+
+
+def _clone_clusters(transfer: Transfer) -> int:
+    """Bytes that were cloned, in whole clusters: the file system refuses what is past the end."""
+    size = transfer.cluster_size
+    length = min(transfer.length, os.fstat(transfer.source_fd).st_size - transfer.source_offset)
+    length -= length % size
+    if length <= 0 or size % CLONE_ALIGNMENT:
+        return 0
+    done = clone(transfer.source_fd, transfer.source_offset, transfer.fd, transfer.offset, length)
+    return length if done else 0
+
+
+def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> bool:
+    """Share a range of extents; False, and nothing is known of the range, where that cannot be."""
+    if (src_offset | dst_offset | length) % CLONE_ALIGNMENT:
+        return False
+    pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev, CopyMethod.CLONE)
+    if pair in _unsupported:
+        return False
+    request = _CLONE_RANGE.pack(src_fd, src_offset, length, dst_offset)
+    try:
+        fcntl.ioctl(dst_fd, FICLONERANGE, request)
+    except OSError as error:
+        # Whatever the reason, a plain copy finds out whether it matters.
+        if error.errno in _NEVER:
+            _unsupported.add(pair)
+        return False
+    return True
+
+
 def copy_extent(
     src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int
 ) -> CopyMethod:
@@ -72,17 +157,8 @@ def copy_extent(
     if length <= 0:
         return CopyMethod.READ_WRITE
     source, target = os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev
-    aligned = (src_offset | dst_offset | length) % CLONE_ALIGNMENT == 0
-    if aligned and (source, target, CopyMethod.CLONE) not in _unsupported:
-        try:
-            request = _CLONE_RANGE.pack(src_fd, src_offset, length, dst_offset)
-            fcntl.ioctl(dst_fd, FICLONERANGE, request)
-        except OSError as error:
-            # Whatever the reason, a plain copy finds out whether it matters.
-            if error.errno in _NEVER:
-                _unsupported.add((source, target, CopyMethod.CLONE))
-        else:
-            return CopyMethod.CLONE
+    if clone(src_fd, src_offset, dst_fd, dst_offset, length):
+        return CopyMethod.CLONE
     done = 0
     if (source, target, CopyMethod.COPY_FILE_RANGE) not in _unsupported:
         done = _copy_file_range(src_fd, src_offset, dst_fd, dst_offset, length)
@@ -124,36 +200,67 @@ def _read_write(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, leng
 
 
 def copy_nonzero(
-    src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int, cluster_size: int
-) -> npt.NDArray[np.bool_]:
+    src_fd: int,
+    src_offset: int,
+    dst_fd: int,
+    dst_offset: int,
+    length: int,
+    cluster_size: int,
+    *,
+    source_direct: bool = False,
+    direct: bool = False,
+) -> Zeroes:
     """Copy the clusters that are not all zeros; for each cluster of the range: was it zeros?
 
     Clusters are counted from the start of the range; the last one may be short. Nothing is written
     where the answer is True: what the destination has there is the caller's business.
+    ``source_direct`` and ``direct`` tell of O_DIRECT, as in ``Transfer``.
     """
     if cluster_size % 8:
         raise OSError(EINVAL, os.strerror(EINVAL))
-    piece = max(PIECE - PIECE % cluster_size, cluster_size)
+    most = DIRECT_PIECE if source_direct or direct else PIECE
+    piece = max(most - most % cluster_size, cluster_size)
     answers = []
+    begun = 0  # what the disk was told to begin with
     for start in range(0, length, piece):
         part = min(piece, length - start)
         clusters = -(-part // cluster_size)
         buffer = _piece_buffer(clusters * cluster_size)
-        hostcalls.read_into(src_fd, buffer[:part], src_offset + start)
+        if source_direct:
+            hostcalls.read_aligned(src_fd, buffer, src_offset + start, CLONE_ALIGNMENT)
+        else:
+            hostcalls.read_into(src_fd, buffer[:part], src_offset + start)
         if part % cluster_size:
             hostcalls.fill_zeroes(buffer, part)
         zero = zero_clusters(buffer, cluster_size)
         for first, last in _runs(~zero):
-            begin, end = first * cluster_size, min(last * cluster_size, part)
-            hostcalls.write(dst_fd, dst_offset + start + begin, buffer[begin:end])
+            begin, end = first * cluster_size, last * cluster_size
+            if direct:
+                _write_direct(dst_fd, dst_offset + start + begin, buffer[begin:end])
+            else:
+                hostcalls.write(dst_fd, dst_offset + start + begin, buffer[begin : min(end, part)])
         answers.append(zero)
+        if not direct and (start + part - begun >= WRITEBACK_PIECE or start + part == length):
+            hostcalls.start_writeback(dst_fd, dst_offset + begun, start + part - begun)
+            begun = start + part
     return np.concatenate(answers) if answers else np.zeros(0, np.bool_)
 
 
-def zero_clusters(buffer: Buffer, cluster_size: int) -> npt.NDArray[np.bool_]:
+def _write_direct(fd: int, offset: int, data: memoryview) -> None:
+    """Past the end of the file the space is allocated first: the writes then need not take turns.
+
+    A file system makes direct writes that move the end of a file wait for each other.
+    """
+    if offset + len(data) > os.fstat(fd).st_size:
+        with contextlib.suppress(OSError):  # the write finds out what is wrong
+            hostcalls.fallocate(fd, 0, offset, len(data))
+    hostcalls.write_aligned(fd, offset, data, CLONE_ALIGNMENT)
+
+
+def zero_clusters(buffer: Buffer, cluster_size: int) -> Zeroes:
     """For each cluster of a buffer of whole clusters: is it all zeros?"""
     words = np.frombuffer(buffer, np.uint64).reshape(-1, cluster_size // 8)
-    zero: npt.NDArray[np.bool_] = words[:, 0] == 0
+    zero: Zeroes = words[:, 0] == 0
     # Data seldom begins with zeros: the first word settles most clusters without the rest.
     candidates = np.flatnonzero(zero)
     if len(candidates) == len(zero):
@@ -174,7 +281,7 @@ def is_zero(buffer: Buffer) -> bool:
     return whole == length or not array[whole:].any()
 
 
-def _runs(selected: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def _runs(selected: Zeroes) -> list[tuple[int, int]]:
     """Ranges ``first <= i < last`` of True."""
     edges = np.flatnonzero(np.diff(selected, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

@@ -44,6 +44,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(_libc, "sync_file_range", None)  # Linux and glibc, musl since 1.1.20
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    _sync_file_range.restype = ctypes.c_int
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.fstatfs.restype = ctypes.c_int
 
@@ -102,6 +107,16 @@ def read(fd: int, offset: int, length: int) -> bytearray | memoryview:
     return buffer
 
 
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Let the disk begin with what the page cache has, so that a later flush has less to wait for.
+
+    Promises nothing, and keeps write-back errors for fdatasync to tell. Waits only where the queue
+    of the disk is full.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
 def write(fd: int, offset: int, data: Buffer) -> None:
     """All of ``data`` at ``offset``."""
     view = memoryview(data).cast("B")
@@ -121,11 +136,12 @@ def read_direct(fd: int, offset: int, length: int, alignment: int) -> memoryview
     start = offset - offset % alignment
     end = -(-(offset + length) // alignment) * alignment
     buffer = aligned_buffer(end - start)
-    _read_aligned(fd, buffer, start, alignment)
+    read_aligned(fd, buffer, start, alignment)
     return buffer[offset - start : offset - start + length]
 
 
-def _read_aligned(fd: int, buffer: memoryview, offset: int, alignment: int) -> None:
+def read_aligned(fd: int, buffer: memoryview, offset: int, alignment: int) -> None:
+    """As ``read_into`` with O_DIRECT: an aligned buffer, offset and length."""
     done, stalled = 0, False
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -150,16 +166,17 @@ def write_direct(fd: int, offset: int, data: Buffer, alignment: int) -> None:
     if not len(view):
         return
     if address_of(np.frombuffer(view, np.uint8)) % MEMORY_ALIGNMENT == 0:
-        _write_aligned(fd, offset, view, alignment)
+        write_aligned(fd, offset, view, alignment)
         return
     bounce = aligned_buffer(min(len(view), PIECE))
     for start in range(0, len(view), PIECE):
         part = view[start : start + PIECE]
         bounce[: len(part)] = part
-        _write_aligned(fd, offset + start, bounce[: len(part)], alignment)
+        write_aligned(fd, offset + start, bounce[: len(part)], alignment)
 
 
-def _write_aligned(fd: int, offset: int, view: memoryview, alignment: int) -> None:
+def write_aligned(fd: int, offset: int, view: memoryview, alignment: int) -> None:
+    """As ``write`` with O_DIRECT: an aligned buffer, offset and length."""
     done, stalled = 0, False
     while done < len(view):
         count = os.pwrite(fd, view[done:], offset + done)
@@ -181,11 +198,11 @@ def write_unaligned(fd: int, offset: int, data: Buffer, alignment: int) -> None:
     end = -(-(offset + len(view)) // alignment) * alignment
     buffer = aligned_buffer(end - start)
     if offset != start or end - start == alignment:
-        _read_aligned(fd, buffer[:alignment], start, alignment)
+        read_aligned(fd, buffer[:alignment], start, alignment)
     if end - start > alignment and offset + len(view) != end:
-        _read_aligned(fd, buffer[-alignment:], end - alignment, alignment)
+        read_aligned(fd, buffer[-alignment:], end - alignment, alignment)
     buffer[offset - start : offset - start + len(view)] = view
-    _write_aligned(fd, start, buffer, alignment)
+    write_aligned(fd, start, buffer, alignment)
 
 
 # -- zeros and holes

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2 import populate
 from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
+from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
@@ -290,6 +291,11 @@ class SimulatedWorkers(WorkerPool):
         self._machine = machine
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def copies(self) -> WorkerPool:
+        """The same workers: one order of all jobs."""
+        return self
+
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
     ) -> JobFuture[T]:
@@ -329,17 +335,18 @@ class SimulatedWorkers(WorkerPool):
 
     async def _copy(self, args: tuple[Any, ...]) -> Any:
         """A worker's copy, cluster by cluster as far as it wrote."""
-        _, _, fd, offset, length, cluster_size = args
+        transfer: copy_engine.Transfer = args[0]
+        _, _, fd, offset, length, cluster_size, *_ = transfer
         inode = os.fstat(fd).st_ino
         medium = next(m for m in self._machine.media if os.fstat(m.fd).st_ino == inode)
         if self._machine.fault("write"):
-            os.close(args[0])
+            os.close(transfer.source_fd)
             os.close(fd)
             raise OSError(ENOSPC, "injected into copy")
-        zero = populate.clone_or_copy(*args)
+        copied = populate.clone_or_copy(transfer)
         numbers = []
         for index in range(-(-length // cluster_size)):
-            if zero is not None and zero[index]:
+            if copied.zero[index]:
                 continue
             start = index * cluster_size
             part = medium.load(offset + start, min(cluster_size, length - start))
@@ -348,4 +355,4 @@ class SimulatedWorkers(WorkerPool):
         await self._machine.delay()
         for number in numbers:
             medium.end("end", number)
-        return zero
+        return copied

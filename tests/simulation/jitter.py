@@ -21,6 +21,11 @@ class JitterPool(WorkerPool):
         self._rng = rng
         self._worst = worst  # seconds
 
+    @property
+    def copies(self) -> WorkerPool:
+        """The same workers: copies are late as well."""
+        return self
+
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
     ) -> asyncio.Future[T]:

@@ -28,6 +28,11 @@ def _finish(future: asyncio.Future[Any], fn: Callable[..., Any], args: tuple[Any
 class InlineWorkers(WorkerPool):
     """A job has run when ``submit`` returns."""
 
+    @property
+    def copies(self) -> WorkerPool:
+        """The same workers: one order of all jobs."""
+        return self
+
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
     ) -> JobFuture[T]:
@@ -48,6 +53,11 @@ class SeededWorkers(WorkerPool):
         self.random = random.Random(seed)
         self.automatic = automatic
         self.queued: list[tuple[JobFuture[Any], Any, tuple[Any, ...], JobGroup | None]] = []
+
+    @property
+    def copies(self) -> WorkerPool:
+        """The same workers: one order of all jobs."""
+        return self
 
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None

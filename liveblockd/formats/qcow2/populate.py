@@ -12,14 +12,11 @@ Errors: OSError; ``DamageError``. Clusters that were published before it stay.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 from collections.abc import Awaitable, Callable
 from errno import EINVAL
 
 import numpy as np
-import numpy.typing as npt
 
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.cow import Writer
@@ -29,14 +26,15 @@ from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
+from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
 from liveblockd.storage.driver import Buffer, HostFile
-
-Zeroes = npt.NDArray[np.bool_]
 
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
 MAX_COPY = 64 << 20
 #: the same where a guest write to one of the clusters would have to wait
 MAX_CLAIMED_COPY = 1 << 20
+#: what goes through memory at a time where no worker can copy
+PUT = 2 << 20
 
 #: Gives the bytes of one cluster of the request, padded at the end of the disk.
 _Read = Callable[[int], Awaitable[Buffer]]
@@ -45,40 +43,26 @@ _Read = Callable[[int], Awaitable[Buffer]]
 _Fill = Callable[[int, int, int], Awaitable[Zeroes | None]]
 
 
-def clone_or_copy(
-    source_fd: int, source_offset: int, fd: int, offset: int, length: int, cluster_size: int
-) -> Zeroes | None:
-    """On a worker: share the extents if the file system can (None), else copy what is not zeros.
+def clone_or_copy(transfer: Transfer) -> Copied:
+    """On a worker: ``copy_engine.clone_or_copy``.
 
     Closes both descriptors: duplicates, so that a node that is closed meanwhile does no harm.
     """
     try:
-        return _clone_or_copy(source_fd, source_offset, fd, offset, length, cluster_size)
+        return copy_engine.clone_or_copy(transfer)
     finally:
-        os.close(source_fd)
-        os.close(fd)
+        os.close(transfer.source_fd)
+        os.close(transfer.fd)
 
 
-def read_and_close(fd: int, offset: int, length: int) -> bytes:
+def read_and_close(fd: int, offset: int, length: int, direct: bool) -> bytes:
     """On a worker: bytes of a file, zeros past its end; closes the (duplicated) descriptor."""
     try:
+        if direct:
+            return bytes(hostcalls.read_direct(fd, offset, length, copy_engine.CLONE_ALIGNMENT))
         return bytes(hostcalls.read(fd, offset, length))
     finally:
         os.close(fd)
-
-
-def _clone_or_copy(
-    source_fd: int, source_offset: int, fd: int, offset: int, length: int, cluster_size: int
-) -> Zeroes | None:
-    if (source_offset | offset | length) % copy_engine.CLONE_ALIGNMENT == 0:
-        request = struct.pack("qQQQ", source_fd, source_offset, length, offset)
-        try:
-            fcntl.ioctl(fd, copy_engine.FICLONERANGE, request)
-        except OSError:
-            pass  # whatever the reason: a plain copy finds out whether it matters
-        else:
-            return None
-    return copy_engine.copy_nonzero(source_fd, source_offset, fd, offset, length, cluster_size)
 
 
 class Populator:
@@ -97,6 +81,9 @@ class Populator:
         self._writer = writer
         self._eraser = eraser
         self._workers = workers
+        #: bytes of ``populate_from`` that share the source's extents, and that a worker copied
+        self.cloned = 0
+        self.copied = 0
 
     async def populate(self, offset: int, data: Buffer) -> None:
         """Store data of the chain below; whole clusters, but for the end of the disk."""
@@ -148,41 +135,63 @@ class Populator:
         self, offset: int, length: int, source: HostFile, source_offset: int
     ) -> None:
         """The same for bytes of a host file."""
-        geometry = self._metadata.geometry
-        size = geometry.cluster_size
+        size = self._metadata.geometry.cluster_size
         self._check(offset, length)
         target = self._metadata.data.host_file()
-        if source.direct:
-            raise OSError(EINVAL, "the source is open for direct I/O")
-        direct = target is None or target.direct
+        # O_DIRECT wants whole blocks; a target that is no host file, somebody to write to it.
+        blocks = (source_offset | size) % copy_engine.CLONE_ALIGNMENT == 0
+        by_worker = target is not None and (blocks or not (source.direct or target.direct))
 
         async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
             at = source_offset + start * size
             part = min(clusters * size, length - start * size)
-            if direct or part % size:
-                data = await self._workers.run(read_and_close, os.dup(source.fd), at, part)
-                padded = data.ljust(clusters * size, b"\0")
-                await self._writer.put(host_offset, padded)
+            whole = part - part % size if by_worker else 0
+            zero = np.zeros(clusters, np.bool_)
+            if whole:
+                assert target is not None
+                zero[: whole // size] = await self._transfer(source, at, target, host_offset, whole)
+            for done in range(whole, part, PUT):
+                data = await self._read(source, at + done, min(PUT, part - done))
+                await self._writer.put(
+                    host_offset + done, data.ljust(-(-len(data) // size) * size, b"\0")
+                )
+            if not self._has_zero_clusters:
+                # Version 2 has no zero clusters: they need real zeros.
+                for index in np.flatnonzero(zero).tolist():
+                    await self._writer.put(host_offset + index * size, bytes(size))
                 return None
-            assert target is not None
-            zero = await self._workers.run(
-                clone_or_copy, os.dup(source.fd), at, os.dup(target.fd), host_offset, part, size
-            )
-            if zero is None or self._has_zero_clusters or not zero.any():
-                return zero
-            # Version 2 has no zero clusters: they need real zeros.
-            for index in np.flatnonzero(zero).tolist():
-                await self._writer.put(host_offset + index * size, bytes(size))
-            return None
+            return zero if zero.any() else None
 
         async def read(start: int) -> Buffer:
             at = source_offset + start * size
-            part = min(size, length - start * size)
-            data = await self._workers.run(read_and_close, os.dup(source.fd), at, part)
+            data = await self._read(source, at, min(size, length - start * size))
             return data.ljust(size, b"\0")
 
-        count = geometry.clusters(length)
+        count = self._metadata.geometry.clusters(length)
         await self._populate(offset // size, count, np.zeros(count, np.bool_), fill, read)
+
+    async def _transfer(
+        self, source: HostFile, at: int, target: HostFile, host_offset: int, length: int
+    ) -> Zeroes:
+        """Whole clusters, by a worker; which of them are zeros and were not written."""
+        transfer = Transfer(
+            os.dup(source.fd),
+            at,
+            os.dup(target.fd),
+            host_offset,
+            length,
+            self._metadata.geometry.cluster_size,
+            source.direct,
+            target.direct,
+        )
+        copied = await self._workers.copies.run(clone_or_copy, transfer)
+        self.cloned += copied.cloned
+        self.copied += length - copied.cloned
+        return copied.zero
+
+    async def _read(self, source: HostFile, offset: int, length: int) -> bytes:
+        fd = os.dup(source.fd)
+        return await self._workers.run(read_and_close, fd, offset, length, source.direct)
 
     @property
     def _has_zero_clusters(self) -> bool:
@@ -290,9 +299,10 @@ class Populator:
                 raise
             # From here on no await: compare and set.
             wins = table.entries[index : index + count] == 0
-            for number in range(count):
-                if claim is None and len(claims) and cluster + number in claims:
-                    wins[number] = False
+            if claim is None and len(claims):
+                for number in range(count):
+                    if cluster + number in claims:
+                        wins[number] = False
             written = wins if zero is None else wins & ~zero
             for begin, end in _runs(written):
                 metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
