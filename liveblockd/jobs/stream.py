@@ -264,6 +264,6 @@ def _copyable(piece: Run) -> HostFile | None:
     source = chain.host_file(piece.layer)
     if source is None:
         return None
-    if source.direct and (piece.host_offset | piece.length) % DIRECT_ALIGNMENT:
+    if source.direct and piece.host_offset % DIRECT_ALIGNMENT:
         return None
     return source

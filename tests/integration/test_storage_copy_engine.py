@@ -219,3 +219,69 @@ def test_is_zero(length):
         data[at] = 0x80
         assert not is_zero(data)
         data[at] = 0
+
+
+def emulate_clone(monkeypatch):
+    """FICLONERANGE as XFS does it: whole blocks, nothing past the end of the source."""
+    cloned = []
+
+    def ioctl(fd, request, argument):
+        assert request == copy_engine.FICLONERANGE
+        source, source_offset, length, offset = copy_engine._CLONE_RANGE.unpack(argument)
+        if source_offset + length > os.fstat(source).st_size:
+            raise OSError(errno.EINVAL, "past the end")
+        os.pwrite(fd, os.pread(source, length, source_offset), offset)
+        cloned.append(length)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return cloned
+
+
+def test_a_source_that_ends_early_is_cloned_as_far_as_it_goes(make, monkeypatch):
+    cloned = emulate_clone(monkeypatch)
+    data = random.Random(5).randbytes(5 * CLUSTER + 4096)
+    source, target = make(data), make()
+    transfer = copy_engine.Transfer(source, 0, target, CLUSTER, 8 * CLUSTER, CLUSTER)
+    got = copy_engine.clone_or_copy(transfer)
+    assert cloned == [5 * CLUSTER] and got.cloned == 5 * CLUSTER
+    assert got.zero.tolist() == [False] * 6 + [True] * 2
+    assert content(target)[CLUSTER:].rstrip(b"\0") == data.rstrip(b"\0")
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL])
+def test_a_clone_that_cannot_be_is_tried_again_only_if_it_may_succeed(make, monkeypatch, number):
+    calls = []
+
+    def ioctl(*_):
+        calls.append(1)
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    data = random.Random(6).randbytes(4 * CLUSTER)
+    source, target = make(data), make()
+    for _ in range(3):
+        transfer = copy_engine.Transfer(source, 0, target, 0, len(data), CLUSTER)
+        assert copy_engine.clone_or_copy(transfer).cloned == 0
+    assert len(calls) == (1 if number == errno.EXDEV else 3)
+    assert content(target) == data
+
+
+def test_the_disk_is_told_to_begin_with_every_byte_that_was_written(make, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        copy_engine.hostcalls, "start_writeback", lambda *arguments: told.append(arguments)
+    )
+    monkeypatch.setattr(copy_engine, "WRITEBACK_PIECE", 2 << 20)
+    source, target = make(random.Random(8).randbytes(5 << 20)), make()
+    copy_nonzero(source, 0, target, 4096, 5 << 20, CLUSTER)
+    assert [(offset, length) for _, offset, length in told] == [
+        (4096, 2 << 20), (4096 + (2 << 20), 2 << 20), (4096 + (4 << 20), 1 << 20),
+    ]  # fmt: skip
+
+
+def test_write_back_of_what_has_none_is_no_error(make):
+    reader, writer = os.pipe()
+    copy_engine.hostcalls.start_writeback(writer, 0, 4096)
+    copy_engine.hostcalls.start_writeback(make(b"x" * 4096), 0, 1 << 20)
+    os.close(reader)
+    os.close(writer)

@@ -171,3 +171,28 @@ async def test_seeded_double_repeats_its_order(seed):
     first = await order()
     assert first == await order()
     assert first != sorted(first)
+
+
+async def test_a_request_does_not_queue_behind_copies(pool):
+    gate = threading.Event()
+    copies = [pool.copies.submit(gate.wait, 20) for _ in range(10)]
+    try:
+        assert await asyncio.wait_for(pool.run(lambda: "answer"), 10) == "answer"
+        assert not any(copy.done() for copy in copies)
+        assert pool.outstanding == 10
+        idle = asyncio.ensure_future(pool.idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+    finally:
+        gate.set()
+    await asyncio.wait_for(idle, 10)
+    assert all(copy.result() for copy in copies)
+
+
+async def test_copies_end_with_the_pool(pool):
+    done = []
+    pool.copies.submit(done.append, 1)
+    pool.close()
+    assert done == [1]
+    with pytest.raises(RuntimeError):
+        pool.copies.submit(done.append, 2)
