@@ -85,31 +85,67 @@ def _changing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("filename")
     one.add_argument("size", nargs="?")
 
-    one = command("convert", "copy an image into a new one, of another format")
+    _convert(command("convert", "copy an image into a new one, of another format"))
+
+    one = command("resize", "change the size of the disk in an image")
+    _format(one)
+    one.add_argument("--shrink", action="store_true", help="allow it to become smaller")
+    one.add_argument("--preallocation", default="off", help="off, metadata, falloc or full")
+    one.add_argument("filename")
+    one.add_argument("size", help="[+|-]SIZE")
+
+
+def _convert(one: argparse.ArgumentParser) -> None:
     _image(one)
-    one.add_argument("-O", dest="output_format", default="raw", help="format of the new image")
+    one.add_argument("-O", dest="output_format", default=None, help="format of the new image")
     one.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE,...")
     one.add_argument("-B", "-b", dest="backing", help="backing file of the new image")
     one.add_argument("-F", dest="backing_format", help="format of the backing file")
     one.add_argument("-c", dest="compress", action="store_true", help="compressed clusters")
     one.add_argument("-n", dest="no_create", action="store_true", help="the target is there")
     one.add_argument("-p", "--progress", action="store_true")
+    one.add_argument("-l", dest="snapshot", help="an internal snapshot, by its id or name")
     one.add_argument("-S", dest="sparse_size", help="bytes of zeros that become a hole; 0: never")
     one.add_argument("--target-is-zero", action="store_true", help="the target reads as zeros")
+    one.add_argument("--target-image-opts", action="store_true", help="the target is options")
+    one.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
+    one.add_argument("--skip-broken-bitmaps", action="store_true", help="but inconsistent ones")
+    one.add_argument("-r", dest="rate", help="bytes per second")
     one.add_argument("-W", dest="out_of_order", action="store_true", help="has no effect here")
-    one.add_argument("-m", dest="coroutines", type=int, help="has no effect here")
+    one.add_argument("-C", dest="copy_range", action="store_true", help="is done anyway")
+    one.add_argument("-m", dest="coroutines", type=_count, help="has no effect here")
     _cache(one)
     one.add_argument(
         "-t", dest="target_cache", help="unsafe: do not wait until the target is durable"
     )
-    one.add_argument("source")
+    one.add_argument("sources", nargs="+", metavar="source")
     one.add_argument("target")
 
-    one = command("resize", "change the size of the disk in an image")
+
+def _bitmap(one: argparse.ArgumentParser) -> None:
     _format(one)
-    one.add_argument("--shrink", action="store_true", help="allow it to become smaller")
+    for name in ("add", "remove", "clear", "enable", "disable"):
+        one.add_argument(
+            f"--{name}", dest="actions", action="append_const", const=(name, None),
+            help=f"{name} it",
+        )  # fmt: skip
+    one.add_argument(
+        "--merge", dest="actions", action="append", type=_merged, metavar="SOURCE",
+        help="add what is dirty in SOURCE",
+    )  # fmt: skip
+    one.add_argument("-g", "--granularity", help="bytes; with --add")
+    one.add_argument("-b", "--source-file", help="image that has SOURCE")
+    one.add_argument("-F", "--source-format", help="its format")
     one.add_argument("filename")
-    one.add_argument("size", help="[+|-]SIZE")
+    one.add_argument("bitmap")
+
+
+def _merged(name: str) -> tuple[str, str]:
+    return "merge", name
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
 
 
 def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -121,6 +157,8 @@ def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     actions.add_argument("-a", dest="apply", metavar="NAME", help="go back to one")
     actions.add_argument("-d", dest="delete", metavar="NAME", help="delete one")
     one.add_argument("filename")
+
+    _bitmap(command("bitmap", "dirty bitmaps that an image keeps"))
 
     one = command("amend", "change the version, refcount width or size of a qcow2 image")
     _format(one)
@@ -174,12 +212,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _take_option_texts(args: argparse.Namespace) -> None:
     """With ``--image-opts`` the names of images are options; ToolError beside ``-f``."""
+    status = 2 if args.command == "compare" else 1
+    exclusive = ToolError("--image-opts and --format are mutually exclusive", status)
+    if getattr(args, "target_image_opts", False):
+        if args.output_format is not None:
+            raise exclusive
+        args.target = OptionText(args.target)
+    elif "output_format" in args and args.output_format is None:
+        args.output_format = "raw"
     if not getattr(args, "image_opts", False):
         return
     if args.format is not None or getattr(args, "format2", None) is not None:
-        status = 2 if args.command == "compare" else 1
-        raise ToolError("--image-opts and --format are mutually exclusive", status)
-    for name in ("filename", "filename1", "filename2", "source"):
+        raise exclusive
+    for name in ("filename", "filename1", "filename2"):
         if hasattr(args, name):
             setattr(args, name, OptionText(getattr(args, name)))
     if hasattr(args, "sources"):

@@ -1,8 +1,8 @@
-"""``image convert``: the bytes of an image, whatever its chain, into a new one.
+"""``image convert``: the bytes of images, whatever their chains, into a new one.
 
-Runs on an event loop of its own; files of the host are copied by workers. What the chain says is
-zeros is not read, and zeros in its data take no space in the target. The target is durable when the
-command ends, unless ``-t unsafe`` says that nobody needs that.
+Runs on an event loop of its own; files of the host are copied by workers, and workers compress.
+What the chain says is zeros is not read, and zeros in its data take no space in the target. The
+target is durable when the command ends, unless ``-t unsafe`` says that nobody needs that.
 
 Invariants: pieces are written in the order of their offsets, so that what is contiguous for the
 guest is so in the file. Exit status and words are those of ``qemu-img convert``.
@@ -11,210 +11,175 @@ guest is so in the file. Exit status and words are those of ``qemu-img convert``
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
-from typing import Final, NamedTuple
-
-import numpy as np
+from typing import Final
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import chain
-from liveblockd.graph.backend import Backend
+from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.graph.node import Node
 from liveblockd.imagetool import create, creation
-from liveblockd.imagetool.images import Images, ToolError, reason, size_of
-from liveblockd.imagetool.output import Progress
-from liveblockd.storage.copy_engine import copy_extent, copy_nonzero, zero_clusters
-from liveblockd.storage.driver import Buffer, ExtentKind, HostFile
+from liveblockd.imagetool.bitmap import check_bitmaps, copy_bitmaps
+from liveblockd.imagetool.copying import PIECE, Copy
+from liveblockd.imagetool.creation import Options
+from liveblockd.imagetool.images import Images, OptionText, ToolError, reason, size_of
+from liveblockd.imagetool.source import Source
+from liveblockd.keyval import split_commas
+from liveblockd.storage.driver import BlockDriver
 
-#: bytes read and written at a time
-PIECE: Final = 2 << 20
-#: pieces that are read before the one that is written
-AHEAD: Final = 4
-#: bytes a worker copies between files before it tells how far it is
-_SPAN: Final = 64 << 20
 _SECTOR: Final = 512
-
-
-class _Run(NamedTuple):
-    """Bytes of the source that are not known to be zeros."""
-
-    offset: int
-    length: int
-    file: HostFile | None  # where a worker finds them
-    host_offset: int
+_CACHE_MODES: Final = ("none", "off", "writeback", "writethrough", "directsync", "unsafe")
 
 
 async def run(args: argparse.Namespace) -> int:
     """The command."""
-    if args.compress:
-        raise ToolError("Compression is not supported for new images")
-    sparse = (
-        size_of(args.sparse_size, "buffer size for sparse output") if args.sparse_size else 4096
-    )
-    if sparse % _SECTOR or sparse > PIECE:
-        raise ToolError(
-            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up "
-            f"to {PIECE}. Select 0 to disable sparse detection (fully allocates output)."
-        )
-    options = creation.parse_options(args.options, args.output_format)
+    sparse = _check(args)
     async with Images(args.objects) as images:
-        source = await images.open(args.source, args.format, force_share=args.force_share)
-        reader = await images.use(source)
-        size = source.driver.virtual_size
+        nodes = [
+            await images.open(name, args.format, force_share=args.force_share)
+            for name in args.sources
+        ]
+        if args.snapshot is not None:
+            await _load_snapshot(nodes[0], args.snapshot)
+        backends = [await images.use(node) for node in nodes]
+        options: Options = {}
         if not args.no_create:
-            await _create(images, args, options, size)
+            options = _options(args)
+        backing = "backing_file" in options if not args.no_create else args.backing is not None
+        if backing and len(nodes) > 1:
+            raise ToolError(
+                "Having a backing file for the target makes no sense when concatenating multiple "
+                "input images"
+            )
+        source = Source(backends, above_backing=backing)
+        if not args.no_create:
+            await _create(images, args, options, source.length)
         target = await images.open(
             args.target,
-            args.output_format,
+            None if isinstance(args.target, OptionText) else args.output_format,
             writable=True,
-            backing=False,
             no_flush=args.target_cache == "unsafe",
         )
+        _check_target(args, nodes, target)
         writer = await images.use(target, writable=True)
-        if writer.length < size:
+        if writer.length < source.length:
             raise ToolError("output file is smaller than input file")
-        job = _Convert(images, reader, writer, args, sparse)
+        blank = (not args.no_create and not backing) or args.target_is_zero
+        copy = Copy(images.workers, source, writer, sparse=sparse, blank=blank)
+        copy.compress = args.compress
+        copy.show(args.progress, 0 if args.rate is None else size_of(args.rate, "rate limit"))
         try:
-            await job.run()
+            await copy.run()
         except OSError as error:
             raise ToolError(f"error while converting: {reason(error)}") from error
+        if args.bitmaps:
+            await copy_bitmaps(images, nodes[0], target)
     return 0
 
 
-async def _create(
-    images: Images, args: argparse.Namespace, options: creation.Options, size: int
-) -> None:
-    if args.backing is not None:
-        if args.backing_format is None:
-            raise ToolError("Use of backing file requires explicit backing format")
-        options |= {"backing_file": args.backing, "backing_fmt": args.backing_format}
-    options.setdefault("size", size)
+def _check(args: argparse.Namespace) -> int:
+    """The bytes of zeros that become a hole; ToolError for options that do not go together."""
+    if not 1 <= (8 if args.coroutines is None else args.coroutines) <= 16:
+        raise ToolError(
+            "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16"
+        )
+    for mode, what in ((args.target_cache, "cache"), (args.source_cache, "source cache")):
+        if mode is not None and mode not in _CACHE_MODES:
+            raise ToolError(f"Invalid {what} option: {mode}")
+    if args.target_image_opts and not args.no_create:
+        raise ToolError("--target-image-opts requires use of -n flag")
+    if args.options and args.no_create:
+        raise ToolError("-o has no effect when skipping image creation")
+    if args.target_is_zero and not args.no_create:
+        raise ToolError("--target-is-zero requires use of -n flag")
+    if args.copy_range and (args.sparse_size or args.compress):
+        option = "-S" if args.sparse_size else "-c"
+        raise ToolError(f"Cannot enable copy offloading when {option} is used")
+    if args.snapshot is not None and len(args.sources) > 1:
+        raise ToolError("No support for concatenating multiple snapshot")
+    if args.skip_broken_bitmaps and not args.bitmaps:
+        raise ToolError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if args.rate is not None:
+        size_of(args.rate, "rate limit")
+    sparse = (
+        size_of(args.sparse_size, "buffer size for sparse output") if args.sparse_size else 4096
+    )
+    if sparse % _SECTOR or sparse > 16 << 20:
+        raise ToolError(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up "
+            "to 16777216. Select 0 to disable sparse detection (fully allocates output)."
+        )
+    return min(sparse, PIECE)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    options = creation.parse_options(args.options, args.output_format)
+    for name, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
+        if value is not None:
+            if args.output_format == "raw":
+                raise ToolError("Backing file not supported for file format 'raw'")
+            options[name] = value
+    if "backing_file" in options and "backing_fmt" not in options:
+        raise ToolError("Use of backing file requires explicit backing format")
+    if args.compress:
+        if args.output_format == "raw":
+            raise ToolError("Compression not supported for this file format")
+        if options.get("preallocation", "off") != "off":
+            raise ToolError("Compression and preallocation not supported at the same time")
+        if "data_file" in options:
+            raise ToolError("Compression not supported with an external data file")
+    if args.bitmaps and args.output_format == "raw":
+        raise ToolError("Format driver 'raw' does not support bitmaps")
+    return options
+
+
+def _check_target(args: argparse.Namespace, sources: list[Node], target: Node) -> None:
+    name = target.driver.driver_name
+    if args.compress and type(target.driver).write_compressed is BlockDriver.write_compressed:
+        raise ToolError("Compression not supported for this file format")
+    if args.bitmaps:
+        if len(sources) > 1:
+            raise ToolError("Copying bitmaps only possible with single source")
+        check_bitmaps(sources[0], skip_broken=args.skip_broken_bitmaps)
+        if not isinstance(sources[0].driver, Qcow2):
+            raise ToolError("Source lacks bitmap support")
+        if not isinstance(target.driver, Qcow2):
+            raise ToolError(f"Format driver '{name}' does not support bitmaps")
+
+
+async def _load_snapshot(node: Node, text: str) -> None:
+    """``snapshot.id=ID,snapshot.name=NAME``, or one of the two; ToolError."""
+    wanted: dict[str, str] = {}
+    if text.startswith("snapshot."):
+        for part in split_commas(text):
+            name, _, value = part.partition("=")
+            wanted[name.removeprefix("snapshot.")] = value
+        if not wanted.keys() <= {"id", "name"}:
+            name = next(n for n in wanted if n not in ("id", "name"))
+            raise ToolError(
+                f"Invalid parameter 'snapshot.{name}'\nFailed in parsing snapshot param '{text}'"
+            )
     try:
+        known = node.driver.list_snapshots()
+        if wanted:
+            found = [
+                s for s in known
+                if wanted.get("id", s.id) == s.id and wanted.get("name", s.name) == s.name
+            ]  # fmt: skip
+        else:
+            found = [s for s in known if s.id == text] or [s for s in known if s.name == text]
+        if not found or not isinstance(node.driver, Qcow2):
+            raise BlockError("Can't find snapshot")
+        await node.driver.load_snapshot(found[0].id)
+    except (BlockError, OSError) as error:
+        raise ToolError(f"Failed to load snapshot: {reason(error)}") from error
+
+
+async def _create(images: Images, args: argparse.Namespace, options: Options, size: int) -> None:
+    options["size"] = size  # whatever -o says, as qemu-img
+    try:
+        if "backing_fmt" in options and "backing_file" not in options:
+            raise BlockError("Backing format cannot be used without backing file")
         await create.create_image(images, args.target, args.output_format, options)
     except (BlockError, OSError) as error:
         raise ToolError(
             f"{args.target}: error while converting {args.output_format}: {reason(error)}"
         ) from error
-
-
-class _Convert:
-    """One copy."""
-
-    def __init__(
-        self,
-        images: Images,
-        source: Backend,
-        target: Backend,
-        args: argparse.Namespace,
-        sparse: int,
-    ) -> None:
-        self._workers = images.workers
-        self._source = source
-        self._target = target
-        self._sparse = sparse
-        self._progress = Progress(args.progress)
-        # A new image reads as zeros, unless there is something below it.
-        blank = not args.no_create and args.backing is None
-        self._blank = blank or args.target_is_zero
-        self._file = self._target_file() if self._blank else None
-
-    def _target_file(self) -> HostFile | None:
-        """The file that the target is, if its bytes are those of the guest."""
-        node = self._target.node
-        return None if node.driver_class.driver_name == "qcow2" else chain.host_file(node)
-
-    async def run(self) -> None:
-        """All of it."""
-        length = self._source.length
-        position = 0
-        pending: deque[tuple[int, asyncio.Task[Buffer]]] = deque()
-        self._progress.update(0, length)
-        try:
-            async for found in self._runs():
-                if not self._blank and position < found.offset:
-                    await self._drain(pending, length)
-                    await self._zero(position, found.offset)
-                position = found.offset + found.length
-                if found.file is not None and self._file is not None:
-                    await self._copy(found, length)
-                    continue
-                for offset in range(found.offset, position, PIECE):
-                    part = min(PIECE, position - offset)
-                    task = asyncio.ensure_future(self._source.read(offset, part))
-                    pending.append((offset, task))
-                    if len(pending) > AHEAD:
-                        await self._write_next(pending, length)
-            await self._drain(pending, length)
-            if not self._blank and position < length:
-                await self._zero(position, length)
-            await self._target.flush()
-            self._progress.update(length, length)
-        finally:
-            for _, task in pending:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in pending), return_exceptions=True)
-            self._progress.end()
-
-    async def _runs(self) -> AsyncIterator[_Run]:
-        """What has to be copied."""
-        position = 0
-        length = self._source.length
-        async for run in chain.resolve(self._source.node, None, 0, length):
-            if not run.zero:
-                file = None
-                if run.kind is ExtentKind.DATA and isinstance(run.layer, Node):
-                    file = chain.host_file(run.layer)
-                yield _Run(position, run.length, file, run.host_offset)
-            position += run.length
-
-    async def _drain(self, pending: deque[tuple[int, asyncio.Task[Buffer]]], total: int) -> None:
-        while pending:
-            await self._write_next(pending, total)
-
-    async def _write_next(
-        self, pending: deque[tuple[int, asyncio.Task[Buffer]]], total: int
-    ) -> None:
-        offset, task = pending[0]
-        data = await task
-        pending.popleft()
-        length = len(data)
-        for first, last in self._data_in(data):
-            await self._target.write(offset + first, memoryview(data)[first:last])
-        self._progress.update(offset + length, total)
-
-    def _data_in(self, data: Buffer) -> list[tuple[int, int]]:
-        """Ranges that are to be written: all but the zeros that the target has anyway."""
-        length = len(data)
-        unit = self._sparse
-        if not unit or not self._blank:
-            return [(0, length)]
-        whole = length // unit * unit
-        zero = np.zeros(-(-length // unit), np.bool_)
-        if whole:
-            zero[: whole // unit] = zero_clusters(memoryview(data)[:whole], unit)
-        edges = np.flatnonzero(np.diff(~zero, prepend=False, append=False))
-        return [
-            (int(first) * unit, min(int(last) * unit, length))
-            for first, last in edges.reshape(-1, 2)
-        ]
-
-    async def _copy(self, found: _Run, total: int) -> None:
-        """From file to file, by a worker."""
-        assert found.file is not None and self._file is not None
-        source, target = found.file.fd, self._file.fd
-        for done in range(0, found.length, _SPAN):
-            part = min(_SPAN, found.length - done)
-            here, there = found.host_offset + done, found.offset + done
-            if self._sparse:
-                await self._workers.run(
-                    copy_nonzero, source, here, target, there, part, self._sparse
-                )
-            else:
-                await self._workers.run(copy_extent, source, here, target, there, part)
-            self._progress.update(there + part, total)
-
-    async def _zero(self, start: int, end: int) -> None:
-        for offset in range(start, end, 1 << 30):
-            await self._target.write_zeroes(offset, min(1 << 30, end - offset), may_unmap=True)

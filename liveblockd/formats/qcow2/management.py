@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
+from liveblockd.formats.qcow2.opening import Opened, open_image
+from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
 from liveblockd.formats.qcow2.resize import resize
 from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
@@ -45,6 +47,10 @@ class Management:
         _bitmaps: BitmapStore
         _unmap_snapshots: bool
         _damaged: bool
+        _options: Qcow2Options
+        read_only: bool
+
+        def _assemble(self, opened: Opened) -> None: ...
 
         def _check_writable(self) -> None: ...
         async def _settle(self) -> None: ...
@@ -95,6 +101,17 @@ class Management:
             raise BlockError("Operation not supported", errno=ENOTSUP)
         taken = Taken(date_nsec, vm_clock_nsec)
         await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
+
+    async def load_snapshot(self, snapshot_id: str) -> None:
+        """Show the disk as a snapshot has it, from now on; for an image opened read-only.
+
+        Raises BlockError.
+        """
+        assert self.read_only
+        await self._settle()
+        self._assemble(
+            await open_image(self._options, self.children, read_only=True, snapshot_id=snapshot_id)
+        )
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """See ``BlockDriver``."""

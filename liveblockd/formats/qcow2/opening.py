@@ -8,8 +8,11 @@ Errors: ``BlockError`` in QEMU's words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from errno import ENOTSUP
+from dataclasses import replace
+from errno import ENOENT, ENOTSUP
 from typing import NamedTuple
+
+import numpy as np
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.allocator import Refcounts
@@ -61,9 +64,16 @@ async def read_header(file: BlockIO) -> tuple[Header, bytes]:
 
 
 async def open_image(
-    options: Qcow2Options, children: Mapping[str, BlockIO], *, read_only: bool
+    options: Qcow2Options,
+    children: Mapping[str, BlockIO],
+    *,
+    read_only: bool,
+    snapshot_id: str | None = None,
 ) -> Opened:
-    """Read and check header, tables and snapshots; raises BlockError."""
+    """Read and check header, tables and snapshots; raises BlockError.
+
+    With ``snapshot_id`` the disk is that of an internal snapshot, to be read only.
+    """
     file = children["file"]
     header, first_sector = await read_header(file)
     check_supported(header, read_only=read_only)
@@ -75,11 +85,16 @@ async def open_image(
         )
     _check_data_file(header, children)
     check_options(options, encrypted=bool(header.crypt_method))
+    if snapshot_id is not None:
+        assert read_only
+        header = await _as_it_was(file, header, snapshot_id)
     geometry = header.geometry
     sizes = cache_sizes(options, geometry, header.size)
     l1 = from_disk(
         await _read(file, header.l1_table_offset, header.l1_size * ENTRY_BYTES, "L1 table")
     )
+    if len(l1) < geometry.l1_size(header.size):  # of a snapshot; of an image it is refused
+        l1 = np.concatenate((l1, np.zeros(geometry.l1_size(header.size) - len(l1), np.uint64)))
     table_length = header.refcount_table_clusters * geometry.cluster_size
     table = from_disk(
         await _read(file, header.refcount_table_offset, table_length, "refcount table")
@@ -105,6 +120,20 @@ async def open_image(
         max_refcount_blocks=sizes.refcount_blocks,
     )
     return Opened(metadata, first_sector, snapshots, snapshots_length)
+
+
+async def _as_it_was(file: BlockIO, header: Header, snapshot_id: str) -> Header:
+    """The header with the disk of a snapshot."""
+    for snapshot in (await _read_snapshots(file, header))[0]:
+        if snapshot.id == snapshot_id:
+            size = header.size if snapshot.disk_size is None else snapshot.disk_size
+            return replace(
+                header,
+                size=size,
+                l1_size=snapshot.l1_size,
+                l1_table_offset=snapshot.l1_table_offset,
+            )
+    raise BlockError("Can't find snapshot", errno=ENOENT)
 
 
 def _check_data_file(header: Header, children: Mapping[str, BlockIO]) -> None:

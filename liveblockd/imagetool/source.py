@@ -1,0 +1,87 @@
+"""What ``convert`` reads: images one after the other, as one disk.
+
+Runs on the event loop. Invariants: runs follow each other without a gap and cover the whole disk;
+what an image does not hold in its last sector reads as zeros.
+Errors: OSError.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+from liveblockd.graph import chain
+from liveblockd.graph.backend import Backend
+from liveblockd.graph.node import Node
+from liveblockd.storage.driver import Buffer, ExtentKind, HostFile
+
+
+class Holds(enum.Enum):
+    """What is known of a run."""
+
+    DATA = enum.auto()
+    ZEROES = enum.auto()
+    #: nothing: the backing file has it
+    BELOW = enum.auto()
+
+
+class Run(NamedTuple):
+    """Bytes of the disk that are treated alike."""
+
+    offset: int
+    length: int
+    holds: Holds
+    #: where a worker finds the bytes of DATA
+    file: HostFile | None = None
+    host_offset: int = -1
+
+
+class Source:
+    """The disk; ``above_backing``: what the backing files of the images have is left out."""
+
+    def __init__(self, backends: Sequence[Backend], *, above_backing: bool = False) -> None:
+        self._parts: list[tuple[int, int, Backend]] = []  # offset, size and image
+        self._above_backing = above_backing
+        self.length = 0  # bytes
+        for backend in backends:
+            size = backend.node.driver.virtual_size
+            self._parts.append((self.length, size, backend))
+            self.length += size
+
+    async def runs(self) -> AsyncIterator[Run]:
+        """All of it."""
+        for start, size, backend in self._parts:
+            position = 0
+            node = backend.node
+            base = chain.layer_below(node) if self._above_backing else None
+            async for run in chain.resolve(node, base, 0, backend.length):
+                yield self._run(run, start + position, base)
+                position += run.length
+            if position < size:
+                yield Run(start + position, size - position, Holds.ZEROES)
+
+    @staticmethod
+    def _run(run: chain.Run, offset: int, base: Node | None) -> Run:
+        if run.kind is ExtentKind.UNALLOCATED and base is not None:
+            return Run(offset, run.length, Holds.BELOW)
+        if run.zero:
+            return Run(offset, run.length, Holds.ZEROES)
+        file = None
+        if run.kind is ExtentKind.DATA and isinstance(run.layer, Node):
+            file = chain.host_file(run.layer)
+        return Run(offset, run.length, Holds.DATA, file, run.host_offset)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Bytes of the disk."""
+        found: list[Buffer] = []
+        for start, size, backend in self._parts:
+            first, last = max(offset, start), min(offset + length, start + size)
+            if first >= last:
+                continue
+            inside = max(first, min(last, start + backend.length))
+            if first < inside:
+                found.append(await backend.read(first - start, inside - first))
+            if inside < last:
+                found.append(bytes(last - inside))
+        return found[0] if len(found) == 1 else b"".join(found)
