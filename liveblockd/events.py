@@ -130,6 +130,26 @@ class BlockWriteThreshold(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckCompleted(Event):
+    """A job x-liveblock-check has looked at the whole image; counts as ImageCheck has them."""
+
+    name: ClassVar[str] = "X_LIVEBLOCK_CHECK_COMPLETED"
+    id: str
+    node_name: str
+    check_errors: int
+    corruptions: int
+    leaks: int
+    leaks_fixed: int
+    image_end_offset: int
+    total_clusters: int
+    allocated_clusters: int
+    fragmented_clusters: int
+    compressed_clusters: int
+    #: the first lines that qemu-img would print
+    messages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockExportDeleted(Event):
     """An export is gone."""
 

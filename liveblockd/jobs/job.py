@@ -47,6 +47,8 @@ class JobType(enum.StrEnum):
     SNAPSHOT_LOAD = "snapshot-load"
     SNAPSHOT_SAVE = "snapshot-save"
     SNAPSHOT_DELETE = "snapshot-delete"
+    #: our own, no block job: it never shows up where QEMU's clients look
+    X_LIVEBLOCK_CHECK = "x-liveblock-check"
 
 
 class BlockdevOnError(enum.StrEnum):

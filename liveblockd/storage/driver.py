@@ -28,7 +28,8 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from errno import ENOTSUP
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -152,6 +153,39 @@ class MapWatcher(Protocol):
 
     def restructured(self) -> None:
         """The driver has another length, other children or other tables altogether."""
+
+
+#: a context in which no request of any user is in flight; left within milliseconds
+Quiesced: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
+
+
+class LiveCheck(Protocol):
+    """A check of an image in use; ``done`` and ``total`` are bytes of its tables."""
+
+    done: int
+    total: int
+
+    @property
+    def result(self) -> CheckCounts:
+        """What was found up to now; final after ``scan``."""
+
+    def scan(self) -> AsyncGenerator[int]:
+        """Do it in pieces of milliseconds; bytes of tables looked at. OSError, BlockError."""
+
+
+class CheckCounts(Protocol):
+    """Members of ImageCheck (qapi/block-core.json)."""
+
+    corruptions: int
+    leaks: int
+    check_errors: int
+    leaks_fixed: int
+    image_end_offset: int
+    total_clusters: int
+    allocated_clusters: int
+    fragmented_clusters: int
+    compressed_clusters: int
+    messages: list[str]
 
 
 class BlockDriver(abc.ABC):
@@ -336,6 +370,13 @@ class BlockDriver(abc.ABC):
         """
         del children
         return {}
+
+    def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
+        """A check of the image while it is used; ``fix_leaks``: unused clusters are given back.
+
+        ``quiesced`` gives a context in which no request is in flight. Raises BlockError, OSError.
+        """
+        raise BlockError("This image format does not support checks", errno=ENOTSUP)
 
     # -- backing chain: formats with ``child_roles`` containing "backing" override these
 

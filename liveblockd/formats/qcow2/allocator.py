@@ -205,6 +205,10 @@ class Refcounts:
             )
         return int(self.table[index]) if index < len(self.table) else 0
 
+    def is_bad(self, index: int) -> bool:
+        """Whether the block cannot be: its table entry is no place for one."""
+        return index < len(self._bad) and bool(self._bad[index])
+
     def add_block(self, index: int, data: bytes | bytearray | memoryview) -> None:
         """A block that was read from the disk."""
         counts = unpack_counts(data, self.geometry.refcount_order)
@@ -263,6 +267,19 @@ class Refcounts:
             block.dirty.add(within, within + length)
             if not part.all():
                 self._first_free = min(self._first_free, cluster)
+
+    def lower(self, cluster: int, count: int) -> None:
+        """Nothing, on the disk or in memory, refers more than ``count`` times to the cluster.
+
+        Its block is loaded. A check found that; all else goes by ``decrement``.
+        """
+        index, within = divmod(cluster, self.geometry.refcounts_per_block)
+        block = self.blocks[index]
+        assert count < int(block.counts[within])
+        block.fill(within, 1, count)
+        self.stop_packing(cluster, 1)
+        if not count:
+            self._first_free = min(self._first_free, cluster)
 
     def _pieces(self, cluster: int, count: int) -> list[tuple[int, int, int]]:
         """(block index, index within, length) for a range of clusters."""

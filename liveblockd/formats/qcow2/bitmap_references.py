@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import struct
 from errno import EINVAL
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
-from liveblockd.formats.qcow2.check import CheckResult, References
+from liveblockd.formats.qcow2.check import CheckResult
 from liveblockd.formats.qcow2.header import Header
 from liveblockd.formats.qcow2.layout import ENTRY_BYTES, OFFSET_MASK, Autoclear, Extension
 from liveblockd.formats.qcow2.metadata import read_bytes
-from liveblockd.formats.qcow2.tables import from_disk
+from liveblockd.formats.qcow2.tables import Entries, from_disk
 from liveblockd.storage.driver import BlockIO
 
 _EXTENSION: Final = struct.Struct(">IIQQ")  # bitmaps, reserved, directory size, directory offset
@@ -33,8 +33,18 @@ _ALL_ONES: Final = 1
 _U = np.uint64
 
 
+class Counting(Protocol):
+    """What counts references: ``References``, or ``LiveReferences``."""
+
+    def add_range(self, offset: int, length: int) -> None:
+        """One structure of ``length`` bytes."""
+
+    def add(self, offsets: Entries, lengths: int) -> None:
+        """Many of ``lengths`` bytes each."""
+
+
 async def count_bitmaps(
-    file: BlockIO, header: Header, references: References, result: CheckResult
+    file: BlockIO, header: Header, references: Counting, result: CheckResult
 ) -> None:
     """Count directory, tables and data of all bitmaps."""
     data = header.extension(Extension.BITMAPS)

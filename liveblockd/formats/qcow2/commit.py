@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from errno import EIO
 from typing import Any, NamedTuple
@@ -82,6 +82,8 @@ class Committer:
         self.damaged = False
         #: told when a refcount turns out to be too low
         self.on_damage: Callable[[DamageError], None] = lambda _: None
+        #: writing the header failed: the disk may have another one than memory
+        self.header_uncertain = False
         self._first_sector = first_sector
         self._autosync = autosync
         self._timer: asyncio.TimerHandle | None = None
@@ -93,6 +95,7 @@ class Committer:
         self._lock = asyncio.Lock()
         #: ready for use again, but for what ``_release`` has to do
         self._to_release: deque[Freed] = deque()
+        self._releasing: Freed | None = None
         self._ended = True
         metadata.on_dirty = self._on_dirty
 
@@ -110,6 +113,16 @@ class Committer:
     def kick(self) -> None:
         """Requests have ended: something that was freed may be ready for use."""
         self._wake()
+
+    def pending(self) -> Iterator[tuple[int, int]]:
+        """(host_offset, clusters) of what has one refcount more than memory has references."""
+        for freed in self.metadata.quarantine.pending():
+            yield freed.host_offset, freed.clusters
+        for freed in self._to_release:
+            yield freed.host_offset, freed.clusters
+        if self._releasing is not None:
+            yield self._releasing.host_offset, self._releasing.clusters
+        yield from self.metadata.refcounts.retired
 
     @property
     def is_idle(self) -> bool:
@@ -165,6 +178,7 @@ class Committer:
             self._check_damage()
             rewrite = make()
             for number, (offset, data) in enumerate(rewrite.steps):
+                self.header_uncertain = True
                 try:
                     await self.metadata.file.write(offset, data)
                     await self._sync()
@@ -188,6 +202,7 @@ class Committer:
             await self.metadata.file.flush()
 
     def _has_header(self, first: bytes, header: Header) -> None:
+        self.header_uncertain = False
         self._first_sector = first[:SECTOR].ljust(SECTOR, b"\0")
         self.metadata.header = header
 
@@ -413,8 +428,10 @@ class Committer:
         """The fixed fields, in one sector; durable on return. ``lock`` is held."""
         length = min(MIN_HEADER_LENGTH_V3, header.header_length)
         sector = fixed_fields(header)[:length] + self._first_sector[length:]
+        self.header_uncertain = True
         await self.metadata.file.write(0, sector)
         await self._sync()
+        self.header_uncertain = False
         self._first_sector = sector
         self.metadata.header = header
 
@@ -451,12 +468,15 @@ class Committer:
                     Freed(item.host_offset + rest, item.clusters - RELEASE_CLUSTERS, item.unmap)
                 )
                 item = item._replace(clusters=RELEASE_CLUSTERS)
+            self._releasing = item
             try:
                 await self._release_one(item)
             except DamageError as damage:
                 self.on_damage(damage)
             except OSError:
                 continue
+            finally:
+                self._releasing = None
             number += 1
             if number % 256 == 0:
                 await asyncio.sleep(0)

@@ -94,9 +94,8 @@ class Qcow2(Management, Layered, Described):
         self._cipher = cipher
         self._lazy_refcounts = options.lazy_refcounts
         self._tasks: set[asyncio.Task[None]] = set()
-        self._damaged = False
-        self._closed = False
         self.below = FlatMap(children)
+        self._damaged = self._closed = self.being_checked = False
         self._assemble(opened)
 
     def _assemble(self, opened: Opened) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from liveblockd.formats.qcow2 import cells
+from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.metadata import read_bytes
 from liveblockd.storage.cells import Cells
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher
@@ -42,6 +43,8 @@ class Layered(BlockDriver):
     @property
     def cell_unit(self) -> tuple[int, int] | None:
         """See ``BlockDriver``."""
+        if isinstance(self._metadata.data, LegacyAesStore):
+            return None  # a host offset alone does not say how to read it
         return cells.cell_unit(self._metadata)
 
     @property

@@ -13,22 +13,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from errno import EIO, ENOTSUP
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
+from liveblockd.formats.qcow2.live_check import LiveCheck
 from liveblockd.formats.qcow2.opening import Opened, open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
 from liveblockd.formats.qcow2.resize import resize
 from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
 from liveblockd.formats.qcow2.tables import DamageError
-from liveblockd.storage.driver import BlockIO, StoredBitmap
+from liveblockd.storage.driver import BlockIO, Quiesced, StoredBitmap
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.bitmap_store import BitmapStore
     from liveblockd.formats.qcow2.commit import Committer
     from liveblockd.formats.qcow2.cow import Writer
+    from liveblockd.formats.qcow2.image import Qcow2
     from liveblockd.formats.qcow2.metadata import Metadata
     from liveblockd.formats.qcow2.zeroes import Eraser
 
@@ -51,6 +53,9 @@ class Management:
         read_only: bool
 
         def _assemble(self, opened: Opened) -> None: ...
+
+        #: by ``live_check``
+        being_checked: bool
 
         def _check_writable(self) -> None: ...
         async def _settle(self) -> None: ...
@@ -92,6 +97,13 @@ class Management:
         await self._run(run)
         if amendment.size is not None and amendment.size != self._writer.disk_size:
             await self.truncate(amendment.size)
+
+    def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
+        """See ``BlockDriver``."""
+        image = cast("Qcow2", self)
+        if fix_leaks:
+            self._check_writable()
+        return LiveCheck(image, quiesced, fix_leaks=fix_leaks)
 
     # -- internal snapshots
 

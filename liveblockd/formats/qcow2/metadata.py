@@ -32,8 +32,8 @@ from liveblockd.formats.qcow2.layout import (
     COPIED,
     ENTRY_BYTES,
     OFFSET_MASK,
-    ZERO,
 )
+from liveblockd.formats.qcow2.live_references import LiveReferences
 from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.quarantine import Quarantine
 from liveblockd.formats.qcow2.tables import (
@@ -190,6 +190,8 @@ class Metadata:
         self.on_remap: Callable[[int, int], None] | None = None
         #: called when requests ended that held back what is to be freed; set by ``image``
         self.on_idle: Callable[[], None] = lambda: None
+        #: told of every change of an entry while a check runs (``live_check``)
+        self.watch: LiveReferences | None = None
         self._loading: dict[int, asyncio.Task[L2Table]] = {}
         self._loading_blocks: dict[int, asyncio.Task[None]] = {}
         self._register_tables()
@@ -238,6 +240,8 @@ class Metadata:
         return self.l1_view[l1_index] & OFFSET_MASK
 
     def _set_l1(self, l1_index: int, host_offset: int) -> None:
+        if self.watch is not None:
+            self.watch.l1_changed(l1_index, self.l1_view[l1_index], host_offset | COPIED)
         self.l1_view[l1_index] = host_offset | COPIED
         self.l1_dirty.add(l1_index, l1_index + 1)
 
@@ -460,6 +464,8 @@ class Metadata:
         changed &= (old & kept) != 0
         freed = self._host_ranges(old[changed]) if changed.any() else []
         self._check_freed(freed)
+        if self.watch is not None:
+            self.watch.entries_changed(table.l1_index, old, entries)
         table.entries[first : first + count] = entries
         if table.bitmaps is not None:
             assert bitmaps is not None
@@ -479,6 +485,8 @@ class Metadata:
         """``count`` entries refer to adjacent clusters from ``host_offset`` on, owned alone."""
         if count == 1 and not table.view[first]:  # by far the most frequent, and 10 times faster
             table.view[first] = host_offset | COPIED
+            if self.watch is not None:
+                self.watch.cluster_added(table.l1_index, host_offset | COPIED)
             if table.bitmap_view is not None:
                 table.bitmap_view[first] = subclusters.ALL_ALLOCATED
             self.mark_dirty(table, first, first + 1)
@@ -589,10 +597,3 @@ class Metadata:
                 self.refcounts.add_block(index, data)
         finally:
             del self._loading_blocks[index]
-
-
-def zero_entry(old: int, *, keep: bool) -> int:
-    """The entry that reads as zeros in place of ``old``, with its host cluster or without."""
-    if keep and not old & COMPRESSED and old & OFFSET_MASK:
-        return (old & (OFFSET_MASK | COPIED)) | ZERO
-    return ZERO

@@ -12,6 +12,7 @@ and of older ones. Errors: none.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Freed(NamedTuple):
     unmap: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """What was freed between two commits."""
 
@@ -40,6 +41,7 @@ class Quarantine:
         self._epoch = 0
         self._requests: dict[int, int] = {0: 0}
         self._freed: list[Freed] = []
+        self._sealed: list[Batch] = []
         self._committed: deque[Batch] = deque()
 
     def enter(self) -> int:
@@ -75,6 +77,7 @@ class Quarantine:
         """A commit begins: what was freed up to now, for ``committed`` or ``failed``."""
         batch = Batch(self._epoch, self._freed)
         self._freed = []
+        self._sealed.append(batch)
         if not self._requests[self._epoch]:
             del self._requests[self._epoch]
         self._epoch += 1
@@ -83,12 +86,20 @@ class Quarantine:
 
     def committed(self, batch: Batch) -> None:
         """The disk no longer refers to what is in ``batch``."""
+        self._sealed.remove(batch)
         if batch.freed:
             self._committed.append(batch)
 
     def failed(self, batch: Batch) -> None:
         """The disk may still refer to it: the next commit will tell."""
+        self._sealed.remove(batch)
         self._freed[:0] = batch.freed
+
+    def pending(self) -> Iterator[Freed]:
+        """Everything that is held back, in no order."""
+        yield from self._freed
+        for batch in (*self._sealed, *self._committed):
+            yield from batch.freed
 
     def ready(self) -> list[Freed]:
         """Take the ranges that may be released now."""
