@@ -91,8 +91,10 @@ def test_check_and_repair_under_load(tmp_path: Path, leaky: Path) -> None:
         writer.start()
         for number in range(6):
             fix = "leaks" if number == 4 else "none"
-            qmp("x-liveblock-check", job_id=f"c{number}", node="disk", fix=fix, speed=1 << 20)
-            qmp("job-cancel", id=f"c{number}") if number == 1 else None
+            speed = 1 if number == 1 else 1 << 20
+            qmp("x-liveblock-check", job_id=f"c{number}", node="disk", fix=fix, speed=speed)
+            if number == 1:
+                qmp("job-cancel", id="c1")
             assert qmp("query-block-jobs") == []
             qmp.wait("JOB_STATUS_CHANGE", id=f"c{number}", status="null")
         deadline = time.monotonic() + 20
