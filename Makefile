@@ -54,6 +54,10 @@ bench: $(VENV)/.run peers
 	$(BIN)/python -m benchmarks --only '$(ONLY)' --pairs $(PAIRS) --scale $(SCALE) \
 		--daemons $(DAEMONS) $(if $(DIRECTORY),--directory '$(DIRECTORY)')
 
+# Takes every check of what an image says out of a copy, and sees a test fail. An hour or so.
+mutants-guards: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz.guards --jobs 2
+
 check: lint coverage
 
 lint: $(VENV)/.dev

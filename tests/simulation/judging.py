@@ -166,8 +166,7 @@ class Judge:
             found.lost = virtual.run(_reopen(images, content, view))
         if self.random.randrange(QEMU_SHARE) == 0 and shutil.which("qemu-img"):
             self.figures.by_qemu += 1
-            locked = {name for name, image in images if image.key is not None}
-            found.corrupt = _ask_qemu(content, locked)
+            found.corrupt = _ask_qemu(images, content)
         return found if found.corrupt or found.lost else None
 
     def _snapshots_wrong(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
@@ -266,23 +265,21 @@ async def _reopen(
     return None
 
 
-def _ask_qemu(content: dict[str, Bytes], locked: set[str]) -> str | None:
+def _ask_qemu(images: list[tuple[str, Crashed]], content: dict[str, Bytes]) -> str | None:
     """qemu-img check of every image of the chain; its word on corruptions."""
     key = f"secret,id={forms.SECRET},data={forms.PASSPHRASE.decode()}"
     with tempfile.TemporaryDirectory(prefix="liveblockd-powercut-") as directory:
-        for name, data in content.items():
-            if name.endswith(".data"):
-                continue
+        for name, image in images:
             path, data_path = Path(directory, "image.qcow2"), Path(directory, "image.data")
-            path.write_bytes(data.tobytes())
+            path.write_bytes(content[name].tobytes())
             node: dict[str, object] = {
                 "driver": "qcow2",
                 "backing": None,
                 "file": {"driver": "file", "filename": str(path)},
-                **forms.unlocking(encrypted=name in locked),
+                **forms.unlocking(encrypted=image.key is not None),
             }
-            if (other := content.get(forms.data_name(name))) is not None:
-                data_path.write_bytes(other.tobytes())
+            if image.data_file is not None:
+                data_path.write_bytes(content[image.data_file].tobytes())
                 node["data-file"] = {"driver": "file", "filename": str(data_path)}
             done = subprocess.run(
                 ["qemu-img", "check", "--object", key, "--output=json", f"json:{json.dumps(node)}"],

@@ -108,9 +108,7 @@ class Upkeep:
         async def apply() -> None:
             image = await self._alone(self.top)
             found = next(s for s in image.list_snapshots() if s.name == pair[1])
-            if self.bitmap_in == self.top:
-                await image.remove_bitmap(BITMAP)  # the graph would set all of its bits
-                self.bitmap_in = None
+            await self._forget_bitmap(image)
             number = machine.number()
             machine.note("apply", number, size, content)
             try:
@@ -150,6 +148,7 @@ class Upkeep:
 
         async def change() -> None:
             image = await self._alone(self.top)
+            await self._forget_bitmap(image)
             try:
                 await image.amend(wanted)
             except BlockError as error:
@@ -161,6 +160,12 @@ class Upkeep:
         async with self.guest.halted(), self._calm():
             if not machine.injected:
                 await self._sync_and_restart(change)
+
+    async def _forget_bitmap(self, image: Qcow2) -> None:
+        """Without a graph nobody keeps the bitmap true: it would be inconsistent from now on."""
+        if self.bitmap_in == self.top:
+            await image.remove_bitmap(BITMAP)
+            self.bitmap_in = None
 
     @asynccontextmanager
     async def _calm(self) -> AsyncIterator[None]:

@@ -434,7 +434,7 @@ def _rewrite(header: Header, changed: Header) -> Rewrite:
     old_end = header.header_length + len(extension_area(header))
     if header.backing_file:
         old_end = max(old_end, header.backing_file_offset + len(header.backing_file))
-    new_end = header.header_length + len(extension_area(changed))
+    new_end = changed.header_length + len(extension_area(changed))
     cluster_size = 1 << header.cluster_bits
     if new_end + len(name) <= SECTOR:  # all of it in the sector that is written whole
         data = serialise(changed)

@@ -129,10 +129,10 @@ class SnapshotStore:
         await self._committer.close()
         async with self._committer.lock:
             switch = self._switch()
+            switch.check_l1(metadata.l1)  # before anything is taken for the copies
             old = await switch.read_l1(snapshot.l1_table_offset, snapshot.l1_size)
             l1 = np.zeros(max(1, entries), np.uint64)
             l1[: len(old)] = await self._fork(switch, old)
-            switch.check_l1(metadata.l1)
             await self._drop_tree(switch, metadata.l1)
             await switch.drop_range(metadata.l1_offset, len(metadata.l1) * ENTRY_BYTES)
             return await self.commit(switch, l1, self.snapshots, size=size)

@@ -9,6 +9,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.amend import Amendment
+from liveblockd.formats.qcow2.header import parse
 from liveblockd.formats.qcow2.preallocate import Preallocation
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import check, needs, new_qcow2, open_qcow2, run
@@ -181,3 +182,27 @@ async def test_growth_is_preallocated_where_asked():
 async def test_preallocation_above_a_backing_file_is_refused():
     with pytest.raises(BlockError, match="Backing file and preallocation"):
         await new_qcow2(size=SIZE, backing_file="x", preallocation="full")
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("length", [5, 60, 300])
+async def test_a_header_written_after_another_version_still_names_the_backing_file(
+    before: int, after: int, length: int, cluster_size: int
+) -> None:
+    """The name had moved with the length of the header; the next write of it forgot that."""
+    name = "b" * min(length, 20 if cluster_size == 512 else length)
+    disk = await new_qcow2(
+        size=1 << 20, cluster_size=cluster_size, version=before,
+        backing_file=name, backing_format="raw",
+    )  # fmt: skip
+    image = await open_qcow2(disk)
+    await image.amend(Amendment(version=after))
+    assert parse(disk.content()[:cluster_size]).backing_name == name
+    if after == 3:
+        await image.amend(Amendment(refcount_bits=32))
+    await image.create_snapshot("another header", date_nsec=0)
+    header = parse(disk.content()[:cluster_size])
+    assert (header.backing_name, header.backing_format) == (name, "raw")
+    await image.close()
+    assert parse(disk.content()[:cluster_size]).backing_name == name
