@@ -69,7 +69,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "bitmaps",
         "_check_entry",
         "not 0 < entry.table_entries <= MAX_TABLE_ENTRIES"
-        " -> not (entry.table_entries <= MAX_TABLE_ENTRIES)",
+        " -> not (0 < entry.table_entries)",
     ): "so many entries are more than MAX_DATA_BYTES, whatever the size of clusters",
 }
 
@@ -102,7 +102,7 @@ def _operands(test: ast.expr) -> Iterator[ast.expr]:
 
 
 def _bounds(test: ast.expr) -> Iterator[tuple[ast.Compare, int]]:
-    """The two bounds of ``not low <= x <= high``."""
+    """The two bounds of ``not low <= x <= high``; 0: the lower one."""
     compare = test.operand if isinstance(test, ast.UnaryOp) else None
     if isinstance(compare, ast.Compare) and len(compare.ops) == 2:
         yield compare, 0
