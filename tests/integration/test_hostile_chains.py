@@ -117,3 +117,13 @@ async def test_names_that_lead_nowhere(name, message):
     await image("a", name or None, "raw" if name else None)
     if message is not None:
         assert message in await refusal("a")
+
+
+@pytest.mark.parametrize(
+    "name", ["nbd://127.0.0.1:1/x", "nbd:127.0.0.1:1", "nbd+unix:///x?socket=missing.sock"]
+)
+async def test_nobody_serves_the_backing_file(name):
+    """With or without a driver for it: an error soon, that says what could not be opened."""
+    await image("a", name, "raw")
+    message = await refusal("a")
+    assert message.startswith("Could not open backing file")
