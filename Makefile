@@ -14,7 +14,7 @@ DIRECTORY ?=
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all bench demo test test-all stress powercut check lint coverage peers clean
+.PHONY: all bench demo test test-all stress powercut matrix check lint coverage peers clean
 
 all: $(VENV)/.run
 
@@ -47,6 +47,10 @@ stress: $(VENV)/.dev peers
 # Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
 powercut: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.powercut --seeds $(SEEDS) --cuts $(CUTS)
+
+# QEMU's tools and this engine on twins of images of every kind.
+matrix: $(VENV)/.dev peers
+	$(BIN)/python -m tests.support.matrix --seeds $(SEEDS)
 
 # Beside qemu-storage-daemon; writes docs/benchmarks.md (benchmarks/README.md).
 bench: $(VENV)/.run peers

@@ -13,6 +13,7 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.luks import new_luks
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.options import Qcow2Options
+from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.qapi import parse
 from liveblockd.storage.registry import Environment
 from tests.support.daemon import DaemonProcess, QmpError
@@ -230,3 +231,38 @@ async def test_parts_of_one_sector_at_the_same_time() -> None:
     expected = b"".join(bytes([n + 1]) * 50 for n in range(40))
     assert bytes(await image.read(0, 2000)) == expected
     await image.close()
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+async def test_preallocated_images_are_no_noise(tmp_path: Path, mode: str, extended: bool) -> None:
+    """Clusters that nobody has encrypted read as zeros; QEMU makes images in which they do not."""
+    path, size = tmp_path / "p.qcow2", 700 * K
+    header = new_luks(b"swordfish", iter_time=1)
+    file = await new_qcow2(
+        size=size, crypto_header=header, preallocation=mode, extended_l2=extended
+    )
+    path.write_bytes(file.content())
+    assert content(path) == bytes(size)
+    check(path)
+    image = await open_luks(file)
+    disk = bytearray(size)
+    await use(image, disk, random.Random(1), 20)
+    await image.truncate(size + 300 * K)
+    await image.preallocate(Preallocation(mode), size, 300 * K)
+    disk += bytes(300 * K)
+    assert bytes(await image.read(0, len(disk))) == disk
+    await image.close()
+    path.write_bytes(file.content())
+    assert content(path) == disk
+    check(path)
+
+
+async def test_preallocation_that_would_be_noise() -> None:
+    header = new_luks(b"swordfish", iter_time=1)
+    with pytest.raises(BlockError, match="Encrypted images of version 2 cannot be preallocated"):
+        await new_qcow2(size=64 * K, version=2, crypto_header=header, preallocation="metadata")
+    with pytest.raises(BlockError, match="raw data file cannot hold"):
+        await new_qcow2(
+            size=64 * K, crypto_header=header, data_file=MemoryDriver(), data_file_raw=True
+        )

@@ -7,6 +7,8 @@ image, for the header is written last. Errors: ``BlockError`` (options), OSError
 
 from __future__ import annotations
 
+from errno import ENOTSUP
+
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.header import Header, parse
@@ -50,8 +52,11 @@ async def create_qcow2(
         raise BlockError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
-    if crypto_header and (data_file_raw or mode is not Preallocation.OFF):
-        raise BlockError("Encrypted images are made without preallocation and raw data files")
+    if crypto_header and data_file_raw:
+        # QEMU makes such images: whoever reads the raw file finds no disk in it.
+        raise BlockError("A raw data file cannot hold the data of an encrypted image")
+    if crypto_header and version < 3 and mode is not Preallocation.OFF:
+        raise BlockError("Encrypted images of version 2 cannot be preallocated", errno=ENOTSUP)
     if data_file_raw and mode is Preallocation.OFF:
         mode = Preallocation.METADATA  # who reads the raw file and who reads the image see the same
     layout = lay_out(

@@ -4,7 +4,8 @@ Specification: qapi/block-core.json, PreallocMode. Runs on: the event loop, in a
 on a disk without users; ``falloc`` in a thread.
 
 Invariants: new clusters read as zeros; entries reach the disk after the file has been grown for
-them, and a crash leaves a part of the range allocated. Errors: OSError (ENOSPC), ``DamageError``.
+them, and a crash leaves a part of the range allocated. Errors: OSError (ENOSPC), ``DamageError``,
+``BlockError`` (ENOTSUP) before anything is done.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
+from errno import ENOTSUP
 
 import numpy as np
 
+from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.commit import Committer
-from liveblockd.formats.qcow2.layout import COPIED
+from liveblockd.formats.qcow2.layout import COPIED, ZERO
 from liveblockd.formats.qcow2.metadata import L2Table, Metadata
 
 #: bytes written at a time
@@ -39,6 +42,8 @@ async def preallocate(
     if mode is Preallocation.OFF or not length:
         return
     geometry = metadata.geometry
+    if metadata.header.crypt_method and not geometry.has_zero_clusters:
+        raise BlockError("Encrypted images of version 2 cannot be preallocated", errno=ENOTSUP)
     cluster = offset >> geometry.cluster_bits
     end = geometry.clusters(offset + length)
     while cluster < end:
@@ -69,11 +74,16 @@ async def preallocate(
 
 def _publish(metadata: Metadata, table: L2Table, first: int, host_offset: int, count: int) -> None:
     """The clusters are there; subclusters of them are not: a backing file shows through."""
-    if table.bitmaps is None:
+    encrypted = bool(metadata.header.crypt_method)
+    if table.bitmaps is None and not encrypted:
         metadata.publish_run(table, first, host_offset, count)
         return
     hosts = np.arange(count, dtype=np.uint64) << np.uint64(metadata.geometry.cluster_bits)
     words = hosts + np.uint64(host_offset | COPIED)
+    if table.bitmaps is None:
+        # What nobody has encrypted would be noise decrypted: zeros until it is written to.
+        metadata.publish(table, first, words | np.uint64(ZERO))
+        return
     metadata.publish_words(table, first, words, np.zeros(count, np.uint64))
 
 
