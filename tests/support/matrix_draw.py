@@ -62,7 +62,7 @@ class Combination:
             return False
         # Made by QEMU these are full of noise: clusters that were never encrypted, decrypted.
         noisy = self.data_file == "raw" or (self.preallocation != "off" and not self.extended_l2)
-        if self.luks and noisy:
+        if self.luks and (noisy or self.packed):  # compressed clusters would not be encrypted
             return False
         # A snapshot is one more reference, and several compressed clusters share a host cluster.
         return not self.snapshots or self.refcount_bits >= (16 if self.packed else 2)
