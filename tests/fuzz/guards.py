@@ -68,8 +68,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "bitmaps",
         "_check_entry",
-        "not 0 < entry.table_entries <= MAX_TABLE_ENTRIES"
-        " -> not (0 < entry.table_entries)",
+        "not 0 < entry.table_entries <= MAX_TABLE_ENTRIES -> not (0 < entry.table_entries)",
     ): "so many entries are more than MAX_DATA_BYTES, whatever the size of clusters",
 }
 
