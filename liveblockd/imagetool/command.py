@@ -158,6 +158,17 @@ def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     actions.add_argument("-d", dest="delete", metavar="NAME", help="delete one")
     one.add_argument("filename")
 
+    one = command("rebase", "give an image another backing file; its disk stays the same")
+    _format(one)
+    one.add_argument("-b", dest="backing", required=True, help="the new one; '' for none")
+    one.add_argument("-F", dest="backing_format", help="its format")
+    one.add_argument("-u", dest="unsafe", action="store_true", help="only change the name")
+    one.add_argument("-p", "--progress", action="store_true")
+    one.add_argument("-t", dest="target_cache", help=argparse.SUPPRESS)
+    one.add_argument("-U", "--force-share", action="store_true", help=argparse.SUPPRESS)
+    _cache(one)
+    one.add_argument("filename")
+
     _bitmap(command("bitmap", "dirty bitmaps that an image keeps"))
 
     one = command("amend", "change the version, refcount width or size of a qcow2 image")
