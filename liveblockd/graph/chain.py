@@ -22,7 +22,7 @@ from typing import NamedTuple
 from liveblockd.errors import BlockError
 from liveblockd.graph import filenames
 from liveblockd.graph.node import Edge, Node
-from liveblockd.storage.driver import ExtentKind, HostFile
+from liveblockd.storage.driver import BlockIO, ExtentKind, HostFile
 
 
 def skip_filters(node: Node | None) -> Node | None:
@@ -161,8 +161,15 @@ async def allocated_above(top: Node, base: Node | None, offset: int, length: int
     ]
 
 
-#: still to be asked: layer, its depth, offset and length in bytes
-_Question = tuple[Node, int, int, int]
+class _Question(NamedTuple):
+    """Still to be asked."""
+
+    layer: Node
+    depth: int
+    offset: int  # bytes
+    length: int  # bytes
+    #: whose flat map shows ``layer`` and what is below it
+    above: Node | None = None
 
 
 async def resolve(
@@ -177,11 +184,12 @@ async def resolve(
     first = skip_filters(top)
     assert first is not None and first is not stop
     last: Run | None = None
-    pending: list[_Question | Run] = [(first, 1, offset, length)]  # what comes next is at the end
+    pending: list[_Question | Run] = [_Question(first, 1, offset, length)]  # the next one is last
     while pending:
         item = pending.pop()
         if not isinstance(item, Run):
-            pending.extend(reversed(await _ask(item, stop, short_is_zero)))
+            known = await _look_up(item, stop) if short_is_zero else None
+            pending.extend(reversed(known or await _ask(item, stop, short_is_zero)))
         elif last is None:
             last = item
         elif _continues(last, item):
@@ -197,7 +205,7 @@ async def _ask(
     question: _Question, stop: Node | None, short_is_zero: bool
 ) -> list[_Question | Run]:
     """What ``layer`` knows of its range, and what is left to ask, in the order of offsets."""
-    layer, depth, offset, length = question
+    layer, depth, offset, length, _ = question
     end = layer.driver.length
     if offset >= end:
         if short_is_zero:
@@ -212,13 +220,49 @@ async def _ask(
         elif below is None or below is stop:
             answer.append(Run(extent.length, ExtentKind.UNALLOCATED, None, -1, 0))
         else:
-            answer.append((below, depth + 1, position, extent.length))
+            answer.append(_Question(below, depth + 1, position, extent.length, layer))
         position += extent.length
     if position == offset:
         raise OSError(EIO, f"the map of node '{layer.name}' has no answer at {offset}")
     if position < offset + length:
-        answer.append((layer, depth, position, offset + length - position))
+        answer.append(_Question(layer, depth, position, offset + length - position))
     return answer
+
+
+async def _look_up(question: _Question, stop: Node | None) -> list[_Question | Run] | None:
+    """The same out of the flat map of the layer above, for all layers at once; None: ask."""
+    _, depth, offset, length, above = question
+    below = None if above is None else above.driver.below
+    if below is None or (found := await below.runs(offset, length)) is None:
+        return None
+    layers = below.layers
+    nodes = {index: _node_of(layers[index].node) for index in {run.layer for run in found}}
+    last = len(layers)
+    if stop is not None:
+        last = next((n for n, at in enumerate(layers) if _node_of(at.node) is stop), last)
+    answer: list[_Question | Run] = []
+    position = offset
+    for run in found:
+        kind = ExtentKind(run.kind)
+        if kind is ExtentKind.UNALLOCATED or run.layer >= last:
+            answer.append(Run(run.length, ExtentKind.UNALLOCATED, None, -1, 0))
+        elif kind is ExtentKind.COMPRESSED:  # only the layer itself knows
+            answer.append(_Question(nodes[run.layer], depth + run.layer, position, run.length))
+        else:
+            at = depth + run.layer
+            answer.append(Run(run.length, kind, nodes[run.layer], run.host_offset, at))
+        position += run.length
+    if position < offset + length:
+        answer.append(question._replace(offset=position, length=offset + length - position))
+    return answer
+
+
+def _node_of(node: BlockIO) -> Node:
+    """The layer that a flat map of nodes of a graph calls ``node``."""
+    assert isinstance(node, Node)
+    layer = skip_filters(node)
+    assert layer is not None
+    return layer
 
 
 def _continues(last: Run, run: Run) -> bool:

@@ -28,7 +28,7 @@ from liveblockd.graph import permissions
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.lock import SurgeryLock, to_its_end
 from liveblockd.graph.node import Edge, Node, Operation
-from liveblockd.graph.opening import MAX_DEPTH, BackingMembers, Opener, check_node_name
+from liveblockd.graph.opening import BackingMembers, Opener, check_node_name
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
@@ -37,17 +37,16 @@ log = logging.getLogger(__name__)
 
 #: bytes; the largest size QEMU knows, 2^63 - 1 rounded down to 1 GiB
 MAX_LENGTH = 9223372035781033984
-#: Python calls by which a request goes from one layer of a chain to the next, with room to spare
-CALLS_A_LAYER = 40
+#: Python calls for a request: chains are read through a flat map, but a node that no map sees
+#: through is asked, and asks what is below it. What is nested deeper than this gets EIO.
+MAX_CALLS = 8000
 
 
 class Graph:
     """One a daemon."""
 
     def __init__(self, environment: Environment) -> None:
-        # A request that no layer above the base can answer passes through all of them, some calls
-        # each; the error of too deep a recursion would come out of a guest's read.
-        sys.setrecursionlimit(max(sys.getrecursionlimit(), MAX_DEPTH * CALLS_A_LAYER))
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), MAX_CALLS))
         self.environment = environment
         self.publisher: Publisher = environment.publisher
         #: by name, oldest first

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 #: options for the backing node that the header names; text values are those of a command line
 BackingMembers: TypeAlias = Mapping[str, Any] | None
 
-#: images in one chain; each costs descriptors, and a read may pass through all of them
-MAX_DEPTH: Final = 200
+#: images in one chain; each costs a descriptor. Requests do not pass through them one by one.
+MAX_DEPTH: Final = 1000
 #: nodes that one image may bring with it: a ``json:`` name may hide a chain in a file child, which
 #: may lead to the same image again, and every look at a format opens nodes
 MAX_NODES: Final = 4 * MAX_DEPTH
@@ -205,8 +205,9 @@ class Opener:
             raise BlockError(
                 PREFIX * (len(links) + 1) + error.message, errno=error.errno
             ) from error
+        known: filenames.Known = {}
         for above, written, below in reversed(links):
-            above.implied_backing = (written, below.filename)
+            above.implied_backing = (written, filenames.filename(below, known))
         return top
 
     async def _open_one(self, given: BlockdevOptions, parent: Node | None, role: str) -> Node:

@@ -74,7 +74,7 @@ async def read_padded(node: BlockIO, offset: int, length: int) -> Buffer:
 class Layer:
     """One layer of a map."""
 
-    __slots__ = ("data", "data_end", "driver", "index", "length", "limit", "node", "shortest")
+    __slots__ = ("data", "data_end", "driver", "index", "length", "limit", "node")
 
     def __init__(self, index: int, node: BlockIO, driver: BlockDriver | None) -> None:
         self.index = index
@@ -84,8 +84,6 @@ class Layer:
         self.length = _ENDLESS if driver is None else driver.length
         #: bytes that are seen of it: layers above that are shorter hide the rest behind zeros
         self.limit = self.length
-        #: which of it and the layers above gave the limit
-        self.shortest = index
         self.data = node
         #: bytes that are known to be in ``data``
         self.data_end = -1
@@ -166,8 +164,8 @@ class FlatMap:
         while node is not None:
             found = _layer_of(node) if len(self.layers) < MAX_LAYERS - 1 else None
             layer = _described(len(self.layers), node, found)
-            if self.layers and self.layers[-1].limit <= layer.limit:
-                layer.limit, layer.shortest = self.layers[-1].limit, self.layers[-1].shortest
+            if self.layers:
+                layer.limit = min(layer.limit, self.layers[-1].limit)
             self.layers.append(layer)
             driver = layer.driver
             if driver is None:
@@ -427,15 +425,18 @@ class FlatMap:
         Cells say what the tables say; there may be more in them, and in those below, than is seen.
         """
         layer = self.layers[run.layer] if run.kind != UNALLOCATED else self.layers[-1]
-        if offset + run.length <= layer.limit:
+        end = offset + run.length
+        if end <= layer.limit:
             return [run]
-        if run.kind == ZERO:
-            return [run]
-        zero = CellRun(run.length, layer.shortest, ZERO, -1)
-        if offset >= layer.limit:
-            return [zero]
-        seen = layer.limit - offset
-        return [run._replace(length=seen), zero._replace(length=run.length - seen)]
+        position = max(offset, layer.limit)
+        found = [run._replace(length=position - offset)] if position > offset else []
+        while position < end:
+            # Of all that are too short the first one is asked.
+            short = next(at for at in self.layers if at.length <= position)
+            stop = min(end, self.layers[short.index - 1].limit) if short.index else end
+            found.append(CellRun(stop - position, short.index, ZERO, -1))
+            position = stop
+        return found
 
     # -- what is where
 
@@ -469,10 +470,6 @@ class FlatMap:
         for known in self.layers:
             if known.driver is None:
                 layer, kind = known.index, ASK
-                if known.limit <= offset:
-                    kind = ZERO
-                elif known.limit < stop:
-                    stop = known.limit
                 break
             if known.length <= offset:
                 layer, kind = known.index, ZERO

@@ -95,7 +95,7 @@ async def test_loops_and_depth_are_bounded(world):
     assert not world.graph.nodes
     for i in range(MAX_DEPTH + 1):
         world.image(f"d{i}", backing=f"d{i + 1}")
-    assert "deeper than 200" in await refused(world.layer("x", "d0"))
+    assert f"deeper than {MAX_DEPTH}" in await refused(world.layer("x", "d0"))
     assert not world.graph.nodes
     world.image(f"d{MAX_DEPTH - 1}")
     node = await world.layer("x", "d0")
