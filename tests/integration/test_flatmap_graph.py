@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import liveblockd.daemon.drivers  # noqa: F401
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.events import Publisher
 from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph import chain, surgery
@@ -23,6 +23,8 @@ from liveblockd.storage.file import FileDriver
 from liveblockd.storage.flatmap import FlatMap
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
+
+load_all_drivers()
 
 SIZE = 1 << 20
 BLOCK = 4096
