@@ -10,7 +10,7 @@ Runs on the loop. Errors: ``OSError`` from I/O (its errno goes to the client), `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -51,6 +51,11 @@ class ExportBackend(Protocol):
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Whether the bytes are stored; False where ``write`` would wait."""
+
+    def begin_write(
+        self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
+    ) -> bool:
+        """True: ``done`` is called once when the write has ended; False: ``write`` has to do it."""
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.exports.backend import Buffer
@@ -94,6 +95,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._round_bytes = 0  # of replies that this round may still make
         # requests that wait
         self._tasks: set[asyncio.Task[None]] = set()
+        self._begun = 0  # writes without a task
         self._bytes = 0
         self._stalled = False  # complete requests may be in the buffer; nothing is read
         self._round_due = False
@@ -190,7 +192,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._tasks:
+        if self._tasks or self._begun:
             return
         if not self._lost:
             assert self._transport is not None
@@ -236,7 +238,11 @@ class NbdConnection(asyncio.BufferedProtocol):
     # -- requests
 
     def _full(self) -> bool:
-        return self._write_paused or len(self._tasks) >= MAX_REQUESTS or self._bytes >= MAX_BYTES
+        return (
+            self._write_paused
+            or len(self._tasks) + self._begun >= MAX_REQUESTS
+            or self._bytes >= MAX_BYTES
+        )
 
     def _round(self) -> None:
         """Do the complete requests in the buffer, or as many as a round may have."""
@@ -327,8 +333,25 @@ class NbdConnection(asyncio.BufferedProtocol):
             return
         if done:
             self._out.append(simple_reply(cookie))
+            return
+        # Both counts go up first: the write may have ended when the call returns.
+        length = len(payload)
+        self._begun += 1
+        self._bytes += length
+        ended = partial(self._written, cookie, offset, length)
+        if not session.export.backend.begin_write(offset, payload, ended):
+            self._begun -= 1
+            self._bytes -= length
+            self._serve(Request(0, _WRITE, cookie, offset, length), bytes(payload))
+
+    def _written(self, cookie: int, offset: int, length: int, error: OSError | None) -> None:
+        self._begun -= 1
+        self._bytes -= length
+        if error is None:
+            self._out.append(simple_reply(cookie))
         else:
-            self._serve(Request(0, _WRITE, cookie, offset, len(payload)), bytes(payload))
+            self._out.append(self._failed(Request(0, _WRITE, cookie, offset, length), error))
+        self._answered()
 
     def _other(self, request: Request, position: int) -> int:
         """Any request; bytes of the buffer that it used up, 0 when more must come first."""
@@ -461,7 +484,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _answered(self) -> None:
         if self._closing:
-            if not self._tasks:
+            if not self._tasks and not self._begun:
                 self._flush()
                 self._let_go()
         elif self._stalled and not self._round_due:

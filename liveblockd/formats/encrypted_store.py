@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from liveblockd.formats.ciphers import SECTOR, SectorCipher
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage.driver import BlockIO, Buffer, Extent, HostFile
+from liveblockd.storage.driver import BlockIO, Buffer, Done, Extent, HostFile
 from liveblockd.storage.serialise import Serialiser
 
 #: bytes up to which the loop does it: 64 KiB take about 100 us
@@ -72,6 +72,11 @@ class EncryptedStore:
             return False
         secret = self._cipher.encrypt(offset // SECTOR, data)
         return self._file.write_nowait(self._base + offset, secret)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """See ``BlockDriver``: never, ciphers are a coroutine's job."""
+        del offset, data, done
+        return False
 
     async def read(self, offset: int, length: int) -> Buffer:
         """See ``BlockDriver``."""

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 
 from liveblockd.errors import BlockError
 from liveblockd.qapi import Size
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, HostFile
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, HostFile
 from liveblockd.storage.options import BlockdevOptions, BlockdevRef
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -81,6 +81,12 @@ class Raw(BlockDriver):
         if self.read_only or (self._size is not None and offset + len(data) > self._size):
             return False
         return self.children["file"].write_nowait(self._offset + offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """The child's."""
+        if self.read_only or (self._size is not None and offset + len(data) > self._size):
+            return False
+        return self.children["file"].begin_write(self._offset + offset, data, done)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The child's."""

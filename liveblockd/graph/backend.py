@@ -24,6 +24,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM, ESHUTDOWN
+from functools import partial
 from os import strerror
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -34,7 +35,7 @@ from liveblockd.graph import chain
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.statistics import Statistics
 from liveblockd.storage.copy_engine import is_zero
-from liveblockd.storage.driver import Buffer, Extent, HostFile, Permission
+from liveblockd.storage.driver import Buffer, Done, Extent, HostFile, Permission
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class Backend:
         node = self.edge.child
         self._read = node.read_nowait
         self._write = node.write_nowait
+        self._begin = node.begin_write
         plain = not (
             self.writethrough
             or node.probed
@@ -186,6 +188,34 @@ class Backend:
                 statistics.wr_highest_offset = end
             return True
         return False
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """See ``BlockDriver``; False while quiesced, out of bounds or not simple."""
+        length = len(data)
+        if offset < 0 or offset + length > self._write_end:
+            return False
+        self.in_flight += 1
+        ended = partial(self._written, offset, length, perf_counter_ns(), done)
+        if self._begin(offset, data, ended):
+            return True
+        self._one_less()
+        return False
+
+    def _written(
+        self, offset: int, length: int, begun: int, done: Done, error: OSError | None
+    ) -> None:
+        self._one_less()
+        statistics = self.statistics
+        if error is None:
+            statistics.wr_operations += 1
+            statistics.wr_bytes += length
+            statistics.wr_total_time_ns += perf_counter_ns() - begun
+            if offset + length > statistics.wr_highest_offset:
+                statistics.wr_highest_offset = offset + length
+        else:
+            statistics.wr_failed += 1
+            self._report("wr", error)
+        done(error)
 
     # -- requests that may wait
 
@@ -278,12 +308,15 @@ class Backend:
         try:
             return await request
         finally:
-            self.in_flight -= 1
-            if not self.in_flight and self._idle_waiters:
-                for waiter in self._idle_waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
-                self._idle_waiters.clear()
+            self._one_less()
+
+    def _one_less(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self._idle_waiters:
+            for waiter in self._idle_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle_waiters.clear()
 
     async def _run(self, kind: str, length: int, request: Awaitable[T]) -> T:
         start = perf_counter_ns()
@@ -296,12 +329,7 @@ class Backend:
             self._report(kind, error)
             raise
         finally:
-            self.in_flight -= 1
-            if not self.in_flight and self._idle_waiters:
-                for waiter in self._idle_waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
-                self._idle_waiters.clear()
+            self._one_less()
         self.statistics.finished(kind, length, perf_counter_ns() - start)
         return result
 

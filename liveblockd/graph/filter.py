@@ -8,7 +8,7 @@ Runs on the event loop. Not registered: blockdev-add cannot make one. Errors: th
 
 from __future__ import annotations
 
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, HostFile
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, HostFile
 
 
 class CopyOnRead(BlockDriver):
@@ -39,6 +39,10 @@ class CopyOnRead(BlockDriver):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As the child."""
         return self._child.write_nowait(offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """As the child."""
+        return self._child.begin_write(offset, data, done)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """As the child."""

@@ -24,6 +24,7 @@ from liveblockd.storage.driver import (
     BlockDriver,
     BlockIO,
     Buffer,
+    Done,
     Extent,
     HostFile,
     Permission,
@@ -66,6 +67,7 @@ _ALLOWED_ON_BACKING = frozenset(
 _HANDED_ON = (
     "read_nowait",
     "write_nowait",
+    "begin_write",
     "read",
     "write",
     "flush",
@@ -166,6 +168,7 @@ class Node:
             setattr(self, name, getattr(self.driver, name))
         if self.bitmaps:
             self.write_nowait = self._record_write_nowait  # type: ignore[method-assign]
+            self.begin_write = self._record_begun  # type: ignore[method-assign]
             self.write = self._record_write  # type: ignore[method-assign]
 
     # -- dirty bitmaps
@@ -202,6 +205,15 @@ class Node:
         self.record(offset, len(data))
         return True
 
+    def _record_begun(self, offset: int, data: Buffer, done: Done) -> bool:
+        length = len(data)
+
+        def ended(error: OSError | None) -> None:
+            self.record(offset, length)
+            done(error)
+
+        return self.driver.begin_write(offset, data, ended)
+
     async def _record_write(self, offset: int, data: Buffer) -> None:
         try:
             await self.driver.write(offset, data)
@@ -225,6 +237,10 @@ class Node:
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As the driver's."""
         return self.driver.write_nowait(offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """As the driver's."""
+        return self.driver.begin_write(offset, data, done)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """As the driver's."""

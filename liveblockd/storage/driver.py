@@ -9,6 +9,10 @@ Rules that all drivers keep (DESIGN, section 3):
 * ``x_nowait()`` answers now or returns None/False and has then done nothing; ``x()`` is its
   coroutine twin and the only one that may wait. A None is never an error: the caller calls the
   twin. An I/O error of either is an ``OSError`` with an errno.
+* ``begin_write()`` stands between the two: True when it has taken a write whose place is known, and
+  calls ``done`` once when that has ended, perhaps before it returns; False when it has done nothing
+  and ``write`` is to be called. No coroutine, no task: workers get such writes by the batch. A
+  memoryview is copied if it is needed after the return, other buffers must not change till the end.
 * Offsets and lengths are bytes. Requests lie inside ``[0, length)``: who takes requests from
   outside (an export, QMP) has checked that. Format drivers grow their ``file`` child by writing
   past its end.
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     from liveblockd.storage.flatmap import FlatMap
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+#: called on the loop when a write that ``begin_write`` took has ended, with its error
+Done: TypeAlias = Callable[[OSError | None], None]
 
 
 class Permission(enum.IntFlag):
@@ -122,6 +128,7 @@ class BlockIO(Protocol):
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None: ...
     def write_nowait(self, offset: int, data: Buffer) -> bool: ...
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool: ...
     async def read(self, offset: int, length: int) -> Buffer: ...
     async def write(self, offset: int, data: Buffer) -> None: ...
     async def write_zeroes(
@@ -228,6 +235,10 @@ class BlockDriver(abc.ABC):
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Write if that needs no wait and no allocation; whether it was done, whole."""
+        return False
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """Whether the write was begun, see above; whoever needs a coroutine for it refuses."""
         return False
 
     @abc.abstractmethod

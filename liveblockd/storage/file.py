@@ -25,13 +25,24 @@ import stat
 from dataclasses import dataclass
 from errno import EACCES, EBADF, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM, EROFS
 from functools import partial
+from time import perf_counter_ns
 from typing import Self
 
 from liveblockd.errors import BlockError
 from liveblockd.qapi import UInt64
 from liveblockd.runtime.workers import JobFuture
 from liveblockd.storage import hostcalls
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, Permission
+from liveblockd.storage.batches import WriteBatches
+from liveblockd.storage.calm import Calm
+from liveblockd.storage.driver import (
+    BlockDriver,
+    BlockIO,
+    Buffer,
+    Done,
+    Extent,
+    ExtentKind,
+    Permission,
+)
 from liveblockd.storage.locks import ImageLocks
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
@@ -39,6 +50,8 @@ from liveblockd.storage.serialise import Section, Serialiser
 
 #: bytes that a nowait call copies at most: some hundred microseconds of the loop's time
 NOWAIT_LIMIT = 1 << 20
+#: bytes that a write copies at most on the loop where the file system cannot tell whether it waits
+INLINE_WRITE = 64 << 10
 #: extents that one ``map`` finds out: two system calls each
 MAP_LIMIT = 1024
 
@@ -70,7 +83,7 @@ class OpenFile:
     read_only: bool
     alignment: int
     read_flags: int | None  # of preadv in read_nowait; None: it always declines
-    write_flags: int | None
+    write_flags: int | None  # None: write_nowait asks ``calm``, or declines with O_DIRECT
 
 
 class FileOptions(BlockdevOptions):
@@ -101,6 +114,10 @@ class FileDriver(BlockDriver):
         self._direct = opened.direct
         self._read_flags = opened.read_flags
         self._write_flags = opened.write_flags
+        self._calm = Calm()
+        self._batches = WriteBatches(self._jobs, opened.fd)
+        #: writes that were made on the loop without RWF_NOWAIT
+        self.inline_writes = 0
         self._unmaps = options.unmaps
         self._no_flush = options.cache_no_flush
         self._can_map = True
@@ -199,19 +216,62 @@ class FileDriver(BlockDriver):
         return buffer
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Into the page cache, where the file system can tell that this needs no wait."""
+        """Into the page cache, where the file system or ``calm`` says that this needs no wait."""
         flags = self._write_flags
-        if flags is None or self.read_only or len(data) > NOWAIT_LIMIT:
+        if flags is None:
+            return self._write_calmly(offset, data)
+        if self.read_only or len(data) > NOWAIT_LIMIT:
             return False
         try:
             return os.pwritev(self._fd, (data,), offset, flags) == len(data)
-        except BlockingIOError:
-            return False
         except OSError as error:
-            if error.errno not in (EOPNOTSUPP, EINVAL):
-                raise
-            self._write_flags = None
+            if error.errno in (EOPNOTSUPP, EINVAL):
+                self._write_flags = None
+            return False  # of any other error the coroutine tells, which everybody counts
+
+    def _write_calmly(self, offset: int, data: Buffer) -> bool:
+        length = len(data)
+        # While a worker is at this file it may hold the inode, and a flush the journal.
+        if length > INLINE_WRITE or self._direct or self.read_only or self._busy:
             return False
+        begun = perf_counter_ns()
+        if not self._calm.allows(begun):
+            return False
+        if (offset | length) % hostcalls.PAGE and not self._edges_cached(offset, length):
+            return False
+        try:
+            whole = os.pwrite(self._fd, data, offset) == length
+        except OSError:
+            whole = False
+        self._calm.took(begun, perf_counter_ns())
+        self.inline_writes += 1
+        return whole
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._jobs.count or self._batches or self._closing)
+
+    def _edges_cached(self, offset: int, length: int) -> bool:
+        """Whether a write of parts of pages needs nothing from the disk."""
+        flags = self._read_flags
+        if flags is None:
+            return False
+        page, byte = hostcalls.PAGE, bytearray(1)
+        try:
+            if offset % page:
+                os.preadv(self._fd, (byte,), offset, flags)
+            if (offset + length) % page:
+                os.preadv(self._fd, (byte,), offset + length, flags)
+        except OSError:
+            return False
+        return True
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """With the other writes of this round, by a worker."""
+        if self._direct or self.read_only or self._closing is not None:
+            return False
+        self._batches.add(offset, bytes(data) if type(data) is memoryview else data, done)
+        return True
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes; zeros past the end."""
@@ -383,7 +443,9 @@ class FileDriver(BlockDriver):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        await self._jobs.idle()
+        while self._jobs.count or self._batches:
+            await asyncio.sleep(0)  # what was begun in this round goes to the workers
+            await self._jobs.idle()
         # Whoever comes late must not reach the file that gets this number next.
         fd, self._fd = self._fd, -1
         await self._jobs.run(self._release, fd)

@@ -17,6 +17,7 @@ import ctypes
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from errno import EINVAL, EIO, ENODEV, ENOSPC, ENOSYS, ENOTSUP, ENOTTY, ENXIO, EOPNOTSUPP
 
 import numpy as np
@@ -37,6 +38,10 @@ UNSUPPORTED = frozenset((EOPNOTSUPP, ENOTSUP, ENOSYS, ENODEV, EINVAL, ENOTTY))
 MEMORY_ALIGNMENT = 4096
 #: bytes of one system call where a request is cut into pieces
 PIECE = 2 << 20
+#: buffers of one system call (IOV_MAX is 1024)
+MAX_VECTOR = 512
+#: what the page cache reads and writes
+PAGE = 4096
 #: below this, clearing a new buffer costs less than getting one that is not clear
 _CLEARED_LIMIT = 16 << 10
 
@@ -126,6 +131,42 @@ def write(fd: int, offset: int, data: Buffer) -> None:
         if count == 0:  # pwrite(2) of something returns no 0 for files; never loop on one that does
             raise OSError(EIO, "write of nothing")
         done += count
+
+
+def write_batch(fd: int, writes: Sequence[tuple[int, Buffer]]) -> list[OSError | None] | None:
+    """Write each of (offset, data), in this order; None, or the error of each where one failed.
+
+    What continues the write before it goes into the same system call.
+    """
+    errors: list[OSError | None] = []
+    first, count = 0, len(writes)
+    while first < count:
+        start, data = writes[first]
+        position, buffers = start + len(data), [data]
+        last = first + 1
+        while last < count and writes[last][0] == position and len(buffers) < MAX_VECTOR:
+            data = writes[last][1]
+            position += len(data)
+            buffers.append(data)
+            last += 1
+        try:
+            whole = os.pwritev(fd, buffers, start) == position - start
+        except OSError:
+            whole = False
+        if whole:
+            errors.extend([None] * len(buffers))
+        else:  # one by one: each gets its own error
+            errors.extend(_error_of(fd, *write_) for write_ in writes[first:last])
+        first = last
+    return errors if any(errors) else None
+
+
+def _error_of(fd: int, offset: int, data: Buffer) -> OSError | None:
+    try:
+        write(fd, offset, data)
+    except OSError as error:
+        return error
+    return None
 
 
 # -- transfers with O_DIRECT

@@ -455,6 +455,77 @@ async def test_a_vanished_client_leaves_finished_writes_and_nothing_else(disk):
         assert disk.driver.content()[:513] == b"x" * 512 + b"\0"
 
 
+def begins(driver):
+    """Writes are begun, as over a file on ext4 that others are at."""
+    driver.nowait, driver.begins = False, True
+    return driver
+
+
+async def test_writes_are_begun_without_a_task(disk, monkeypatch):
+    driver = begins(disk.driver)
+    content, model = random.Random(3), bytearray(SIZE)
+    async with disk.served() as registry, disk.connected() as client:
+        (connection,) = registry.nbd_server.connections
+        monkeypatch.setattr(connection, "_serve", None)  # a task would fail
+        cookies = []
+        for number in range(300):
+            offset = number * 8192 + content.randrange(4096)
+            data = content.randbytes(content.randrange(1, 4096))
+            model[offset : offset + len(data)] = data
+            cookies.append(client.send(Command.WRITE, offset, len(data), 0, data))
+        assert {(await client.reply()).cookie for _ in cookies} == set(cookies)
+    assert driver.begun == 300 and driver.content() == model
+    assert not connection._begun and not connection._bytes
+
+
+async def test_a_begun_write_that_fails_is_answered(disk):
+    begins(disk.driver).hook = fail_once("write", ENOSPC)
+    async with disk.served(), disk.connected() as client:
+        assert (await client.done(client.send(Command.WRITE, 0, 9, 0, b"x" * 9)))[0] == (
+            NbdError.ENOSPC
+        )
+        assert await client.done(client.send(Command.WRITE, 0, 9, 0, b"y" * 9)) == (0, None)
+    assert disk.driver.content()[:9] == b"y" * 9
+
+
+@pytest.mark.parametrize("end", ["vanish", "disc", "eof"])
+async def test_begun_writes_are_ended_whatever_becomes_of_the_client(disk, end):
+    gate = begins(disk.driver).hook = Gate("write")
+    async with disk.served() as registry:
+        async with disk.connected() as client:
+            cookies = [client.send(Command.WRITE, n * 512, 512, 0, b"x" * 512) for n in range(4)]
+            await asyncio.sleep(0.05)
+            export = registry.exports["disk"]
+            if end == "vanish":
+                client.writer.transport.abort()
+            elif end == "disc":
+                client.send(Command.DISC)
+            else:
+                client.writer.write_eof()
+            await asyncio.sleep(0.05)
+            assert export.in_use and gate.waiting == 4
+            gate.open()
+            if end != "vanish":
+                assert {(await client.reply()).cookie for _ in cookies} == set(cookies)
+                await client.ended()
+        await asyncio.sleep(0.05)
+        assert not export.in_use and not registry.nbd_server.connections
+    assert disk.driver.content()[:2049] == b"x" * 2048 + b"\0"
+
+
+async def test_begun_writes_in_flight_are_bounded(disk):
+    gate = begins(disk.driver).hook = Gate("write")
+    most = nbd_connection.MAX_REQUESTS
+    async with disk.served(), disk.connected() as client:
+        for _ in range(3 * most):
+            client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
+        await asyncio.sleep(0.1)
+        assert gate.waiting == most
+        gate.open()
+        for _ in range(3 * most):
+            await client.reply()
+
+
 async def test_vanishing_at_every_byte(disk):
     stream = (
         struct.pack(">I", 3)

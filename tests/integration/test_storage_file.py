@@ -205,6 +205,7 @@ async def test_short_direct_transfers_are_continued(environment, tmp_path, monke
 async def test_a_cancelled_write_has_ended_when_it_says_so(environment, tmp_path, monkeypatch):
     disk = await open_file(environment, make(tmp_path))
     disk._write_flags = None
+    monkeypatch.setattr(file_module, "INLINE_WRITE", 0)
     gate, real, ended = threading.Event(), hostcalls.write, []
 
     def slow(*args):
@@ -715,3 +716,75 @@ async def test_a_failed_sync_of_a_resize_counts_as_a_failed_flush(
         await driver.flush()
     assert info.value.errno == errno.EIO
     await driver.close()
+
+
+# -- writes without a coroutine
+
+
+async def test_small_writes_go_to_the_page_cache_from_the_loop(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path, bytes(1 << 20)))
+    disk._write_flags = None  # as on ext4
+    monkeypatch.setattr(disk._calm, "_much_is_dirty", lambda: False)
+    assert disk.write_nowait(4096, b"x" * 4096) and disk.inline_writes == 1
+    assert not disk.write_nowait(0, b"x" * (file_module.INLINE_WRITE + 1))
+    job = disk._jobs.submit(hostcalls.read, disk._fd, 0, 1)
+    assert not disk.write_nowait(4096, b"y" * 4096), "somebody is at the file"
+    await job
+    await asyncio.sleep(0)
+    assert disk.write_nowait(8192, b"y" * 4096)
+    disk._calm.took(0, 1 << 60)
+    disk._calm._rest_until = 1 << 62
+    assert not disk.write_nowait(8192, b"z" * 4096), "the last one was slow"
+    await disk.close()
+    assert content_of(tmp_path / "image")[4096:12288] == b"x" * 4096 + b"y" * 4096
+
+
+async def test_part_of_a_page_that_is_not_cached_is_left_to_a_worker(
+    environment, tmp_path, monkeypatch
+):
+    disk = await open_file(environment, make(tmp_path, bytes(1 << 20)))
+    monkeypatch.setattr(disk._calm, "_much_is_dirty", lambda: False)
+    disk._write_flags, disk._read_flags = None, os.RWF_NOWAIT
+    asked, cached = [], {1, 3}
+
+    def preadv(fd, buffers, offset, flags):
+        asked.append(offset // 4096)
+        if offset // 4096 not in cached:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert not disk.write_nowait(8192 + 100, b"x"), "page 2"
+    assert not disk.write_nowait(8192, b"x"), "its end is in page 2 as well"
+    assert not disk.write_nowait(4096 + 100, b"x" * 4096), "ends in page 2"
+    assert disk.write_nowait(4096 + 100, b"x" * (8192 - 100)), "page 1, and 2 as a whole"
+    assert disk.write_nowait(4096 + 100, b"x" * 8192), "pages 1 and 3"
+    asked.clear()
+    assert disk.write_nowait(8192, b"x" * 4096) and not asked
+    disk._read_flags = None
+    assert not disk.write_nowait(4096 + 100, b"x"), "nobody can tell"
+    await disk.close()
+
+
+async def test_begun_writes_share_a_job(environment, directory):
+    disk = await open_file(environment, make(directory))
+    ended = []
+    payload = bytearray(b"first")
+    assert disk.begin_write(0, memoryview(payload), ended.append)
+    payload[:] = b"wrong"  # it was only lent
+    for number in range(1, 40):
+        assert disk.begin_write(number * 5, b"%05d" % number, ended.append)
+    await disk.close()  # waits for them
+    assert ended == [None] * 40 and disk._batches.jobs == 1
+    expected = b"first" + b"".join(b"%05d" % n for n in range(1, 40))
+    assert content_of(os.path.join(directory, "image")) == expected
+    assert not disk.begin_write(0, b"late", ended.append)
+
+
+async def test_no_write_is_begun_with_direct_or_read_only(environment, tmp_path):
+    path = make(tmp_path, bytes(8192))
+    for members in ({"cache": {"direct": True}}, {"read-only": True}):
+        disk = await open_file(environment, path, **members)
+        assert not disk.begin_write(0, bytes(4096), lambda _: None)
+        assert not disk.write_nowait(0, bytes(4096))
+        await disk.close()

@@ -14,6 +14,7 @@ from errno import EINVAL, ENOTSUP
 
 from liveblockd.graph.backend import Backend
 from tests.simulation.disks import Machine
+from tests.support.begun import write_as_export
 
 KIB = 1024
 
@@ -113,8 +114,7 @@ class CrashGuest:
         found = b""
         try:
             if kind == "write":
-                if not self.backend.write_nowait(offset, data):
-                    await self.backend.write(offset, data)
+                await write_as_export(self.backend, offset, data)
             elif kind == "compressed":
                 await self._compress(offset, data)
             elif kind == "zeroes":

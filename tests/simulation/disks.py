@@ -25,7 +25,7 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2 import populate
 from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
 from liveblockd.storage import copy_engine
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -167,6 +167,7 @@ class SimulatedDisk(BlockDriver):
         self.medium = medium
         self.read_only = read_only
         self._unmaps = unmaps
+        self._begun: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -204,6 +205,24 @@ class SimulatedDisk(BlockDriver):
         number = medium.begin("write", offset, content)
         medium.store(offset, content)
         medium.end("end", number)
+        return True
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        if self.read_only or self.medium.machine.random.random() < 0.2:
+            return False
+        content = bytes(data)
+
+        async def write() -> None:
+            error = None
+            try:
+                await self.write(offset, content)
+            except OSError as failed:
+                error = failed
+            done(error)
+
+        task = asyncio.get_running_loop().create_task(write())
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
         return True
 
     async def read(self, offset: int, length: int) -> Buffer:

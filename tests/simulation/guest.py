@@ -10,6 +10,7 @@ import asyncio
 import random
 
 from liveblockd.graph.backend import Backend
+from tests.support.begun import write_as_export
 
 KIB = 1024
 
@@ -78,7 +79,9 @@ class Guest:
         offset, length = place
         kind = self.rng.random()
         data = bytes(length) if kind < 0.1 else self.rng.randbytes(length)
-        if not (self.rng.random() < 0.7 and self.backend.write_nowait(offset, data)):
+        if self.rng.random() < 0.7:
+            await write_as_export(self.backend, offset, data)
+        else:
             await self.backend.write(offset, data)
         self.model[offset : offset + length] = data
         self._give(offset, length, True)

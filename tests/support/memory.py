@@ -21,7 +21,7 @@ from errno import EPERM
 from typing import Any, Self
 
 from liveblockd.qapi import Size
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -55,6 +55,10 @@ class MemoryDriver(BlockDriver):
         self.children: dict[str, BlockIO] = {}
         self.read_only = read_only
         self.nowait = nowait  # False: every nowait call is refused
+        #: whether ``begin_write`` takes writes, and how many it took
+        self.begins = False
+        self.begun = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self.hook: Hook | None = None
         self.log: list[Request] = []
         self.closed = False
@@ -106,6 +110,27 @@ class MemoryDriver(BlockDriver):
         if not self.nowait or not self._enter_nowait("write", offset, len(data)):
             return False
         self._store(offset, bytes(data))
+        return True
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """Later on the loop, once the hook lets it; only with ``begins``."""
+        if not self.begins or self.read_only:
+            return False
+        content = bytes(data)
+        self.begun += 1
+
+        async def write() -> None:
+            error = None
+            try:
+                await asyncio.sleep(0)
+                await self.write(offset, content)
+            except OSError as failed:
+                error = failed
+            done(error)
+
+        task = asyncio.get_running_loop().create_task(write())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return True
 
     async def read(self, offset: int, length: int) -> Buffer:

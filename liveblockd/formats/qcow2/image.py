@@ -35,10 +35,11 @@ from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore, describe_luks, unlock_image
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
+from liveblockd.formats.qcow2.inplace import InPlace
 from liveblockd.formats.qcow2.layered import Layered
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
 from liveblockd.formats.qcow2.management import Management
-from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, runs
+from liveblockd.formats.qcow2.mapping import runs
 from liveblockd.formats.qcow2.metadata import L2Table
 from liveblockd.formats.qcow2.opening import Opened, open_image, read_header
 from liveblockd.formats.qcow2.options import Qcow2Options
@@ -67,7 +68,7 @@ _SPECIAL = COMPRESSED | ZERO | MIXED
 
 
 @register_driver
-class Qcow2(Management, Layered, Described):
+class Qcow2(InPlace, Management, Layered, Described):
     """One qcow2 image; ``open`` makes it."""
 
     driver_name = "qcow2"
@@ -96,6 +97,8 @@ class Qcow2(Management, Layered, Described):
         self._tasks: set[asyncio.Task[None]] = set()
         self.below = FlatMap(children)
         self._damaged = self._closed = self.being_checked = False
+        self._begun = 0
+        self._settling: asyncio.Future[None] | None = None
         self._assemble(opened)
 
     def _assemble(self, opened: Opened) -> None:
@@ -312,44 +315,6 @@ class Qcow2(Management, Layered, Described):
             parts.append(data)
         return parts
 
-    def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Write to clusters that this image has alone, if the child can at once."""
-        if self.read_only or self._damaged or not len(data):
-            return False
-        cluster = offset >> self._bits
-        table = self._tables.get(cluster >> self._l2_bits)
-        if table is None or table.bad or not table.exclusive:
-            return False
-        table.used = True
-        index = cluster & self._l2_mask
-        entry = table.view[index]
-        count = (offset + len(data) - 1 >> self._bits) - cluster + 1
-        if not in_place(entry):
-            if count > 1 or not self._mixed_in_place(table, index, offset, len(data)):
-                return False
-        elif count > 1 and (
-            index + count > self._l2_mask + 1
-            or contiguous_count(table.entries, index, count, self._in_cluster + 1) < count
-        ):
-            return False
-        host_offset = (entry & OFFSET_MASK) + (offset & self._in_cluster)
-        if self._data_role == "file" and self._reaches_table(host_offset >> self._bits, count):
-            return False  # the coroutine says what is wrong
-        return self._stores[self._data_role].write_nowait(host_offset, data)
-
-    def _mixed_in_place(self, table: L2Table, index: int, offset: int, length: int) -> bool:
-        """Whether the subclusters of a range within a cluster are all there, and not shared."""
-        entry = table.view[index]
-        if entry >> 62 != 2 or not entry & MIXED:
-            return False
-        inside, bits = offset & self._in_cluster, self._bits - 5
-        wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
-        return table.bitmap(index) & wanted == wanted
-
-    def _reaches_table(self, first: int, count: int) -> bool:
-        tables = self._metadata.refcounts.metadata.added
-        return first in tables if count == 1 else not tables.isdisjoint(range(first, first + count))
-
     # -- guest I/O
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -475,8 +440,11 @@ class Qcow2(Management, Layered, Described):
 
     async def _settle(self) -> None:
         """Wait for the tasks of this image."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self._tasks or self._begun:
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            else:
+                await self._begun_ended()
 
     def _on_damage(self, damage: DamageError) -> None:
         """Metadata cannot be: tell, and take no more writes."""

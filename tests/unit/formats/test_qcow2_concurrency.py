@@ -16,6 +16,7 @@ import pytest
 
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage.driver import Buffer
+from tests.support.begun import write_as_export
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import new_qcow2, open_qcow2
 from tests.support.qcow2_oracle import Oracle
@@ -34,6 +35,7 @@ class LateDisk(MemoryDriver):
         self.requests = 0
         self.failures = 0.0
         self.slow = True
+        self.begins = seed % 2 == 0
 
     async def _turns(self) -> None:
         if self.slow:
@@ -221,7 +223,7 @@ class Guest:
         operation = self.history.begin(offset, length, self.values)
         try:
             if not self.image.write_nowait(offset, data):
-                await self.image.write(offset, data)
+                await write_as_export(self.image, offset, data)
         except OSError:
             self.failed += 1
             operation.surely = False

@@ -6,6 +6,7 @@ from timeit import timeit
 
 import pytest
 
+from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.storage.driver import Permission
 from tests.support.memory import Gate, fail_once
 
@@ -296,3 +297,54 @@ async def test_fast_path_costs_little(world):
     through = min(timeit(lambda: user.read_nowait(0, 512), number=count) for _ in range(7))
     # 0.3 us is the aim and 0.1-0.15 what is measured; a busy machine gets some room.
     assert (through - bare) / count < 1e-6
+
+
+async def test_a_begun_write_is_in_flight_counted_and_recorded(world):
+    node, user = await disk(world)
+    bitmap = DirtyBitmap(node.length, 512, name="b")
+    node.add_bitmap(bitmap)
+    user.rebind()
+    node.driver.nowait, node.driver.begins = False, True
+    gate = node.driver.hook = Gate("write")
+    ended = []
+    assert user.begin_write(512, b"x" * 512, ended.append)
+    user.quiesce()
+    assert not user.begin_write(0, b"x" * 512, ended.append), "quiesced"
+    drained = asyncio.create_task(user.idle())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert user.in_flight == 1 and not drained.done() and not ended
+    assert user.statistics.wr_operations == 0 and bitmap.count == 0
+    gate.open()
+    await drained
+    assert ended == [None] and user.in_flight == 0
+    assert (user.statistics.wr_operations, user.statistics.wr_bytes) == (1, 512)
+    assert user.statistics.wr_highest_offset == 1024 and user.statistics.wr_total_time_ns > 0
+    assert bitmap.count == 1
+    user.resume()
+    assert not user.begin_write(node.length - 1, b"xx", ended.append), "beyond the end"
+    assert user.in_flight == 0
+
+
+async def test_a_begun_write_that_fails_is_told_as_any_other(world):
+    node = await world.add(driver="memory", node_name="d", size=65536)
+    user = await world.graph.attach(node, READ_WRITE, name="drive0")
+    node.driver.nowait, node.driver.begins = False, True
+    node.driver.hook = fail_once("write", ENOSPC)
+    ended = []
+    assert user.begin_write(0, b"x" * 512, ended.append)
+    await user.idle()
+    assert ended[0].errno == ENOSPC and user.statistics.wr_failed == 1
+    assert [e.data()["nospace"] for e in world.events if e.name == "BLOCK_IO_ERROR"] == [True]
+
+
+@pytest.mark.parametrize("why", ["threshold", "probed", "writethrough", "read-only"])
+async def test_what_is_not_simple_is_not_begun(world, why):
+    node = await world.add(driver="memory", node_name="d", size=65536)
+    node.driver.begins = True
+    node.write_threshold = int(why == "threshold")
+    node.probed = why == "probed"
+    permissions = Permission.CONSISTENT_READ if why == "read-only" else READ_WRITE
+    user = await world.graph.attach(node, permissions, writethrough=why == "writethrough")
+    assert not user.begin_write(0, b"x" * 512, lambda _: None)
+    assert not user.in_flight and not node.driver.begun

@@ -1,0 +1,254 @@
+"""Guest writes that need no coroutine.
+
+Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, sections 3 and 4.
+
+Runs on: the event loop, on the request path: one lookup and one call below, nothing waits.
+
+``write_nowait`` is for clusters that this image has alone. ``begin_write`` takes those as well,
+where the file below has to leave the transfer to a worker, and the first write to a cluster: what
+the guest saw there is read, a cluster allocated, both written at once, the entry published.
+
+Invariants: those of ``cow``. Between looking at an entry and the epoch of the write in place, the
+claim on its cluster or its new entry there is no await. A write in place under way is in an epoch
+of the quarantine, so that its host cluster is not given to somebody else; a new cluster under way
+is claimed and its table pinned. ``_settle`` of the image waits for all of them.
+
+Errors: OSError from below, to ``done``; what cannot be done here is refused, having done nothing,
+and the coroutine says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.allocator import BlockNeeded
+from liveblockd.formats.qcow2.layout import MIXED, OFFSET_MASK
+from liveblockd.formats.qcow2.mapping import contiguous_count, in_place
+from liveblockd.formats.qcow2.metadata import L2Table
+from liveblockd.formats.qcow2.subclusters import mask
+from liveblockd.storage.driver import BlockIO, Buffer, Done
+
+if TYPE_CHECKING:
+    from liveblockd.formats.qcow2.claims import Claim, Claims
+    from liveblockd.formats.qcow2.commit import Committer
+    from liveblockd.formats.qcow2.cow import Writer
+    from liveblockd.formats.qcow2.metadata import Metadata
+
+#: a larger cluster is copied by the coroutine; bytes
+LARGEST_COPY: Final = 64 << 10
+#: bytes of copies under way at most; then the coroutines have to queue
+MAX_BEGUN: Final = 16 << 20
+
+
+class InPlace:
+    """A part of the driver."""
+
+    children: dict[str, BlockIO]
+    read_only: bool
+    _damaged: bool
+    _metadata: Metadata
+    _committer: Committer
+    _claims: Claims
+    _writer: Writer
+    _tables: dict[int, L2Table]
+    _stores: Mapping[str, BlockIO]
+    _data_role: str
+    _bits: int
+    _in_cluster: int
+    _l2_bits: int
+    _l2_mask: int
+    #: writes that were begun and have not ended
+    _begun: int
+    _settling: asyncio.Future[None] | None
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write to clusters that this image has alone, if the child can at once."""
+        host_offset = self._place(offset, len(data))
+        return host_offset >= 0 and self._stores[self._data_role].write_nowait(host_offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """Begin a write in place, or to one cluster that this image does not have yet."""
+        host_offset = self._place(offset, len(data))
+        if host_offset < 0:
+            return self._begin_new(offset, data, done)
+        quarantine = self._metadata.quarantine
+        epoch = quarantine.enter()
+        self._begun += 1
+        ended = partial(self._ended_in_place, epoch, done)
+        if self._stores[self._data_role].begin_write(host_offset, data, ended):
+            return True
+        quarantine.leave(epoch)
+        self._one_less()
+        return False
+
+    def _place(self, offset: int, length: int) -> int:
+        """Where a range lies in clusters that this image has alone, adjacent; -1: nowhere."""
+        if self.read_only or self._damaged or not length:
+            return -1
+        cluster = offset >> self._bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        if table is None or table.bad or not table.exclusive:
+            return -1
+        table.used = True
+        index = cluster & self._l2_mask
+        entry = table.view[index]
+        count = (offset + length - 1 >> self._bits) - cluster + 1
+        if not in_place(entry):
+            if count > 1 or not self._mixed_in_place(table, index, offset, length):
+                return -1
+        elif count > 1 and (
+            index + count > self._l2_mask + 1
+            or contiguous_count(table.entries, index, count, self._in_cluster + 1) < count
+        ):
+            return -1
+        host_offset: int = (entry & OFFSET_MASK) + (offset & self._in_cluster)
+        if self._data_role == "file" and self._reaches_table(host_offset >> self._bits, count):
+            return -1  # the coroutine says what is wrong
+        return host_offset
+
+    def _mixed_in_place(self, table: L2Table, index: int, offset: int, length: int) -> bool:
+        """Whether the subclusters of a range within a cluster are all there, and not shared."""
+        entry = table.view[index]
+        if entry >> 62 != 2 or not entry & MIXED:
+            return False
+        inside, bits = offset & self._in_cluster, self._bits - 5
+        wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
+        return table.bitmap(index) & wanted == wanted
+
+    def _reaches_table(self, first: int, count: int) -> bool:
+        tables = self._metadata.refcounts.metadata.added
+        return first in tables if count == 1 else not tables.isdisjoint(range(first, first + count))
+
+    def _ended_in_place(self, epoch: int, done: Done, error: OSError | None) -> None:
+        if self._metadata.quarantine.leave(epoch):
+            self._committer.kick()
+        self._one_less()
+        done(error)
+
+    # -- the first write to a cluster
+
+    def _begin_new(self, offset: int, data: Buffer, done: Done) -> bool:
+        length, size = len(data), self._in_cluster + 1
+        cluster = offset >> self._bits
+        metadata = self._metadata
+        table = self._tables.get(cluster >> self._l2_bits)
+        if (
+            table is None
+            or table.bad
+            or not table.exclusive
+            or table.bitmaps is not None
+            or self.read_only
+            or self._damaged
+            or not 0 < length <= size - (offset & self._in_cluster)
+            or size > LARGEST_COPY
+            or metadata.has_data_file
+            or self._stores is not self.children
+            or self._begun << self._bits > MAX_BEGUN
+        ):
+            return False
+        index = cluster & self._l2_mask
+        if table.view[index] or cluster in self._claims:
+            return False
+        found = b"" if length == size else self._seen(cluster)
+        if found is None:
+            return False
+        refcounts = metadata.refcounts
+        try:
+            host_offset, _ = refcounts.allocate(1)
+        except (BlockNeeded, OSError, BlockError):
+            return False  # the coroutine loads the block, or says what is wrong
+        place, contents = host_offset, data
+        if length < size:
+            if not found and refcounts.is_fresh(host_offset):
+                place += offset & self._in_cluster  # zeros are there already
+            else:
+                contents = _around(data, offset & self._in_cluster, found, size)
+        refcounts.touched(host_offset, 1)
+        file = self.children["file"]
+        if self._written_at_once(file, place, contents):
+            metadata.publish_run(table, index, host_offset, 1)
+            done(None)
+            return True
+        claim = self._claims.take(cluster, 1)
+        table.pins += 1
+        self._begun += 1
+        metadata.on_dirty()
+        ended = partial(self._ended_new, table, claim, index, host_offset, done)
+        if file.begin_write(place, contents, ended):
+            return True
+        self._let_go_of_new(table, claim)
+        metadata.free_data(host_offset, 1)
+        self._one_less()
+        return False
+
+    @staticmethod
+    def _written_at_once(file: BlockIO, host_offset: int, contents: Buffer) -> bool:
+        try:
+            return file.write_nowait(host_offset, contents)
+        except OSError:
+            return False  # begun again, that one tells
+
+    def _seen(self, cluster: int) -> Buffer | None:
+        """What the guest sees in a cluster that is not here: empty for zeros; None: not at hand."""
+        start = cluster << self._bits
+        length = min(self._in_cluster + 1, self._writer.disk_size - start)
+        backing = self.children.get("backing")
+        if backing is None:
+            return b""
+        end = backing.length
+        if start >= end:
+            return b""
+        return backing.read_nowait(start, length) if start + length <= end else None
+
+    def _ended_new(
+        self,
+        table: L2Table,
+        claim: Claim,
+        index: int,
+        host_offset: int,
+        done: Done,
+        error: OSError | None,
+    ) -> None:
+        if error is None:
+            self._metadata.publish_run(table, index, host_offset, 1)
+        else:
+            self._metadata.free_data(host_offset, 1)
+        self._let_go_of_new(table, claim)
+        self._one_less()
+        done(error)
+
+    def _let_go_of_new(self, table: L2Table, claim: Claim) -> None:
+        table.pins -= 1
+        self._claims.release(claim)
+
+    # -- who waits for all of it
+
+    def _one_less(self) -> None:
+        self._begun -= 1
+        if not self._begun and self._settling is not None:
+            if not self._settling.done():
+                self._settling.set_result(None)
+            self._settling = None
+
+    async def _begun_ended(self) -> None:
+        """Return when no write that was begun is under way."""
+        while self._begun:
+            if self._settling is None:
+                self._settling = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._settling)
+
+
+def _around(data: Buffer, inside: int, seen: Buffer, size: int) -> bytearray:
+    """``size`` bytes: ``data`` at ``inside``, what was ``seen`` and zeros elsewhere."""
+    # What a read has given belongs to us; a bytearray is nobody's constant.
+    if type(seen) is bytearray and len(seen) == size:
+        contents = seen
+    else:
+        contents = bytearray(size)
+        contents[: len(seen)] = seen
+    contents[inside : inside + len(data)] = data
+    return contents
