@@ -245,7 +245,7 @@ async def test_a_refcount_table_entry(entry: int | str) -> None:
     put(disk, table, lie)
     before = disk.content()[512:]
     image = await open_qcow2(disk)
-    with pytest.raises(OSError, match=r"[Rr]ef"):
+    with pytest.raises(OSError, match="Refblock offset"):
         await image.write(M, b"x" * 64 * K)
         await image.flush()
     await image.close()
