@@ -8,9 +8,15 @@ whatever the data claims to hold, and the time is bounded. Errors: OSError(EIO) 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import zlib
+from collections.abc import Sequence
 from errno import EIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.storage.driver import Buffer
@@ -27,6 +33,12 @@ else:
 
 #: zstd frames of one cluster; every known writer makes one
 MAX_FRAMES = 256
+fast_zlib: Any  # the extra ``speed``: the same answers, two to three times as fast
+try:
+    from isal import isal_zlib as fast_zlib
+except ImportError:
+    fast_zlib = None
+
 _WINDOW_BITS = -12  # raw deflate, as in every qcow2 image
 
 
@@ -36,12 +48,32 @@ def inflate(data: Buffer, length: int, compression: int) -> bytes:
         if compression == Compression.ZSTD:
             result = _inflate_zstd(data, length)
         else:
-            result = zlib.decompressobj(_WINDOW_BITS).decompress(data, length)
+            result = _inflate_deflated(data, length)
     except zlib.error as error:
         raise _damaged(error) from None
     if len(result) != length:
         raise OSError(EIO, "a compressed cluster is cut off")
     return result
+
+
+def inflate_into(
+    place: npt.NDArray[np.uint8], parts: Sequence[Buffer], size: int, compression: int
+) -> None:
+    """Clusters of ``size`` bytes that follow each other on the disk, one after the other."""
+    for number, data in enumerate(parts):
+        start = number * size
+        # numpy lets go of the GIL while it copies, also where the memory is touched at first.
+        place[start : start + size] = np.frombuffer(inflate(data, size, compression), np.uint8)
+
+
+def _inflate_deflated(data: Buffer, length: int) -> bytes:
+    """What zlib makes of it; if the faster library can't, zlib says so."""
+    if fast_zlib is not None:
+        with contextlib.suppress(Exception):
+            fast: bytes = fast_zlib.decompressobj(_WINDOW_BITS).decompress(data, length)
+            if len(fast) == length:
+                return fast
+    return zlib.decompressobj(_WINDOW_BITS).decompress(data, length)
 
 
 def _damaged(error: Exception) -> OSError:

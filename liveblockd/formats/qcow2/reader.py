@@ -10,10 +10,12 @@ Errors: OSError from below; ``DamageError``; EIO for compressed data that is no 
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 
 from liveblockd.formats.qcow2.cells import next_l1
-from liveblockd.formats.qcow2.compression import inflate
+from liveblockd.formats.qcow2.compression import inflate_into
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import append_extent, runs
@@ -23,6 +25,8 @@ from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import Buffer, Extent, ExtentKind
 from liveblockd.storage.flatmap import FlatMap
 
+#: bytes that one job inflates: enough that the way to a worker and back costs little
+INFLATE_BATCH = 512 << 10
 #: extents in one answer of ``map``
 MAP_LIMIT = 4096
 _OFFSET_BITS = np.uint64(OFFSET_MASK)
@@ -111,22 +115,34 @@ class Reader:
         return await self._below.read(offset, length)
 
     async def _read_compressed(self, part: _Part) -> Buffer:
+        """Neighbours are read together, and several workers inflate their share of a request."""
         size = self._metadata.geometry.cluster_size
         skip = part.guest_offset % size
-        clusters = []
-        for number, entry in enumerate(part.entries):
-            if number * size - skip >= part.extent.length:
-                break
-            clusters.append(await self._inflate(entry))
-        data = b"".join(clusters) if len(clusters) > 1 else clusters[0]
-        return data[skip : skip + part.extent.length]
-
-    async def _inflate(self, entry: int) -> bytes:
-        geometry = self._metadata.geometry
-        place = compressed_range(entry, geometry)
-        data = await read_bytes(self._metadata.file, place.host_offset, place.length)
+        entries = part.entries[: -(-(skip + part.extent.length) // size)]
+        batch = max(1, INFLATE_BATCH // size)
+        batches = [
+            await self._read_packed(entries[start : start + batch])
+            for start in range(0, len(entries), batch)
+        ]
         compression = self._metadata.header.compression_type
-        return await self._workers.run(inflate, data, geometry.cluster_size, compression)
+        result = np.empty(len(entries) * size, np.uint8)
+        jobs = []
+        for number, packed in enumerate(batches):
+            place = result[number * batch * size :][: len(packed) * size]
+            jobs.append(self._workers.submit(inflate_into, place, packed, size, compression))
+        await asyncio.gather(*jobs)
+        return result.data[skip : skip + part.extent.length]
+
+    async def _read_packed(self, entries: list[int]) -> list[Buffer]:
+        """The compressed bytes of each of these clusters; what follows them may come with them."""
+        geometry, file = self._metadata.geometry, self._metadata.file
+        places = [compressed_range(entry, geometry) for entry in entries]
+        low = min(place.host_offset for place in places)
+        high = max(place.host_offset + place.length for place in places)
+        if high - low > 2 * sum(place.length for place in places):
+            return [await read_bytes(file, place.host_offset, place.length) for place in places]
+        data = memoryview(await read_bytes(file, low, high - low))
+        return [data[place.host_offset - low :][: place.length] for place in places]
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Extents of a prefix of the range; whole spans without a table cost nothing."""

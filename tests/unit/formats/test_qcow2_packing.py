@@ -7,10 +7,12 @@ import time
 import zlib
 from errno import EINVAL, EIO, ENOSPC, ENOTSUP
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from liveblockd.formats.luks import new_luks
+from liveblockd.formats.qcow2 import compression, reader
 from liveblockd.formats.qcow2.compression import HAS_ZSTD, deflate, inflate
 from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.storage.driver import ExtentKind
@@ -183,3 +185,49 @@ async def test_qemu_reads_it(tmp_path: Path, kind: Compression, extended: bool) 
     assert check(path) == {}
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
     assert raw.read_bytes() == data
+
+
+@pytest.mark.skipif(compression.fast_zlib is None, reason="isal is not installed")
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fast_library_is_used_and_agrees_with_zlib(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    data = text(seed, CLUSTER - CLUSTER // 3).ljust(CLUSTER, bytes([seed]))
+    packed = deflate(data, CLUSTER, Compression.ZLIB)
+    assert packed is not None
+    used = []
+    fast = compression.fast_zlib.decompressobj
+
+    def noted(*arguments: Any) -> Any:
+        used.append(arguments)
+        return fast(*arguments)
+
+    monkeypatch.setattr(compression.fast_zlib, "decompressobj", noted)
+    assert inflate(packed + b"x" * 100, CLUSTER, Compression.ZLIB) == data
+    assert used == [(-12,)]
+    monkeypatch.setattr(compression, "fast_zlib", None)
+    assert inflate(packed + b"x" * 100, CLUSTER, Compression.ZLIB) == data
+
+
+@pytest.mark.parametrize("batch", [CLUSTER, 3 * CLUSTER, 64 * CLUSTER])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_reads_of_many_clusters(
+    monkeypatch: pytest.MonkeyPatch, kind: Compression, batch: int
+) -> None:
+    """Neighbours on the disk that are none in the file, and the other way round."""
+    monkeypatch.setattr(reader, "INFLATE_BATCH", batch)
+    rng = random.Random(11)
+    count, want = 24, bytearray(24 * CLUSTER)
+    file = await new_qcow2(size=count * CLUSTER, compression=kind.name.lower())
+    image = await open_qcow2(file)
+    order = list(range(count))
+    rng.shuffle(order)
+    for number, cluster in enumerate(order):
+        data = text(number, CLUSTER)
+        want[cluster * CLUSTER : (cluster + 1) * CLUSTER] = data
+        await image.write_compressed(cluster * CLUSTER, data)
+    for _ in range(40):
+        offset = rng.randrange(count * CLUSTER)
+        length = rng.randrange(1, count * CLUSTER - offset + 1)
+        assert bytes(await image.read(offset, length)) == want[offset : offset + length]
+    await image.close()
