@@ -8,6 +8,7 @@ import importlib
 FORMAT_MODULES = (
     "liveblockd.formats.raw",
     "liveblockd.formats.foreign",
+    "liveblockd.formats.luks_image",
     "liveblockd.formats.qcow2.image",
 )
 

@@ -108,3 +108,41 @@ def test_legacy_aes(tmp_path: Path, more: str) -> None:
         assert "error" not in qmp("query-jobs")[0]
     assert b"\x02" * 512 not in path.read_bytes()
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, out)
+
+
+RAW = ["key-secret=s,iter-time=10", "key-secret=s,iter-time=10,cipher-mode=cbc,ivgen-alg=plain64"]
+
+
+@pytest.mark.parametrize("options", RAW)
+def test_luks_driver(tmp_path: Path, options: str) -> None:
+    path, raw = tmp_path / "i.luks", tmp_path / "raw"
+    create(path, "luks", options)
+    assert info([sys.executable, "-m", "liveblockd.ctl", "image"], path) == info(["qemu-img"], path)
+    image = f"driver=luks,file.filename={path},key-secret=s"
+    run("qemu-io", "--object", SECRET, "-c", "write -P 1 0 3M", "-c", "write -P 2 100k 70k",
+        "--image-opts", image)  # fmt: skip
+    members = {"driver": "luks", "file": {"driver": "file", "filename": "i.luks"}}
+    with DaemonProcess(tmp_path, "--object", SECRET, "--object", "secret,id=w,data=x") as daemon:
+        qmp = daemon.qmp()
+        with pytest.raises(QmpError, match="Parameter 'key-secret' is required for cipher"):
+            qmp("blockdev-add", node_name="luks", **members)
+        with pytest.raises(QmpError, match="Invalid password, cannot unlock any keyslot"):
+            qmp("blockdev-add", node_name="luks", key_secret="w", **members)
+        qmp("blockdev-add", node_name="luks", key_secret="s", **members)
+        node = qmp("query-named-block-nodes", flat=True)[0]
+        assert parse(BlockDeviceInfo, node).encrypted
+        assert node["image"]["virtual-size"] == 3 << 20
+        qmp("block_resize", node_name="luks", size=4 << 20)
+        qmp("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
+        qmp("block-export-add", type="nbd", id="e", node_name="luks", name="d", writable=True)
+        uri = f"nbd+unix:///d?socket={tmp_path / 'nbd.sock'}"
+        run("qemu-io", "-f", "raw", "-c", "read -P 1 0 100k", "-c", "read -P 2 100k 70k",
+            "-c", "write -P 3 1000k 300k", "-c", "write -P 4 777 2000", "-c", "write -z 5k 3000",
+            "-c", "read -P 0 3M 1M", "-c", "discard 2M 64k", uri)  # fmt: skip
+    run("qemu-img", "convert", "--object", SECRET, "--image-opts", image, "-O", "raw", raw)
+    expected = bytearray(b"\1" * (3 << 20)) + bytes(1 << 20)
+    for offset, value, length in (
+        (100 << 10, 2, 70 << 10), (1000 << 10, 3, 300 << 10), (777, 4, 2000), (5 << 10, 0, 3000)
+    ):  # fmt: skip
+        expected[offset : offset + length] = bytes([value]) * length
+    assert raw.read_bytes() == expected
