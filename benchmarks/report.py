@@ -275,8 +275,8 @@ What the two do in that time is not the same: before BLOCK_JOB_COMPLETED liveblo
 what the merged image consists of ([durability.md](durability.md)); QSD leaves most of it to later,
 and a crash may lose it. On a file system with a slow disk behind it that is what the time goes to.
 
-The *load average* below tells how busy the machine was with other things: where it is far above one,
-the ranges are wide and the processor time is the better guide.
+The *load average* below tells how busy the machine was with other things: where it is far above
+one, the ranges are wide and the processor time is the better guide.
 
 {table}
 
