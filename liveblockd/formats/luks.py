@@ -28,8 +28,8 @@ _HEADER: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT: Final = struct.Struct(">II32sII")
 SLOTS: Final = 8
 HEADER_BYTES: Final = _HEADER.size + SLOTS * _SLOT.size
-_ACTIVE: Final = 0x00AC71F3
-_INACTIVE: Final = 0x0000DEAD
+ACTIVE: Final = 0x00AC71F3
+INACTIVE: Final = 0x0000DEAD
 STRIPES: Final = 4000
 #: a header that asks for more is refused: it would take hours
 MAX_ITERATIONS: Final = 1 << 28
@@ -121,7 +121,7 @@ def parse_luks(data: bytes) -> LuksHeader:
         active, count, slot_salt, start, stripes = _SLOT.unpack_from(
             data, _HEADER.size + number * _SLOT.size
         )
-        found.append(Slot(active == _ACTIVE, count, slot_salt, start * SECTOR, stripes))
+        found.append(Slot(active == ACTIVE, count, slot_salt, start * SECTOR, stripes))
     texts = [_text(cipher), _text(mode), _text(hash_name)]
     header = LuksHeader(
         texts[0], texts[1], texts[2], payload * SECTOR, key_bytes, digest, salt, iterations,
@@ -129,6 +129,11 @@ def parse_luks(data: bytes) -> LuksHeader:
     )  # fmt: skip
     _check(header, len(data))
     return header
+
+
+def slot_place(number: int) -> int:
+    """Where the slot is described, in bytes from the header."""
+    return _HEADER.size + number * _SLOT.size
 
 
 def _text(field: bytes) -> str:
@@ -234,7 +239,7 @@ def new_luks(
     """A header with one key slot and a random key; ``iter_time``: milliseconds to unlock it."""
     master = os.urandom(key_bytes)
     material = -(-key_bytes * STRIPES // _ALIGNMENT) * _ALIGNMENT
-    iterations = _iterations(hash_name, key_bytes, iter_time)
+    iterations = iterations_for(hash_name, key_bytes, iter_time)
     salt, digest_salt = os.urandom(32), os.urandom(32)
     key = hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, key_bytes)
     split = spread(master, hash_name)
@@ -250,13 +255,13 @@ def new_luks(
     for number in range(SLOTS):
         start = (_ALIGNMENT + number * material) // SECTOR
         if number == 0:
-            data += _SLOT.pack(_ACTIVE, iterations, salt, start, STRIPES)
+            data += _SLOT.pack(ACTIVE, iterations, salt, start, STRIPES)
         else:
-            data += _SLOT.pack(_INACTIVE, 0, bytes(32), start, STRIPES)
+            data += _SLOT.pack(INACTIVE, 0, bytes(32), start, STRIPES)
     return (data.ljust(_ALIGNMENT, b"\0") + secret).ljust(payload, b"\0")
 
 
-def _iterations(hash_name: str, key_bytes: int, iter_time: int) -> int:
+def iterations_for(hash_name: str, key_bytes: int, iter_time: int) -> int:
     """How many take ``iter_time`` milliseconds on this machine."""
     probe = 1 << 14
     started = time.thread_time()

@@ -8,6 +8,7 @@ Runs on: the event loop; workers derive the key and do large requests. Invariant
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from errno import EPERM
@@ -17,6 +18,7 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.ciphers import SECTOR, SectorCipher
 from liveblockd.formats.encrypted_store import EncryptedStore
 from liveblockd.formats.luks import HEADER_BYTES, MAX_BYTES, LuksHeader, parse_luks, unlock
+from liveblockd.formats.luks_slots import LuksAmendment, amend_luks
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, HostFile
 from liveblockd.storage.options import BlockdevOptions, BlockdevRef
 from liveblockd.storage.registry import Environment, register_driver
@@ -52,6 +54,8 @@ class Luks(BlockDriver):
         self.children = children
         self.read_only = True
         self.header = header
+        self._workers = environment.workers
+        self._amending = asyncio.Lock()
         self._store: EncryptedStore | None = None
         if cipher is not None:
             self._store = EncryptedStore(
@@ -151,6 +155,19 @@ class Luks(BlockDriver):
     def data_host_file(self) -> HostFile | None:
         """None."""
         return None
+
+    async def amend_encryption(
+        self, passphrase: bytes, amendment: LuksAmendment, *, force: bool = False
+    ) -> None:
+        """Add or erase a passphrase; durable on return. Raises BlockError, OSError."""
+        if self.read_only:
+            raise OSError(EPERM, os.strerror(EPERM))
+        length = min(self.header.payload_offset, self.children["file"].length, MAX_BYTES)
+        async with self._amending:
+            self.header = await amend_luks(
+                self.children["file"], self._workers, passphrase, amendment,
+                length=length, force=force,
+            )  # fmt: skip
 
     @property
     def encrypted(self) -> bool:
