@@ -481,3 +481,26 @@ async def test_power_cuts_of_an_image_with_snapshots(tmp_path: Path, seed: int) 
     run("qemu-img", "snapshot", "-a", "kept", path)
     assert check(path) == {}
     assert content(path) == b"".join(pattern(n, BLOCK) for n in numbers)
+
+
+async def test_copied_without_a_host_cluster_says_nothing(tmp_path: Path) -> None:
+    """QEMU reads such an entry as one without the flag, and so do we; nothing goes to offset 0."""
+    path = tmp_path / "a.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 64k 64k", path)
+    image = bytearray(path.read_bytes())
+    l1 = int.from_bytes(image[40:48], "big")
+    l2 = int.from_bytes(image[l1 : l1 + 8], "big") & ((1 << 56) - 512)
+    image[l2 : l2 + 8] = (1 << 63).to_bytes(8, "big")
+    image[l2 + 16 : l2 + 24] = (1 << 63 | 1).to_bytes(8, "big")
+    disk = MemoryDriver.of(bytes(image))
+    opened = await open_qcow2(disk)
+    assert bytes(await opened.read(0, 64 * K)) == bytes(64 * K)
+    await opened.create_snapshot("s", date_nsec=0)
+    await opened.write(0, b"\5" * 512)
+    await opened.write(128 * K, b"\6" * 512)
+    await opened.close()
+    path.write_bytes(disk.content())
+    assert check(path) == {}
+    run("qemu-io", "-f", "qcow2", "-c", "read -P 5 0 512", "-c", "read -P 6 128k 512",
+        "-c", "read -P 1 64k 64k", "-c", "read -P 0 512 60k", path)  # fmt: skip

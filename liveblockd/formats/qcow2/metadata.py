@@ -44,6 +44,7 @@ from liveblockd.formats.qcow2.tables import (
     bad_l2_entries,
     compressed_clusters,
     compressed_range,
+    drop_idle_flags,
     flags_at,
     from_disk,
     repeated,
@@ -308,17 +309,17 @@ class Metadata:
 
     def parse(self, l1_index: int, host_offset: int, data: Buffer, *, exclusive: bool) -> L2Table:
         """A table of these bytes."""
-        bitmaps = None
-        if self.geometry.extended_l2:
-            words, bitmaps = subclusters.from_disk(data)
+        extended = self.geometry.extended_l2
+        words, bitmaps = subclusters.from_disk(data) if extended else (from_disk(data), None)
+        if not self.has_data_file:
+            drop_idle_flags(words)
+        entries = words
+        if bitmaps is not None:
             bitmaps[(words & np.uint64(COMPRESSED)) != 0] = 0  # not used there
             entries = subclusters.summaries(words, bitmaps)
-        else:
-            words = entries = from_disk(data)
         table = L2Table(l1_index, host_offset, entries, bitmaps, exclusive=exclusive, is_new=False)
         if self.has_data_file:
-            bad = bad_data_file_entries(words, self.geometry, l1_index)
-            table.bad = frozenset(bad.tolist())
+            table.bad = frozenset(bad_data_file_entries(words, self.geometry, l1_index).tolist())
         else:
             table.bad = self.bad_entries(words)
         if bitmaps is not None:

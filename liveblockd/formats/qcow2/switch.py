@@ -36,6 +36,7 @@ from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
     bad_l1_entries,
+    drop_idle_flags,
     from_disk,
     to_disk,
 )
@@ -157,6 +158,7 @@ class Switch:
         """The raw L2 table of an L1 entry; raises DamageError for one that cannot be."""
         host_offset = l1_entry & OFFSET_MASK
         raw = from_disk(await self._read(host_offset, self.geometry.cluster_size))
+        drop_idle_flags(words(raw, self.geometry))
         bad = self._metadata.bad_entries(words(raw, self.geometry))
         if bad:
             raise DamageError(

@@ -116,6 +116,15 @@ def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
     return np.flatnonzero(bad).astype(np.uint64)
 
 
+def drop_idle_flags(entries: Entries) -> None:
+    """Take COPIED from standard entries without a host cluster, as QEMU reads them: in place.
+
+    Not with an external data file, where offset 0 is a place.
+    """
+    idle = (entries & _U(OFFSET_MASK | COMPRESSED | COPIED)) == _U(COPIED)
+    entries[idle] &= _U(~COPIED & (1 << 64) - 1)
+
+
 def bad_data_file_entries(entries: Entries, geometry: Geometry, l1_index: int) -> Entries:
     """As ``bad_l2_entries`` where guest data lie in an external file, at their guest offsets.
 
