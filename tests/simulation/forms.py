@@ -72,7 +72,7 @@ def crypto_header(rng: random.Random) -> bytes:
 
     with (
         mock.patch.object(luks.os, "urandom", urandom),  # type: ignore[attr-defined]
-        mock.patch.object(luks, "_iterations", lambda *_: 10),
+        mock.patch.object(luks, "iterations_for", lambda *_: 10),
         mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=rng.getrandbits(128))),
     ):
         header = luks.new_luks(PASSPHRASE, key_bytes=len(KEY))

@@ -9,6 +9,7 @@ whatever the data claims to hold, and the time is bounded. Errors: OSError(EIO) 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import zlib
 from collections.abc import Sequence
@@ -33,11 +34,10 @@ else:
 
 #: zstd frames of one cluster; every known writer makes one
 MAX_FRAMES = 256
-fast_zlib: Any  # the extra ``speed``: the same answers, two to three times as fast
-try:
-    from isal import isal_zlib as fast_zlib
-except ImportError:
-    fast_zlib = None
+#: of the extra ``speed``: the same answers, two to three times as fast
+fast_zlib: Any = None
+with contextlib.suppress(ImportError):
+    fast_zlib = importlib.import_module("isal.isal_zlib")
 
 _WINDOW_BITS = -12  # raw deflate, as in every qcow2 image
 

@@ -199,7 +199,7 @@ async def test_an_l1_entry(what: str) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["reserved", "unaligned", "copied", "l1", "table", "block", "l2", "other l2", "packed 0",
+    ["reserved", "unaligned", "l1", "table", "block", "l2", "other l2", "packed 0",
      "packed copied", "packed l1", "packed into l1"],
 )  # fmt: skip
 async def test_an_l2_entry(what: str) -> None:
@@ -210,7 +210,6 @@ async def test_an_l2_entry(what: str) -> None:
     lies = {
         "reserved": entry | 1 << 3,
         "unaligned": entry + 512,
-        "copied": COPIED,
         "l1": l1 | COPIED,
         "table": table | COPIED,
         "block": number(disk, table) | COPIED,
