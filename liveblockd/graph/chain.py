@@ -91,7 +91,7 @@ def edges_between(top: Node, base: Node | None) -> Iterator[Edge]:
     while node is not None and node is not base:
         edge = node.children.get("backing")
         if edge is None and node.is_filter:
-            edge = node.children.get("file") or node.children.get("image")
+            edge = node.children.get(node.driver_class.filtered)
         if edge is None:
             return
         yield edge

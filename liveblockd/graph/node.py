@@ -315,10 +315,8 @@ class Node:
     @property
     def file(self) -> Node | None:
         """The node that holds the data of this one; of a filter: what it filters."""
-        for role in ("file", "image"):
-            if (edge := self.children.get(role)) is not None:
-                return edge.child
-        return None
+        edge = self.children.get(self.driver_class.filtered if self.is_filter else "file")
+        return None if edge is None else edge.child
 
     @property
     def is_filter(self) -> bool:

@@ -235,10 +235,7 @@ class Opener:
         node.inherits = parent is not None
         graph.nodes[name] = node
         self.made.append(node)
-        for child_role in driver_class.child_roles:
-            reference = getattr(given, child_role.replace("-", "_"), None)
-            if child_role == "backing" or reference is None:
-                continue
+        for child_role, reference in driver_class.child_references(given):
             if isinstance(reference, str):
                 child = graph.lookup_any(reference)
             else:

@@ -62,6 +62,8 @@ def of_child(
         else:
             used &= ~(_CHANGES | Permission.WRITE_UNCHANGED)
         shared &= ~_CHANGES
+    else:
+        used, shared = parent.driver_class.child_permissions(parent.options, role, used, shared)
     if child.options.force_share:
         shared = Permission.ALL
     return used, shared

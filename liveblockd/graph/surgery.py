@@ -198,7 +198,7 @@ async def remove_filter(graph: Graph, above: Node) -> None:
         assert node is not None and above.is_filter
         async with graph.drained(above):
             moving = list(above.parents)
-            link = above.children["file"]
+            link = above.children[above.driver_class.filtered]
             graph.disconnect(link)
             _move(graph, moving, node)
             del graph.nodes[above.name]

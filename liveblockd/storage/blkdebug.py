@@ -152,6 +152,7 @@ class Blkdebug(BlockDriver):
     driver_name = "blkdebug"
     is_filter = True
     child_roles = ("image",)
+    filtered = "image"
     Options = BlkdebugOptions
 
     def __init__(self, options: BlkdebugOptions, image: BlockIO, rules: _Rules) -> None:

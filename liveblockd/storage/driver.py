@@ -25,7 +25,7 @@ Which errors escape: ``OSError`` (I/O), ``BlockError`` from ``open`` and from th
 
 # The signatures are what this module is for: arguments that the defaults here do not use, and
 # defaults that do nothing.
-# ruff: noqa: ARG002, B027, D102
+# ruff: noqa: ARG002, ARG003, B027, D102
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from liveblockd.errors import BlockError
 if TYPE_CHECKING:
     from liveblockd.storage.cells import Cells
     from liveblockd.storage.flatmap import FlatMap
+    from liveblockd.storage.options import BlockdevOptions
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 #: called on the loop when a write that ``begin_write`` took has ended, with its error
@@ -204,6 +205,7 @@ class BlockDriver(abc.ABC):
     ``is_format``    reads its data from a ``file`` child and may have a backing node
     ``is_filter``    passes through: chain walks look behind it
     ``child_roles``  names of the options that are children, in QEMU's order (``file``, ``backing``)
+    ``filtered``     of a filter: the role of the child that chain walks go on with
 
     Instance members: ``children`` holds the nodes below by role; graph surgery may replace an entry
     while the driver is quiesced (no request in flight), e.g. ``children["backing"]``.
@@ -213,6 +215,7 @@ class BlockDriver(abc.ABC):
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     child_roles: ClassVar[tuple[str, ...]] = ()
+    filtered: ClassVar[str] = "file"
 
     children: dict[str, BlockIO]
     read_only: bool
@@ -372,6 +375,22 @@ class BlockDriver(abc.ABC):
         """The host file to which the ``host_offset`` of DATA extents refers, if there is one."""
         file = self.children.get("file")
         return self.host_file() if file is None else file.host_file()
+
+    @classmethod
+    def child_references(cls, options: BlockdevOptions) -> Sequence[tuple[str, Any]]:
+        """Role and BlockdevRef of each child that ``options`` give, the backing node left out."""
+        found = ((role, getattr(options, role.replace("-", "_"), None)) for role in cls.child_roles)
+        return [(role, given) for role, given in found if role != "backing" and given is not None]
+
+    @classmethod
+    def child_permissions(
+        cls, options: BlockdevOptions, role: str, used: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """What this driver does with a child when its users need ``used`` and share ``shared``.
+
+        For drivers that keep no metadata of their own in a child (raw, filters).
+        """
+        return used, shared
 
     @classmethod
     async def named_children(cls, children: Mapping[str, BlockIO]) -> dict[str, str]:

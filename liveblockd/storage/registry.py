@@ -83,7 +83,9 @@ def register_driver(driver: DriverClass) -> DriverClass:
 
 def load_drivers() -> None:
     """Import the protocol drivers of this package; the formats are imported by theirs."""
-    for module in STORAGE_MODULES:
+    from liveblockd.storage.filters import FILTER_MODULES  # which imports this module
+
+    for module in (*STORAGE_MODULES, *FILTER_MODULES):
         importlib.import_module(module)
 
 
