@@ -84,6 +84,7 @@ class Daemon:
             workers=self._workers,
             publisher=self._publisher,
             secret=lambda name: object_registry(self._context).secret(name),
+            throttle_group=lambda name: object_registry(self._context).throttle_group(name),
         )
         self._graph = Graph(environment)
         self._scheduler = Scheduler(self._publisher)

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from liveblockd.errors import BlockError
@@ -166,9 +166,10 @@ class Graph:
     async def close(self) -> None:
         """Flush and close all of it, top down; every node is tried, errors are logged."""
         async with self.lock:
-            for backend in tuple(self.backends):
-                backend.quiesce()
-                await backend.idle()
+            with self._nothing_held(self.backends):
+                for backend in tuple(self.backends):
+                    backend.quiesce()
+                    await backend.idle()
             for backend in tuple(self.backends):
                 await self.detach(backend)
             for node in self.nodes.values():
@@ -329,7 +330,8 @@ class Graph:
         if backend not in self.backends:
             return
         backend.end()
-        await backend.idle()
+        with self._nothing_held((backend,)):
+            await backend.idle()
         self.backends.remove(backend)
         if self.drives.get(backend.name) is backend:
             del self.drives[backend.name]
@@ -385,12 +387,32 @@ class Graph:
         for backend in backends:
             backend.quiesce()
         try:
-            for backend in backends:
-                await backend.idle()
-            yield
+            with self._nothing_held(backends):
+                for backend in backends:
+                    await backend.idle()
+                yield
         finally:
             for backend in backends:
                 backend.resume()
+
+    @contextmanager
+    def _nothing_held(self, backends: Iterable[Backend]) -> Iterator[None]:
+        """Drivers that let requests wait (throttle) let those of these users go."""
+        users = set(backends)
+        holding = [
+            node.driver
+            for node in self.nodes.values()
+            if node.driver_class.holds_requests
+            and node.opened
+            and not users.isdisjoint(self.users_above(node))
+        ]
+        for driver in holding:
+            driver.drain_begin()
+        try:
+            yield
+        finally:
+            for driver in holding:
+                driver.drain_end()
 
     # -- operations on one node
 

@@ -108,13 +108,18 @@ class Images:
     def __init__(self, objects: Sequence[str] = ()) -> None:
         """``objects``: texts of ``--object``. Raises BlockError, ConfigError."""
         load_all_drivers()
-        secrets = ObjectRegistry()
+        registry = ObjectRegistry()
         for text in objects:
             members = parse_keyval(text, "qom-type")
-            secrets.add(parse(ObjectOptions, members, keyval=True))
+            registry.add(parse(ObjectOptions, members, keyval=True))
         self.workers = WorkerPool()
         self.graph = Graph(
-            Environment(workers=self.workers, publisher=Publisher(), secret=secrets.secret)
+            Environment(
+                workers=self.workers,
+                publisher=Publisher(),
+                secret=registry.secret,
+                throttle_group=registry.throttle_group,
+            )
         )
         self._count = 0
 

@@ -216,6 +216,8 @@ class BlockDriver(abc.ABC):
     is_filter: ClassVar[bool] = False
     child_roles: ClassVar[tuple[str, ...]] = ()
     filtered: ClassVar[str] = "file"
+    #: requests may wait here for somebody else: ``drain_begin`` lets them go
+    holds_requests: ClassVar[bool] = False
 
     children: dict[str, BlockIO]
     read_only: bool
@@ -361,6 +363,12 @@ class BlockDriver(abc.ABC):
         does nothing, for the graph tells the children itself. On BlockError (another process, or
         another node, has the image) nothing has changed. Giving up permissions never fails.
         """
+
+    def drain_begin(self) -> None:
+        """Users wait for the end of their requests: hold back none until ``drain_end``; nests."""
+
+    def drain_end(self) -> None:
+        """As before ``drain_begin``."""
 
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""

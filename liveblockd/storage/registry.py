@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
@@ -22,9 +22,16 @@ from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import BlockDriver, BlockIO
 from liveblockd.storage.options import BlockdevOptions, option_models
 
+if TYPE_CHECKING:
+    from liveblockd.storage.filters.throttle_group import ThrottleGroup
+
 
 def _no_secret(name: str) -> bytes:
     raise BlockError(f"No secret with id '{name}'")
+
+
+def _no_throttle_group(name: str) -> ThrottleGroup:
+    raise BlockError(f"Throttle group '{name}' does not exist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,8 @@ class Environment:
     filename: str = ""
     #: the bytes of a ``secret`` object by its id; raises BlockError
     secret: Callable[[str], bytes] = _no_secret
+    #: the ``throttle-group`` object of an id; raises BlockError
+    throttle_group: Callable[[str], ThrottleGroup] = _no_throttle_group
     #: only what images say of themselves is asked for: no key of an encrypted one is needed
     no_io: bool = False
 

@@ -14,10 +14,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from liveblockd.errors import BlockError, ErrorClass
-from liveblockd.qapi import QapiModel, members, to_qmp
+from liveblockd.qapi import QapiModel, members, parse, to_qmp
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
+from liveblockd.qmp.throttle_options import ThrottleLimits, changed, limits_of, to_members
+from liveblockd.storage.filters import buckets
+from liveblockd.storage.filters.throttle_group import ThrottleGroup as GroupOfDisks
 
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
@@ -50,30 +53,6 @@ class Secret(ObjectOptions):
     iv: str | None = None
     data: str | None = None
     file: str | None = None
-
-
-class ThrottleLimits(QapiModel):
-    """Bytes and requests per second; ``-max`` the bursts, ``-max-length`` their seconds."""
-
-    iops_total: int | None = None
-    iops_total_max: int | None = None
-    iops_total_max_length: int | None = None
-    iops_read: int | None = None
-    iops_read_max: int | None = None
-    iops_read_max_length: int | None = None
-    iops_write: int | None = None
-    iops_write_max: int | None = None
-    iops_write_max_length: int | None = None
-    bps_total: int | None = None
-    bps_total_max: int | None = None
-    bps_total_max_length: int | None = None
-    bps_read: int | None = None
-    bps_read_max: int | None = None
-    bps_read_max_length: int | None = None
-    bps_write: int | None = None
-    bps_write_max: int | None = None
-    bps_write_max_length: int | None = None
-    iops_size: int | None = None
 
 
 class ThrottleGroup(ObjectOptions):
@@ -192,6 +171,7 @@ class ObjectRegistry:
         self._objects: dict[str, ObjectOptions] = {}
         self._references: dict[str, int] = {}
         self._secrets: dict[str, bytes] = {}
+        self._throttle_groups: dict[str, GroupOfDisks] = {}
 
     def add(self, options: ObjectOptions) -> None:
         """Keep a new object."""
@@ -203,17 +183,21 @@ class ObjectRegistry:
             )
         if isinstance(options, Secret):
             self._secrets[options.id] = load_secret(options, self.secret)
+        if isinstance(options, ThrottleGroup):
+            self._throttle_groups[options.id] = GroupOfDisks(limits_of(options))
         self._objects[options.id] = options
 
     def remove(self, name: str) -> None:
         """Forget an object that nobody uses."""
-        options = self.find(name)
+        self.find(name)
+        group = self._throttle_groups.get(name)
+        if group is not None and group.members:
+            raise BlockError(f"Cannot delete throttle group '{name}' with active references")
         if self._references.get(name):
-            if options.qom_type == "throttle-group":
-                raise BlockError(f"Cannot delete throttle group '{name}' with active references")
             raise BlockError(f"object '{name}' is in use, can not be deleted")
         del self._objects[name]
         self._secrets.pop(name, None)
+        self._throttle_groups.pop(name, None)
 
     def find(self, name: str) -> ObjectOptions:
         """The object ``name``."""
@@ -234,6 +218,13 @@ class ObjectRegistry:
         if name not in self._secrets:
             raise BlockError(f"Object with id '{name}' is not a secret")
         return self._secrets[name]
+
+    def throttle_group(self, name: str) -> GroupOfDisks:
+        """What the ``throttle-group`` object ``name`` stands for."""
+        try:
+            return self._throttle_groups[name]
+        except KeyError:
+            raise BlockError(f"Throttle group '{name}' does not exist") from None
 
     def reference(self, name: str) -> None:
         """Keep ``name`` from being removed; once for each ``release``."""
@@ -274,6 +265,16 @@ class QomProperty(QomPath):
     property: str
 
 
+class QomValue(QomProperty):
+    """What it is to be."""
+
+    value: Any
+
+
+class _LimitsProperty(QapiModel):
+    limits: ThrottleLimits
+
+
 class ObjectPropertyInfo(QapiModel):
     """A member of the tree or of an object."""
 
@@ -305,7 +306,8 @@ async def qom_list(context: Context, arguments: QomPath) -> list[ObjectPropertyI
         return [_property("type", "string"), *below]
     found = _object_at(context, arguments.path)
     names = [m.name for m in members(type(found)) if m.name not in ("qom-type", "id")]
-    return [_property("type", "string"), *(_property(name, "any") for name in names)]
+    kind = _throttle_type if isinstance(found, ThrottleGroup) else lambda _: "any"
+    return [_property("type", "string"), *(_property(name, kind(name)) for name in names)]
 
 
 @command("qom-get", args=QomProperty, returns=Any, query=True)
@@ -318,7 +320,28 @@ async def qom_get(context: Context, arguments: QomProperty) -> Any:
     attribute = known.get(arguments.property)
     if attribute in (None, "qom_type", "id") or (isinstance(found, Secret) and attribute == "data"):
         raise BlockError(f"Property '{found.qom_type}.{arguments.property}' not found")
+    if isinstance(found, ThrottleGroup):
+        limits = to_members(object_registry(context).throttle_group(found.id).limits)
+        return limits.get(arguments.property.removeprefix("x-"), limits)
     return to_qmp(getattr(found, str(attribute)))
+
+
+@command("qom-set", args=QomValue)
+async def qom_set(context: Context, arguments: QomValue) -> None:
+    """Change a property of an object in use: the limits of a throttle group."""
+    found = _object_at(context, arguments.path)
+    name = arguments.property
+    if name not in ("type", *(m.name for m in members(type(found)))) or name in ("qom-type", "id"):
+        raise BlockError(f"Property '{found.qom_type}.{name}' not found")
+    if not isinstance(found, ThrottleGroup) or name == "type":
+        raise BlockError(f"Property '{found.qom_type}.{name}' is not writable")
+    if name != "limits":
+        raise BlockError("Property cannot be set after initialization")
+    given = parse(_LimitsProperty, {"limits": arguments.value}).limits
+    group = object_registry(context).throttle_group(found.id)
+    limits = changed(group.limits, given)
+    buckets.check(limits)
+    group.configure(limits)
 
 
 def _object_at(context: Context, path: str) -> ObjectOptions:
@@ -330,6 +353,10 @@ def _object_at(context: Context, path: str) -> ObjectOptions:
             if found.id == parts[0]:
                 return found
     raise BlockError(f"Device '{path}' not found", error_class=ErrorClass.DEVICE_NOT_FOUND)
+
+
+def _throttle_type(name: str) -> str:
+    return "ThrottleLimits" if name == "limits" else "int"
 
 
 def _property(name: str, kind: str) -> ObjectPropertyInfo:

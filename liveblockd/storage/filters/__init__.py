@@ -3,4 +3,4 @@
 One module each; ``FILTER_MODULES`` is what ``storage.registry.load_drivers`` imports.
 """
 
-FILTER_MODULES: tuple[str, ...] = ()
+FILTER_MODULES: tuple[str, ...] = ("liveblockd.storage.filters.throttle",)
