@@ -321,6 +321,17 @@ class FlatMap:
             return self._ask_nowait(layer, offset, length)
         return bytes(length)
 
+    def zeroes_now(self, offset: int, length: int) -> bool:
+        """Whether the span is made and says that a range within a cell reads as zeros."""
+        if self._children.get("backing") is not self._root and not self.find_layers():
+            return True
+        span = self._spans.get(offset >> self._span_bits)
+        if span is None or (offset & self._cell_mask) + length > self._cell_mask + 1:
+            return False
+        code = span.view[offset >> self._bits & self._index_mask]
+        kind = code >> KIND_SHIFT & 3
+        return kind not in (DATA, ASK) or offset >= self.layers[code >> LAYER_SHIFT].limit
+
     def _read_nowait_without(self, offset: int, length: int) -> Buffer | None:
         if self._root is None:
             return bytes(length)

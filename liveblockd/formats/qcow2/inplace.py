@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from liveblockd.formats.qcow2.commit import Committer
     from liveblockd.formats.qcow2.cow import Writer
     from liveblockd.formats.qcow2.metadata import Metadata
+    from liveblockd.storage.flatmap import FlatMap
 
 #: a larger cluster is copied by the coroutine; bytes
 LARGEST_COPY: Final = 64 << 10
@@ -53,6 +54,7 @@ class InPlace:
     _metadata: Metadata
     _committer: Committer
     _claims: Claims
+    below: FlatMap
     _writer: Writer
     _tables: dict[int, L2Table]
     _stores: Mapping[str, BlockIO]
@@ -194,15 +196,12 @@ class InPlace:
 
     def _seen(self, cluster: int) -> Buffer | None:
         """What the guest sees in a cluster that is not here: empty for zeros; None: not at hand."""
+        if self.children.get("backing") is None:
+            return b""
         start = cluster << self._bits
         length = min(self._in_cluster + 1, self._writer.disk_size - start)
-        backing = self.children.get("backing")
-        if backing is None:
-            return b""
-        end = backing.length
-        if start >= end:
-            return b""
-        return backing.read_nowait(start, length) if start + length <= end else None
+        below = self.below  # not the node below: its tables need not be in memory
+        return b"" if below.zeroes_now(start, length) else below.read_nowait(start, length)
 
     def _ended_new(
         self,
@@ -242,10 +241,11 @@ class InPlace:
             await asyncio.shield(self._settling)
 
 
-def _around(data: Buffer, inside: int, seen: Buffer, size: int) -> bytearray:
+def _around(data: Buffer, inside: int, seen: Buffer, size: int) -> Buffer:
     """``size`` bytes: ``data`` at ``inside``, what was ``seen`` and zeros elsewhere."""
-    # What a read has given belongs to us; a bytearray is nobody's constant.
-    if type(seen) is bytearray and len(seen) == size:
+    # What a read has given belongs to us; what cannot be written to is somebody's constant.
+    contents: bytearray | memoryview
+    if len(seen) == size and not (type(seen) is bytes or memoryview(seen).readonly):
         contents = seen
     else:
         contents = bytearray(size)

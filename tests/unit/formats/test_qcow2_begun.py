@@ -78,6 +78,38 @@ async def test_the_first_write_to_a_cluster_needs_no_coroutine(nowait, length):
     await again.close()
 
 
+@pytest.mark.parametrize("nowait", [True, False])
+async def test_the_first_write_needs_none_of_the_tables_of_a_backing_image(nowait):
+    below = MemoryDriver()
+    await new_qcow2(below, size=SIZE)
+    base = await open_qcow2(below)
+    await base.write(2 * CLUSTER, b"\7" * 3 * CLUSTER)
+    await base.close()
+    base = await open_qcow2(below, read_only=True)
+    disk = MemoryDriver()
+    await new_qcow2(disk, size=SIZE)
+    disk.begins = True
+    image = await open_qcow2(disk, base)
+    await image.write(0, b"\1")  # the L2 table is there, and the flat map has the span
+    disk.nowait = nowait
+    assert not base._metadata.tables
+    counted = Counted(image)
+    disk.log.clear()
+    assert await write_as_export(image, 3 * CLUSTER + 512, b"x" * 512) == "begun"
+    assert await write_as_export(image, 8 * CLUSTER + 512, b"y" * 512) == "begun"  # zeros below
+    assert counted.waited == 0
+    assert not base._metadata.tables
+    assert [r.length for r in disk.log if r.operation == "write"] == [CLUSTER, 512]
+    model = bytearray(SIZE)
+    model[2 * CLUSTER : 5 * CLUSTER] = b"\7" * 3 * CLUSTER
+    model[0] = 1
+    model[3 * CLUSTER + 512 : 3 * CLUSTER + 1024] = b"x" * 512
+    model[8 * CLUSTER + 512 : 8 * CLUSTER + 1024] = b"y" * 512
+    assert bytes(await image.read(0, SIZE)) == model
+    await image.close()
+    await base.close()
+
+
 async def test_nothing_is_written_around_the_first_data_of_a_fresh_cluster():
     image, disk = await image_over(nowait=False)
     disk.log.clear()
