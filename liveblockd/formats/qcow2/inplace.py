@@ -245,7 +245,7 @@ def _around(data: Buffer, inside: int, seen: Buffer, size: int) -> Buffer:
     """``size`` bytes: ``data`` at ``inside``, what was ``seen`` and zeros elsewhere."""
     # What a read has given belongs to us; what cannot be written to is somebody's constant.
     contents: bytearray | memoryview
-    if len(seen) == size and not (type(seen) is bytes or memoryview(seen).readonly):
+    if len(seen) == size and not isinstance(seen, bytes) and not memoryview(seen).readonly:
         contents = seen
     else:
         contents = bytearray(size)
