@@ -183,6 +183,25 @@ class DirtyBitmap:
         bit = offset >> self._shift
         return bool(int(self.bits[bit >> 3]) >> (bit & 7) & 1)
 
+    def next_dirty(self, offset: int) -> int:
+        """The first dirty byte from ``offset`` on, or -1: the start of its granule at the least."""
+        bit = offset >> self._shift
+        index = bit >> 3
+        if index >= len(self.bits):
+            return -1
+        if found := int(self.bits[index]) >> (bit & 7):
+            bit += (found & -found).bit_length() - 1
+            return max(offset, bit << self._shift)
+        index += 1
+        while index < len(self.bits):
+            part = self.bits[index : index + _STEP]
+            if part.any():
+                index += int((part != 0).argmax())
+                found = int(self.bits[index])
+                return (index << 3 | (found & -found).bit_length() - 1) << self._shift
+            index += _STEP
+        return -1
+
     def runs(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int]]:
         """(offset, length) of the dirty areas in a range, in bytes, adjacent granules joined.
 

@@ -145,9 +145,14 @@ def _note_backing(node: Node) -> None:
 
 
 async def insert_filter(
-    graph: Graph, node: Node, name: str | None = None, *, keep: Iterable[Edge] = ()
+    graph: Graph,
+    node: Node,
+    name: str | None = None,
+    *,
+    keep: Iterable[Edge] = (),
+    kind: type[CopyOnRead] = CopyOnRead,
 ) -> Node:
-    """Put a pass-through ``copy-on-read`` node above ``node``, below all its users but ``keep``.
+    """Put a pass-through node of ``kind`` above ``node``, below all its users but ``keep``.
 
     BlockError for a name that cannot be used, or a frozen link.
     """
@@ -162,9 +167,9 @@ async def insert_filter(
         for edge in moving:
             edge.check_not_frozen()
         options = BlockdevOptions.model_construct(
-            {"driver", "node_name"}, driver="copy-on-read", node_name=name
+            {"driver", "node_name"}, driver=kind.driver_name, node_name=name
         )
-        above = Node(name, CopyOnRead, options, read_only=node.read_only)
+        above = Node(name, kind, options, read_only=node.read_only)
         above.change_options(
             discard=BlockdevDiscardOptions.UNMAP,
             cache=node.options.cache,
@@ -172,7 +177,7 @@ async def insert_filter(
         )
         above.job_filter = True
         above.implicit = implicit
-        above.bind(CopyOnRead(node, read_only=node.read_only))
+        above.bind(kind(node, read_only=node.read_only))
         async with graph.drained(node):
             graph.nodes[name] = above
             _move(graph, moving, above)
@@ -204,6 +209,48 @@ async def remove_filter(graph: Graph, above: Node) -> None:
             del graph.nodes[above.name]
             await graph.refresh_permissions(node)
         await graph.unref(node)
+
+
+async def replace_nodes(
+    graph: Graph, nodes: Iterable[Node], other: Node, *, keep: Iterable[Edge] = ()
+) -> None:
+    """Put all who use ``nodes``, but ``keep``, on ``other``; BlockError, and nothing changed.
+
+    What hangs below ``other`` itself stays. The caller has drained all of them and sees to it that
+    they read the same, and calls ``unref`` for what is left over.
+    """
+    async with graph.lock:
+        nodes = tuple(nodes)
+        staying = set(keep)
+        below = _below(other)
+        moving = [
+            (edge, node)
+            for node in nodes
+            for edge in node.parents
+            if edge not in staying and edge.parent not in below
+        ]
+        for edge, _ in moving:
+            edge.check_not_frozen()
+        _move(graph, (edge for edge, _ in moving), other)
+        try:
+            await graph.refresh_permissions(other, *nodes)
+        except BaseException:
+            for edge, node in moving:
+                graph.redirect(edge, node)
+            await graph.refresh_permissions(other, *nodes)
+            raise
+
+
+def _below(node: Node) -> set[object]:
+    """``node`` and all that it stands on."""
+    found: set[object] = {node}
+    pending = [node]
+    while pending:
+        for edge in pending.pop().children.values():
+            if edge.child not in found:
+                found.add(edge.child)
+                pending.append(edge.child)
+    return found
 
 
 def layers_between(top: Node, base: Node | None) -> list[Node]:

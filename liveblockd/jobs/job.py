@@ -151,6 +151,9 @@ class Job:
         """Whether a cancel ends the job as cancelled; a ready mirror ends as completed."""
         return True
 
+    def end_gently(self) -> None:
+        """A cancel that is not forced: end as completed, without switching over."""
+
     # -- where it stands
 
     @property
@@ -216,12 +219,15 @@ class Job:
         """``count`` bytes start to move."""
         self.limit.account(self.scheduler.clock.monotonic(), count)
 
-    def action_on(self, operation: str, code: int) -> ErrorAction:
+    def action_on(
+        self, operation: str, code: int, policy: BlockdevOnError | None = None
+    ) -> ErrorAction:
         """Announce an I/O error (``operation`` read or write) and say what to do about it.
 
-        STOP has paused the job already: the caller goes to ``checkpoint`` and tries again after.
+        ``policy`` is for jobs that have more than one. STOP has paused the job already: the caller
+        goes to ``checkpoint`` and tries again after.
         """
-        match self.on_error:
+        match policy or self.on_error:
             case BlockdevOnError.STOP:
                 action = ErrorAction.STOP
             case BlockdevOnError.IGNORE:

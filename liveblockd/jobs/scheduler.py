@@ -159,6 +159,8 @@ class Scheduler:
             return  # it is being finalized: what it does now is true whatever we say
         if forced:
             job.cancel_requested = True
+        else:
+            job.end_gently()
         if job.user_paused:
             self._resume(job)
         if forced and job.status in (JobStatus.WAITING, JobStatus.PENDING):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
-from liveblockd.storage.driver import Permission
+from liveblockd.storage.driver import Buffer, Permission
 
 T = TypeVar("T")
 
@@ -43,3 +43,34 @@ class JobUser(Backend):
         """Make and await a request to any node below, once nothing is quiesced."""
         await self._enter("rd", 0, 0)
         return await self._counted(request())
+
+    @property
+    def quiesced(self) -> bool:
+        """Whether requests have to wait now."""
+        return self._quiesced > 0
+
+    @staticmethod
+    async def run_on_both(
+        one: JobUser, other: JobUser, request: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T:
+        """As ``run``, in flight on two nodes; it begins when neither is quiesced.
+
+        Who waits for one while it counts for the other would hang a drain of both.
+        """
+        while True:
+            await one._enter("rd", 0, 0)
+            await other._enter("rd", 0, 0)
+            if not one._quiesced:
+                return await one._counted(other._counted(request()))
+
+    async def run_now(self, request: Coroutine[Any, Any, T]) -> T:
+        """Await a request that begins although its node may be quiesced: its cause is in flight."""
+        return await self._counted(request)
+
+    async def store(self, offset: int, data: Buffer) -> None:
+        """Write, looking for zeros if the node is to; for use in one of the above."""
+        await self._store(offset, data, False)
+
+    async def store_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """Make a range read as zeros; for use in one of the above."""
+        await self._store_zeroes(offset, length, may_unmap, False, False)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.jobs.job import BlockDeviceIoStatus, Job, JobType
+from liveblockd.jobs.mirror import MirrorCopyMode, MirrorCore
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb
 from liveblockd.qapi import QapiModel
 from liveblockd.qmp.context import Context
@@ -98,8 +99,14 @@ class BlockJobChangeOptions(QapiModel):
 
     @classmethod
     def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
-        """No kind of job has members of its own yet."""
-        return {}
+        """What a type of job has besides."""
+        return {"mirror": BlockJobChangeOptionsMirror}
+
+
+class BlockJobChangeOptionsMirror(BlockJobChangeOptions):
+    """Of a mirror."""
+
+    copy_mode: MirrorCopyMode
 
 
 def block_job(context: Context, job_id: str) -> Job:
@@ -122,21 +129,24 @@ def any_job(context: Context, job_id: str) -> Job:
 
 def block_job_info(job: Job) -> BlockJobInfo:
     """What query-block-jobs says of ``job``."""
-    return BlockJobInfo(
-        type=job.type,
-        device=job.id,
-        len_=job.length,
-        offset=job.offset,
-        busy=job.busy,
-        paused=job.pause_count > 0,
-        speed=job.speed,
-        io_status=job.io_status,
-        ready=job.ready,
-        status=job.status,
-        auto_finalize=job.auto_finalize,
-        auto_dismiss=job.auto_dismiss,
-        error=job.error.message if job.error is not None else None,
-    )
+    members: dict[str, Any] = {
+        "type": job.type,
+        "device": job.id,
+        "len_": job.length,
+        "offset": job.offset,
+        "busy": job.busy,
+        "paused": job.pause_count > 0,
+        "speed": job.speed,
+        "io_status": job.io_status,
+        "ready": job.ready,
+        "status": job.status,
+        "auto_finalize": job.auto_finalize,
+        "auto_dismiss": job.auto_dismiss,
+        "error": job.error.message if job.error is not None else None,
+    }
+    if job.type is JobType.MIRROR and isinstance(job, MirrorCore):
+        return BlockJobInfoMirror(**members, actively_synced=job.actively_synced)
+    return BlockJobInfo(**members)
 
 
 def newest_first(context: Context) -> list[Job]:
@@ -228,10 +238,14 @@ async def block_job_dismiss(context: Context, arguments: IdArgument) -> None:
 
 @command("block-job-change", args=BlockJobChangeOptions)
 async def block_job_change(context: Context, arguments: BlockJobChangeOptions) -> None:
-    """Change an option of a job; no kind of job here has one."""
+    """Change an option of a job; only mirrors have one."""
     job = block_job(context, arguments.id)
     check_verb(job.id, job.status, JobVerb.CHANGE)
-    raise BlockError("Job type does not support change")
+    if job.type is not JobType.MIRROR or not isinstance(job, MirrorCore):
+        raise BlockError("Job type does not support change")
+    if not isinstance(arguments, BlockJobChangeOptionsMirror):
+        raise BlockError(f"Job '{job.id}' is a '{job.type}' job, not a '{arguments.type_}' job")
+    job.change_copy_mode(arguments.copy_mode)
 
 
 @command("job-pause", args=IdArgument)

@@ -1,0 +1,140 @@
+"""What a mirror has still to copy: the dirty bitmap of its source, and what is under way of it.
+
+Runs on the event loop. Invariants:
+
+* Two requests to the target never overlap: a copy that is late would undo what came after it.
+  Each holds a ``Claim`` in whole units; guests' writes wait for theirs, copies look elsewhere.
+* A chunk is clean from the moment its copy begins, so that a write that ends meanwhile is seen.
+* A pass goes through the disk once: what is written again and again is copied once a pass, so
+  that the rest shrinks as long as writing is slower than copying.
+
+No errors escape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from liveblockd.graph.bitmaps import DirtyBitmap
+
+#: the bitmap of the mirror on whose behalf the current task writes to its source
+_mirrored: ContextVar[DirtyBitmap | None] = ContextVar("mirrored", default=None)
+
+
+class MirrorBitmap(DirtyBitmap):
+    """Records what is written to a source, but for what its mirror writes to both sides."""
+
+    def record(self, offset: int, length: int) -> None:
+        """A write has ended, well or not."""
+        if _mirrored.get() is not self:
+            super().record(offset, length)
+
+    def look_away(self) -> None:
+        """What the current task writes from now on is not recorded."""
+        _mirrored.set(self)
+
+
+@dataclass(eq=False, slots=True)
+class Claim:
+    """A range, in bytes, that one request to the target has for itself."""
+
+    start: int
+    end: int
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+class Chunks:
+    """The rest of a disk of ``size`` bytes; claims and copies are in multiples of ``unit``."""
+
+    def __init__(self, bitmap: DirtyBitmap, unit: int) -> None:
+        assert unit % bitmap.granularity == 0
+        self.bitmap = bitmap
+        self.unit = unit
+        #: how often the whole disk was gone through
+        self.passes = 0
+        self._cursor = 0
+        self._claims: list[Claim] = []
+
+    @property
+    def rest(self) -> int:
+        """Bytes that are dirty; what is claimed is not among them."""
+        bitmap = self.bitmap
+        count = bitmap.count * bitmap.granularity
+        over = bitmap.length * bitmap.granularity - bitmap.size
+        if over and count and bitmap.is_dirty(bitmap.size - 1):
+            count -= over
+        return count
+
+    @property
+    def claimed(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._claims)
+
+    def widened(self, start: int, end: int) -> tuple[int, int]:
+        """The range in whole units; the last one of the disk may be short."""
+        unit = self.unit
+        return start // unit * unit, min(-(-end // unit) * unit, self.bitmap.size)
+
+    def take(self, limit: int) -> Claim | None:
+        """Claim the next dirty range of at most ``limit`` bytes and call it clean; None: nothing.
+
+        Nothing also when all that is dirty is claimed.
+        """
+        start = self._cursor
+        if (claim := self._take(start, self.bitmap.size, limit)) is None:
+            self.passes += 1
+            claim = self._take(0, start, limit)
+            self._cursor = 0 if claim is None else claim.end
+        else:
+            self._cursor = claim.end
+        return claim
+
+    def _take(self, position: int, stop: int, limit: int) -> Claim | None:
+        bitmap = self.bitmap
+        limit = max(limit, self.unit)
+        while 0 <= (found := bitmap.next_dirty(position)) < stop:
+            _, length = next(bitmap.runs(found, limit))
+            start, end = self.widened(found, found + length)
+            end = min(end, start + limit // self.unit * self.unit)
+            blocker = self._blocker(start, end)
+            if blocker is not None:
+                if blocker.start <= start:
+                    position = blocker.end
+                    continue
+                end = blocker.start
+            claim = Claim(start, end)
+            self._claims.append(claim)
+            bitmap.reset(start, end - start)
+            return claim
+        return None
+
+    async def enter(self, start: int, end: int) -> Claim:
+        """Claim a range for a write, as soon as nothing else has any of it."""
+        start, end = self.widened(start, end)
+        while (blocker := self._first_blocker(start, end)) is not None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            blocker.waiters.append(waiter)
+            await waiter
+        claim = Claim(start, end)
+        self._claims.append(claim)
+        return claim
+
+    def leave(self, claim: Claim) -> None:
+        """The request has ended, well or not."""
+        self._claims.remove(claim)
+        for waiter in claim.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _blocker(self, start: int, end: int) -> Claim | None:
+        """The one that begins first."""
+        found = [c for c in self._claims if c.start < end and start < c.end]
+        return min(found, key=lambda claim: claim.start) if found else None
+
+    def _first_blocker(self, start: int, end: int) -> Claim | None:
+        for claim in self._claims:
+            if claim.start < end and start < claim.end:
+                return claim
+        return None

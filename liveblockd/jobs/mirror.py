@@ -1,0 +1,521 @@
+"""The core of mirrors and active commits: copy a node to another one while guests write to it.
+
+Specification: qapi/block-core.json (blockdev-mirror, drive-mirror, BlockJobInfoMirror,
+block-job-change). Runs on the event loop; reads and writes are the drivers'.
+
+A ``MirrorBitmap`` on the source records what is written. A first pass finds what is to be copied;
+then chunks that are dirty are copied until there are none (READY), and again when guests write. In
+copy mode ``write-blocking`` a guest's write is answered when it is in both images.
+
+Why nothing is lost:
+
+* A chunk is called clean before it is read, and every write that ends later makes it dirty again.
+* Requests to the target do not overlap (``chunks``).
+* ``prepare`` stops the guests, copies the rest, flushes the target, and only then switches. A
+  crash, an error or a cancel before that leaves the guests on the source, which has everything.
+
+Errors: OSError of the source or target under the policy ``report``; BlockError from ``prepare``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from contextlib import aclosing
+from dataclasses import dataclass
+from errno import EINVAL, EIO
+from typing import ClassVar, Final
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.mirror_top import Apply, MirrorTop
+from liveblockd.graph.node import Node
+from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap
+from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, PieceFailedError
+from liveblockd.jobs.job import BlockdevOnError, ErrorAction, Job
+from liveblockd.jobs.user import JobUser
+from liveblockd.storage.driver import Buffer
+
+DEFAULT_BUFFER: Final = 16 * MIB
+MOST_CHUNK: Final = 2 * MIB
+#: zeros between data are written with it when they are fewer
+LEAST_ZEROES: Final = 64 * KIB
+#: what is asked of the layers in one step of the first pass
+STRETCH: Final = 1024 * MIB
+#: seconds after which a job in step looks for new writes, or tries again what failed
+SLICE: Final = 0.1
+#: seconds for which guests may have to wait for the last rest
+LAST_REST: Final = 0.05
+#: bytes that may always be left for that
+LEAST_REST: Final = 256 * KIB
+#: bytes that may be dirty in a mirror that is called ready although guests go on writing
+READY_REST: Final = 4 * MIB
+
+
+class MirrorCopyMode(enum.StrEnum):
+    """When a guest's write reaches the target (qapi/block-core.json)."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """How a mirror works; ``speed`` in bytes per second, sizes in bytes."""
+
+    granularity: int = 64 * KIB
+    buf_size: int = DEFAULT_BUFFER
+    speed: int = 0
+    on_source_error: BlockdevOnError = BlockdevOnError.REPORT
+    on_target_error: BlockdevOnError = BlockdevOnError.REPORT
+    unmap: bool = True
+    copy_mode: MirrorCopyMode = MirrorCopyMode.BACKGROUND
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class MirrorCore(Job):
+    """Keeps ``target`` in step with ``source``; a subclass knows what there is to do at the end.
+
+    Before ``Scheduler.start``, under the graph lock, its starter gives it ``source_user`` and
+    ``target_user`` (``JobUser`` on the two nodes), puts a ``MirrorTop`` above the source as
+    ``filter`` and calls ``track``; ``untrack`` undoes that. ``base`` is the layer of the source's
+    chain whose data the target need not get (None: all is copied, and holes are made zeros unless
+    ``target_is_zero``); with ``nothing_yet`` only what is written from now on is copied.
+    ``unit`` is the alignment of all copies (a multiple of the granularity): the cluster size of a
+    target that does not stand on its backing node yet.
+
+    Subclasses define ``pivot`` (the switch: guests stand still, all is durable in the target; may
+    fail and then has changed nothing), ``check_completion`` and the rest of the hooks of ``Job``.
+    """
+
+    parallel: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        job_id: str,
+        options: MirrorOptions,
+        graph: Graph,
+        source: Node,
+        target: Node,
+        *,
+        base: Node | None = None,
+        nothing_yet: bool = False,
+        target_is_zero: bool = False,
+        unit: int | None = None,
+    ) -> None:
+        super().__init__(
+            job_id,
+            speed=options.speed,
+            auto_finalize=options.auto_finalize,
+            auto_dismiss=options.auto_dismiss,
+        )
+        self.options = options
+        self.graph = graph
+        self.source = source
+        self.target = target
+        self.base = base
+        self.nothing_yet = nothing_yet
+        self.target_is_zero = target_is_zero
+        self.copy_mode = options.copy_mode
+        self.bitmap = MirrorBitmap(source.length, options.granularity)
+        self.chunks = Chunks(self.bitmap, max(unit or 0, options.granularity))
+        self.source_user: JobUser = None  # type: ignore[assignment]
+        self.target_user: JobUser = None  # type: ignore[assignment]
+        self.filter: Node | None = None
+        #: asked to end, with or without a switch
+        self.ending = False
+        self.switching = False
+        self._looked_through = False  # the first pass is over
+        self._over = False
+        self._done = 0  # bytes
+        self._under_way = 0  # bytes
+        self._copies: set[asyncio.Task[None]] = set()
+        self._failures: list[PieceFailedError] = []
+        self._retry_at = 0.0
+        self._throughput = 0.0  # bytes per second of one copy
+
+    # -- for subclasses and starters
+
+    async def pivot(self) -> None:
+        """Switch over; guests stand still and the target has everything, durably."""
+        raise NotImplementedError
+
+    def check_completion(self) -> None:
+        """BlockError if there could be no switch."""
+
+    def check_sizes(self) -> None:
+        """OSError if the target cannot take the source; the work begins with it."""
+        if self.target.length != self.source.length:
+            raise OSError(EINVAL, "Invalid argument")
+
+    def track(self) -> None:
+        """Record writes from now on; ``filter`` is in its place."""
+        self.source.add_bitmap(self.bitmap)
+        self.graph.rebind_above(self.source)
+        if self.filter is not None:
+            assert isinstance(self.filter.driver, MirrorTop)
+            self.filter.driver.mirror = self
+
+    def untrack(self) -> None:
+        """No longer; twice is harmless."""
+        self._over = True
+        if self.filter is not None and isinstance(self.filter.driver, MirrorTop):
+            self.filter.driver.mirror = None
+        if self.bitmap in self.source.bitmaps:
+            self.source.remove_bitmap(self.bitmap)
+            self.graph.rebind_above(self.source)
+
+    # -- what clients ask for
+
+    def complete(self) -> None:
+        """Switch over as soon as the target has everything."""
+        self.check_completion()
+        self.ending = self.switching = True
+
+    def cancel_is_forced(self, force: bool) -> bool:
+        """A mirror in step ends as completed, without a switch."""
+        return force or not self.ready
+
+    def end_gently(self) -> None:
+        """End with a target that is what the source was at one moment."""
+        self.ending, self.switching = True, False
+
+    def change_copy_mode(self, mode: MirrorCopyMode) -> None:
+        """block-job-change; only from background to write-blocking."""
+        if mode is self.copy_mode:
+            return
+        if mode is MirrorCopyMode.BACKGROUND:
+            raise BlockError(f"Change to copy mode '{mode}' is not implemented")
+        self.copy_mode = mode
+
+    @property
+    def actively_synced(self) -> bool:
+        """Whether every write that was answered is in the target."""
+        return self.mirroring and self.ready and not (self.chunks.rest or self._under_way)
+
+    # -- the work
+
+    async def run(self) -> None:
+        """Copy until asked to end, and nearly everything is in the target."""
+        try:
+            self.check_sizes()
+            if not self.nothing_yet:
+                await self._look_through()
+            self._looked_through = True
+            await self._keep_up()
+        except BaseException:
+            self._over = True
+            raise
+        finally:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Wait for the copies in flight."""
+        while self._copies:
+            await asyncio.wait(self._copies)
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self.checkpoint()
+            await self._judge()
+            self._progress()
+            if not self.ready and self._in_step():
+                self.scheduler.set_ready(self)
+            elif self.ending and self._nearly_done():
+                if await self._flush_early():
+                    return
+            elif len(self._copies) >= self.scheduler.share(self):
+                await self.wait()
+            elif (delay := self._delay()) > 0:
+                await self.wait(delay)
+            elif (claim := self.chunks.take(self._chunk())) is not None:
+                self._begin(claim)
+            else:
+                # Woken by the end of a copy, by clients, or by time to look for new writes.
+                await self.wait(None if self._copies else SLICE)
+
+    def _in_step(self) -> bool:
+        rest = self.chunks.rest + self._under_way
+        return rest == 0 or (self.chunks.passes >= 2 and rest <= READY_REST)
+
+    def _nearly_done(self) -> bool:
+        rest = self.chunks.rest + self._under_way
+        return rest <= max(LEAST_REST, self._throughput * LAST_REST)
+
+    async def _flush_early(self) -> bool:
+        """What is in the target already is made durable while guests go on; whether it was."""
+        await self.settle()
+        try:
+            await self.target_user.run(self.target_user.node.flush)
+        except OSError as error:
+            self._failures.append(PieceFailedError("write", error))
+        return not self._failures
+
+    def _delay(self) -> float:
+        now = self.scheduler.clock.monotonic()
+        return max(self.rate_delay(), self._retry_at - now)
+
+    def _chunk(self) -> int:
+        if self.speed:
+            return LIMITED_CHUNK
+        return max(
+            self.options.granularity, min(MOST_CHUNK, self.options.buf_size // self.parallel)
+        )
+
+    def _progress(self) -> None:
+        self.offset = self._done
+        self.length = self._done + self._under_way + self.chunks.rest
+
+    # -- the first pass
+
+    async def _look_through(self) -> None:
+        """Call dirty what is to be copied, and make zeros of what is not there."""
+        position, end = 0, self.source.length
+        base = chain.skip_filters(self.base)
+        if base is not None and chain.skip_filters(self.source) is base:
+            return
+        while position < end:
+            await self.checkpoint()
+            stretch = min(STRETCH, end - position)
+            try:
+                await self._look_at(position, stretch, base)
+            except PieceFailedError as failure:
+                self._failures.append(failure)
+                await self._judge()
+                await self.wait(max(self._delay(), 0.0))
+                continue
+            position += stretch
+            self._progress()
+
+    async def _look_at(self, offset: int, length: int, base: Node | None) -> None:
+        holes: list[tuple[int, int]] = []
+        position = offset
+
+        async def ask() -> None:
+            nonlocal position
+            async with aclosing(chain.resolve(self.source, base, offset, length)) as found:
+                async for run in found:
+                    if run.layer is not None:
+                        self.bitmap.set(position, run.length)
+                    elif base is None and not self.target_is_zero:
+                        holes.append((position, run.length))
+                    position += run.length
+
+        try:
+            await self.source_user.run(ask)
+        except OSError as error:
+            raise PieceFailedError("read", error) from error
+        for start, count in holes:
+            await self.checkpoint()
+            try:
+                await self.target_user.run(lambda s=start, n=count: self._clear(s, n))  # type: ignore[misc]
+            except OSError as error:
+                raise PieceFailedError("write", error) from error
+
+    async def _clear(self, offset: int, length: int) -> None:
+        """Zeros where the target has none yet. No copy and no mirrored write is under way."""
+        position = offset
+        todo: list[tuple[int, int]] = []
+        async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
+            async for run in found:
+                if not run.zero:
+                    todo.append((position, run.length))
+                position += run.length
+        for start, count in todo:
+            await self.target_user.store_zeroes(start, count, may_unmap=self.options.unmap)
+
+    # -- copies
+
+    def _begin(self, claim: Claim) -> None:
+        length = claim.end - claim.start
+        self._under_way += length
+        self.account(length)
+        task = asyncio.create_task(self._carry(claim))
+        self._copies.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._copies.discard(task)
+        self.wake()
+
+    async def _carry(self, claim: Claim) -> None:
+        length = claim.end - claim.start
+        began = self.scheduler.clock.monotonic()
+        try:
+            await JobUser.run_on_both(
+                self.source_user, self.target_user, lambda: self._copy(claim.start, length)
+            )
+        except PieceFailedError as failure:
+            self._failed(claim, failure)
+        except Exception as error:
+            # The chunk was not copied, so the job must not succeed.
+            defect = OSError(EIO, f"Internal error: {error!r}")
+            self._failed(claim, PieceFailedError("write", defect))
+        else:
+            self._done += length
+            seconds = self.scheduler.clock.monotonic() - began
+            if seconds > 0:
+                self._throughput += (length / seconds - self._throughput) / 4
+        finally:
+            self._under_way -= length
+            self.chunks.leave(claim)
+
+    def _failed(self, claim: Claim, failure: PieceFailedError) -> None:
+        self.bitmap.set(claim.start, claim.end - claim.start)
+        self._failures.append(failure)
+
+    async def _copy(self, offset: int, length: int) -> None:
+        """Let the target have what the source has now; raises PieceFailedError."""
+        try:
+            parts = await self._parts(offset, length)
+        except OSError as error:
+            raise PieceFailedError("read", error) from error
+        for start, count, zero in parts:
+            data: Buffer = b""
+            if not zero:
+                try:
+                    data = await self.source.read(start, count)
+                except OSError as error:
+                    raise PieceFailedError("read", error) from error
+            try:
+                if zero:
+                    await self.target_user.store_zeroes(start, count, may_unmap=self.options.unmap)
+                else:
+                    await self.target_user.store(start, data)
+            except OSError as error:
+                raise PieceFailedError("write", error) from error
+
+    async def _parts(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, zero) of the range; a little zeros between data is called data."""
+        parts: list[tuple[int, int, bool]] = []
+        position = offset
+        async with aclosing(chain.resolve(self.source, None, offset, length)) as found:
+            async for run in found:
+                zero = run.zero and (run.length >= LEAST_ZEROES or run.length == length)
+                if parts and parts[-1][2] is zero:
+                    start, count, _ = parts.pop()
+                    parts.append((start, count + run.length, zero))
+                else:
+                    parts.append((position, run.length, zero))
+                position += run.length
+        return parts
+
+    async def _judge(self) -> None:
+        """Ask the policies about what failed, once everything else in flight has ended."""
+        if not self._failures:
+            return
+        await self.settle()
+        failures, self._failures = self._failures, []
+        for failure in failures:
+            code = failure.error.errno or EIO
+            reading = failure.operation == "read"
+            policy = self.options.on_source_error if reading else self.options.on_target_error
+            action = self.action_on(failure.operation, code, policy)
+            if action is ErrorAction.REPORT:
+                raise failure.error
+            if action is ErrorAction.STOP:
+                return
+            # Ignored means tried again: a target with a gap would be worth nothing.
+            self._retry_at = self.scheduler.clock.monotonic() + SLICE
+
+    # -- guests' writes in copy mode write-blocking
+
+    @property
+    def mirroring(self) -> bool:
+        """Whether guests' writes are given to ``mirror_write``."""
+        return (
+            self.copy_mode is MirrorCopyMode.WRITE_BLOCKING
+            and self._looked_through
+            and not self._over
+        )
+
+    async def mirror_write(
+        self, offset: int, length: int, apply: Apply, data: Buffer | None
+    ) -> None:
+        """A guest's write: ``apply`` does it on the source. Raises the errors of that only.
+
+        While the job is paused or its target quiesced the write is recorded instead.
+        """
+        claim = await self.chunks.enter(offset, offset + length)
+        self._under_way += length
+        try:
+            if self.pause_count or self._over or self.target_user.quiesced:
+                await apply()
+                return
+            await self._write_both(offset, length, apply, data, claim)
+        finally:
+            self._under_way -= length
+            self.chunks.leave(claim)
+            self.wake()
+
+    async def _write_both(
+        self, offset: int, length: int, apply: Apply, data: Buffer | None, claim: Claim
+    ) -> None:
+        whole = (claim.start, claim.end) == (offset, offset + length)
+        self.bitmap.look_away()
+        self.bitmap.reset(offset, length)
+        try:
+            await apply()
+            if data is not None and (whole or self.chunks.unit == self.options.granularity):
+                write = self._store(offset, data)
+            else:
+                start = claim.start if self.chunks.unit > self.options.granularity else offset
+                end = claim.end if self.chunks.unit > self.options.granularity else offset + length
+                write = self._copy(start, end - start)
+            try:
+                await self.target_user.run_now(write)
+            except PieceFailedError as failure:
+                self.bitmap.set(offset, length)
+                self._failures.append(failure)
+            else:
+                self._done += length
+        except BaseException:
+            self.bitmap.set(offset, length)
+            raise
+
+    async def _store(self, offset: int, data: Buffer) -> None:
+        try:
+            await self.target_user.store(offset, data)
+        except OSError as error:
+            raise PieceFailedError("write", error) from error
+
+    # -- the end
+
+    async def prepare(self) -> None:
+        """Stop the guests, copy the rest, make it durable, and switch if asked to."""
+        async with (
+            self.graph.lock,
+            self.graph.drained(self.source, self.target),
+        ):
+            await self._copy_rest()
+            await self.target.flush()
+            self._progress()
+            if self.switching:
+                await self.pivot()
+            self._over = True
+
+    async def _copy_rest(self) -> None:
+        """Nobody else is there: no user of the nodes has anything in flight."""
+        while True:
+            claims: list[Claim] = []
+            while len(claims) < self.parallel and (claim := self.chunks.take(self._chunk())):
+                claims.append(claim)
+            if not claims:
+                return
+            results = await asyncio.gather(
+                *(self._copy(claim.start, claim.end - claim.start) for claim in claims),
+                return_exceptions=True,
+            )
+            for claim, result in zip(claims, results, strict=True):
+                self.chunks.leave(claim)
+                if result is None:
+                    self._done += claim.end - claim.start
+                else:
+                    self.bitmap.set(claim.start, claim.end - claim.start)
+            for failed in results:
+                if isinstance(failed, PieceFailedError):
+                    raise failed.error
+                if failed is not None:
+                    raise failed

@@ -1,0 +1,162 @@
+"""blockdev-mirror and drive-mirror: a disk moves to another image while the guest goes on.
+
+Specification: qapi/block-core.json (blockdev-mirror, drive-mirror). Runs on the event loop.
+
+What a ``MirrorCore`` copies, and how it ends: the users of the source go on with the target, and
+the target gets the backing chain that it needs for that. Errors: those of ``MirrorCore``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import surgery
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node, Operation
+from liveblockd.jobs.job import JobType
+from liveblockd.jobs.mirror import MirrorCore, MirrorOptions
+from liveblockd.storage.driver import Permission
+
+BLOCKER = "block device is in use by block job: mirror"
+
+
+class MirrorSyncMode(enum.StrEnum):
+    """What of the source is copied (qapi/block-core.json)."""
+
+    TOP = "top"
+    FULL = "full"
+    NONE = "none"
+    INCREMENTAL = "incremental"
+    BITMAP = "bitmap"
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorParameters:
+    """What the client asked for, as it can be written down and read again."""
+
+    job_id: str
+    device: str
+    target: str
+    sync: MirrorSyncMode
+    replaces: str | None = None
+    filter_node_name: str | None = None
+    target_is_zero: bool = False
+    granularity: int | None = None
+    buf_size: int | None = None
+    #: without ``granularity`` and ``buf_size``
+    options: MirrorOptions = field(default_factory=MirrorOptions)
+
+
+class Mirror(MirrorCore):
+    """Made by ``mirror_start``."""
+
+    type: ClassVar[JobType] = JobType.MIRROR
+
+    def __init__(
+        self,
+        parameters: MirrorParameters,
+        options: MirrorOptions,
+        graph: Graph,
+        source: Node,
+        target: Node,
+        *,
+        base: Node | None,
+        nothing_yet: bool,
+        unit: int | None = None,
+    ) -> None:
+        super().__init__(
+            parameters.job_id,
+            options,
+            graph,
+            source,
+            target,
+            base=base,
+            nothing_yet=nothing_yet,
+            target_is_zero=parameters.target_is_zero,
+            unit=unit,
+        )
+        self.parameters = parameters
+        self.replaced: Node = source
+        #: what is put below the target at the end; () leaves it alone
+        self.new_backing: tuple[Node | None, ...] = ()
+        # Given back by ``free``.
+        self.blocked: list[Node] = []
+
+    def check_completion(self) -> None:
+        """The node to be replaced is still there and free."""
+        name = self.parameters.replaces
+        if name is None:
+            return
+        node = self.graph.find(name)
+        if node not in self.blocked:
+            node.check_operation(Operation.CHANGE)
+            self.block(node)
+        self.replaced = node
+
+    async def prepare(self) -> None:
+        """As the core; then the target stands on what it is to stand on."""
+        await super().prepare()
+
+    async def pivot(self) -> None:
+        """All users of the source go on with the target."""
+        edge = self.target_user.edge
+        before = edge.used, edge.shared
+        edge.used, edge.shared = Permission.NONE, Permission.ALL
+        old = [self.replaced]
+        keep = [self.source_user.edge]
+        if self.filter is not None:
+            keep.append(self.filter.children["file"])
+            if self.replaced is self.source:
+                old.insert(0, self.filter)
+        try:
+            await surgery.replace_nodes(self.graph, old, self.target, keep=keep)
+        except BaseException:
+            edge.used, edge.shared = before
+            await self.graph.refresh_permissions(self.target)
+            raise
+
+    async def finish_target(self) -> None:
+        """Put the target on its backing node."""
+        for backing in self.new_backing:
+            if self.target.backing is not backing:
+                await surgery.replace_backing(self.graph, self.target, backing)
+
+    async def clean(self) -> None:
+        """Take the filter out and leave the nodes, whichever way it ended."""
+        async with self.graph.lock:
+            await self.release()
+
+    async def release(self) -> None:
+        """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
+        self.untrack()
+        for user in (self.source_user, self.target_user):
+            if user is not None:
+                await self.graph.detach(user)
+        if self.filter is not None:
+            await surgery.remove_filter(self.graph, self.filter)
+
+    async def free(self) -> None:
+        """Let go of the nodes; those that nobody uses any more are closed."""
+        async with self.graph.lock:
+            await self.unblock()
+
+    def block(self, node: Node) -> None:
+        """Keep ``node`` and let nobody else work on it."""
+        node.op_blockers.append(BLOCKER)
+        self.blocked.append(node)
+
+    async def unblock(self) -> None:
+        """Undo all ``block``; holds the graph lock."""
+        blocked, self.blocked = self.blocked, []
+        for node in blocked:
+            node.op_blockers.remove(BLOCKER)
+        for node in blocked:
+            await self.graph.unref(node)
+
+
+def not_supported(sync: MirrorSyncMode) -> BlockError:
+    """What a mirror cannot be asked for."""
+    return BlockError(f"Sync mode '{sync}' not supported")

@@ -1,0 +1,377 @@
+"""blockdev-mirror over images in memory: what it copies while guests write, and how it ends."""
+
+import asyncio
+import random
+from errno import EIO, ENOSPC
+from itertools import pairwise
+
+import pytest
+
+from liveblockd.errors import BlockError
+from liveblockd.jobs.job import BlockdevOnError
+from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
+from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_start import start_mirror
+from liveblockd.jobs.transitions import JobStatus
+from liveblockd.storage.driver import Permission
+from tests.simulation.bench import Bench
+from tests.simulation.overlay import ZERO
+from tests.support.workers import InlineWorkers
+
+KIB = 1024
+CLUSTER = 4 * KIB
+SIZE = 64 * CLUSTER + 512
+READY = ["created", "running", "ready", "READY"]
+ENDED = ["waiting", "pending", "COMPLETED", "concluded", "null"]
+ACTIVE = MirrorCopyMode.WRITE_BLOCKING
+
+
+class Mirrors(Bench):
+    """An overlay ``top`` on ``base``, and an empty ``target``; the guest's drive is on the top."""
+
+    def __init__(self, seed=0):
+        super().__init__(InlineWorkers())
+        self.random = random.Random(seed)
+
+    async def make(self, *, size=SIZE, target_size=None, target_cluster=CLUSTER, target_below=None):
+        for number, name in enumerate(("base", "top", "target")):
+            members = {"driver": "overlay", "node-name": name, "seed": self.random.random()}
+            members["seed"] = self.random.randrange(1 << 30)
+            members["size"] = size if name != "target" else target_size or size
+            members["cluster-size"] = target_cluster if name == "target" else CLUSTER
+            below = {"top": "base", "target": target_below}.get(name)
+            node = await self.open(**members, backing=below, discard="unmap")
+            for cluster in range(-(-size // CLUSTER)):
+                kind = self.random.randrange(4)
+                if name != "target" and kind < 2:
+                    data = bytes([16 * number + 1 + cluster % 15]) * CLUSTER
+                    node.driver.clusters[cluster] = data
+                elif kind == 2 and name == "top":
+                    node.driver.clusters[cluster] = ZERO
+        top = self.graph.nodes["top"]
+        used = Permission.CONSISTENT_READ | Permission.WRITE
+        self.drive = await self.graph.attach(top, used, name="virtio0")
+        self.model = bytearray(await self.drive.read(0, size))
+        return self
+
+    async def mirror(
+        self,
+        job_id="m",
+        *,
+        device="virtio0",
+        target="target",
+        sync="full",
+        replaces=None,
+        granularity=CLUSTER,
+        filter_node_name=None,
+        **options,
+    ):
+        parameters = MirrorParameters(
+            job_id,
+            device,
+            target,
+            MirrorSyncMode(sync),
+            replaces=replaces,
+            filter_node_name=filter_node_name,
+            granularity=granularity,
+            options=MirrorOptions(**options),
+        )
+        return await start_mirror(self.graph, self.scheduler, parameters)
+
+    async def content(self, name):
+        node = self.graph.nodes[name]
+        return bytes(await node.read(0, node.length))
+
+    async def guest(self, writes, *, lanes=3, pause=0.0):
+        """Random writes of several lanes, each in a part of the disk of its own."""
+
+        async def lane(low, high):
+            for _ in range(writes):
+                await self.change(low, high)
+                await asyncio.sleep(pause)
+
+        size = len(self.model)
+        cuts = [size * n // lanes // 512 * 512 for n in range(lanes)] + [size]
+        await asyncio.gather(*(lane(a, b) for a, b in pairwise(cuts)))
+
+    async def change(self, low, high):
+        rng = self.random
+        offset = rng.randrange(low, high) // 512 * 512
+        length = min(rng.choice((512, CLUSTER, 3 * CLUSTER, 10 * KIB)), high - offset)
+        kind = rng.randrange(8)
+        if kind == 0:
+            await self.drive.write_zeroes(offset, length, may_unmap=True)
+            self.model[offset : offset + length] = bytes(length)
+        elif kind == 1:
+            await self.drive.discard(offset, length)
+            self.model[offset : offset + length] = await self.drive.read(offset, length)
+        else:
+            data = bytes([rng.randrange(1, 256)]) * length
+            await self.drive.write(offset, data)
+            self.model[offset : offset + length] = data
+
+    async def until(self, job, status):
+        await self.end(job, status)
+
+
+@pytest.mark.parametrize("sync", ["full", "top", "none"])
+@pytest.mark.parametrize("mode", list(MirrorCopyMode))
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_guest_writes_and_nothing_is_lost(seed, mode, sync):
+    bench = Mirrors(seed)
+    below = {"full": None, "top": "base", "none": "top"}[sync]
+    granularity = bench.random.choice((512, CLUSTER, 4 * CLUSTER))
+    cluster = bench.random.choice((512, CLUSTER, 2 * CLUSTER))
+    await bench.make(target_cluster=cluster, target_below=None if below == "top" else below)
+    job = await bench.mirror(sync=sync, granularity=granularity, copy_mode=mode)
+    guest = asyncio.create_task(bench.guest(60))
+    await bench.until(job, JobStatus.READY)
+    assert bench.course("m") == READY, seed
+    await asyncio.sleep(0.001)
+    bench.scheduler.complete(job)
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    await guest
+    await bench.guest(5)
+    assert bench.course("m") == READY + ENDED, seed
+    assert bench.drive.node.name == "target"
+    if sync != "none":
+        assert await bench.content("target") == bytes(bench.model), seed
+    assert not bench.graph.nodes["top"].parents
+    assert not bench.graph.nodes["top"].bitmaps
+    assert sorted(bench.graph.nodes) == ["base", "target", "top"]
+    await bench.close()
+
+
+@pytest.mark.parametrize("mode", list(MirrorCopyMode))
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_gentle_cancel_leaves_a_copy(seed, mode):
+    bench = await Mirrors(seed).make()
+    job = await bench.mirror(copy_mode=mode)
+    await bench.guest(10)
+    await bench.until(job, JobStatus.READY)
+    await bench.guest(10)
+    bench.scheduler.cancel(job)
+    await bench.end(job)
+    assert bench.course("m") == READY + ENDED
+    assert bench.drive.node.name == "top"
+    assert await bench.content("target") == bytes(bench.model), seed
+    assert await bench.content("top") == bytes(bench.model), seed
+    await bench.close()
+
+
+async def test_a_forced_cancel():
+    bench = await Mirrors().make()
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.cancel(job, force=True)
+    await bench.end(job)
+    assert bench.course("m") == [*READY, "aborting", "CANCELLED", "concluded", "null"]
+    assert bench.drive.node.name == "top"
+    job = await bench.mirror("n", speed=1)
+    await asyncio.sleep(0.01)
+    bench.scheduler.cancel(job)
+    await bench.end(job)
+    assert bench.course("n") == [
+        "created", "running", "aborting", "CANCELLED", "concluded", "null"
+    ]  # fmt: skip
+    await bench.close()
+
+
+@pytest.mark.parametrize("mode", list(MirrorCopyMode))
+async def test_a_full_target_stops_the_job_and_it_goes_on(mode):
+    bench = await Mirrors().make()
+    bench.graph.nodes["target"].driver.faults["write"] = ENOSPC
+    job = await bench.mirror(on_target_error=BlockdevOnError.STOP, copy_mode=mode)
+    await bench.until(job, JobStatus.PAUSED)
+    assert job.io_status == "nospace"
+    await bench.guest(10)
+    bench.scheduler.resume(job)
+    await bench.until(job, JobStatus.READY)
+    bench.graph.nodes["target"].driver.faults["write"] = ENOSPC
+    await bench.guest(10)
+    await bench.until(job, JobStatus.STANDBY)
+    await bench.guest(10)
+    bench.scheduler.resume(job)
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert await bench.content("target") == bytes(bench.model)
+    assert bench.drive.node.name == "target"
+    await bench.close()
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+@pytest.mark.parametrize("policy", [BlockdevOnError.REPORT, BlockdevOnError.IGNORE])
+async def test_errors(operation, policy):
+    bench = await Mirrors().make()
+    side = {"read": "top", "write": "target"}[operation]
+    bench.graph.nodes[side].driver.faults[operation] = EIO
+    options = {"read": "on_source_error", "write": "on_target_error"}
+    job = await bench.mirror(**{options[operation]: policy})
+    if policy is BlockdevOnError.REPORT:
+        await bench.end(job)
+        assert bench.course("m") == [
+            "created", "running", "ERROR", "aborting", "COMPLETED", "concluded", "null"
+        ]  # fmt: skip
+        assert bench.completion("m")["error"] == "injected"
+    else:
+        await bench.until(job, JobStatus.READY)
+        bench.scheduler.complete(job)
+        await bench.end(job)
+        assert await bench.content("target") == bytes(bench.model)
+    error = next(d for n, d in bench.events if n == "BLOCK_JOB_ERROR")
+    assert error == {"device": "m", "operation": operation, "action": str(policy)}
+    assert bench.drive.node.name == ("top" if policy is BlockdevOnError.REPORT else "target")
+    await bench.close()
+
+
+async def test_an_error_at_the_very_end_leaves_the_source():
+    bench = await Mirrors().make()
+    job = await bench.mirror(auto_finalize=False)
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.until(job, JobStatus.PENDING)
+    await bench.guest(5)
+    bench.graph.nodes["target"].driver.faults["write"] = ENOSPC
+    await bench.scheduler.finalize(job)
+    assert bench.completion("m")["error"] == "injected"
+    assert bench.drive.node.name == "top"
+    assert await bench.content("top") == bytes(bench.model)
+    await bench.guest(2)
+    await bench.close()
+
+
+async def test_pending_for_long_loses_nothing():
+    bench = await Mirrors().make()
+    job = await bench.mirror(auto_finalize=False)
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.until(job, JobStatus.PENDING)
+    await bench.guest(20)
+    await bench.scheduler.finalize(job)
+    await bench.end(job)
+    assert await bench.content("target") == bytes(bench.model)
+    assert bench.drive.node.name == "target"
+    await bench.close()
+
+
+async def test_what_is_durable_at_the_end():
+    bench = await Mirrors().make()
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    await bench.guest(10)
+    target = bench.graph.nodes["target"].driver
+    durable = []
+    bench.publisher.subscribe(
+        lambda event: (
+            durable.append(dict(target.durable)) if event.name == "BLOCK_JOB_COMPLETED" else None
+        )
+    )
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert durable == [target.clusters]
+    await bench.close()
+
+
+async def test_a_change_to_write_blocking():
+    bench = await Mirrors().make()
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    assert not job.actively_synced
+    job.change_copy_mode(ACTIVE)
+    guest = asyncio.create_task(bench.guest(30))
+    await asyncio.sleep(0.01)
+    with pytest.raises(BlockError, match="Change to copy mode 'background' is not implemented"):
+        job.change_copy_mode(MirrorCopyMode.BACKGROUND)
+    await guest
+    await asyncio.sleep(0.15)
+    assert job.actively_synced
+    assert await bench.content("target") == bytes(bench.model), "before anything was completed"
+    await bench.guest(3)
+    assert await bench.content("target") == bytes(bench.model), "at once"
+    await bench.close()
+
+
+async def test_refusals():
+    bench = await Mirrors().make()
+    for options, message in (
+        ({"device": "top", "target": "top"}, "Can't mirror node into itself"),
+        ({"target": "virtio0"}, "Can't mirror node into itself"),
+        ({"device": "base"}, "Need a root block node"),
+        ({"target": "nobody"}, "Cannot find device='nobody' nor node-name='nobody'"),
+        ({"device": "nobody"}, "Cannot find device='nobody' nor node-name='nobody'"),
+        ({"granularity": 1000}, "Parameter 'granularity' expects a power of 2"),
+        ({"granularity": 256}, r"expects a value in range \[512B, 64MB\]"),
+        ({"granularity": 1 << 27}, r"expects a value in range \[512B, 64MB\]"),
+        ({"sync": "incremental"}, "Sync mode 'incremental' not supported"),
+        ({"sync": "bitmap"}, "Sync mode 'bitmap' not supported"),
+        ({"target": "base"}, "Node 'base' is busy: node is used as backing hd of 'top'"),
+        ({"speed": -1}, "Parameter 'speed' expects a non-negative value"),
+        ({"job_id": "-"}, "Invalid job ID '-'"),
+        ({"replaces": "nobody"}, "Failed to find node with node-name='nobody'"),
+        ({"replaces": "base"}, "Node 'base' is busy: node is used as backing hd of 'top'"),
+    ):
+        with pytest.raises(BlockError, match=message):
+            await bench.mirror(**options)
+        assert sorted(bench.graph.nodes) == ["base", "target", "top"], options
+        assert not any(n.op_blockers or n.bitmaps for n in bench.graph.nodes.values()), options
+    job = await bench.mirror(filter_node_name="flt")
+    busy = "is busy: block device is in use by block job: mirror"
+    for options, message in (
+        ({"job_id": "x"}, f"Node 'flt' {busy}"),
+        ({"job_id": "x", "device": "target", "target": "top"}, f"Node 'target' {busy}"),
+    ):
+        with pytest.raises(BlockError, match=message):
+            await bench.mirror(**options)
+    with pytest.raises(BlockError, match=f"Node 'top' {busy}"):
+        await bench.graph.resize(bench.graph.nodes["top"], 1 << 20)
+    await bench.end(job, JobStatus.READY)
+    await bench.close()
+
+
+async def test_another_size():
+    bench = await Mirrors().make(target_size=SIZE + 512)
+    job = await bench.mirror()
+    await bench.end(job)
+    assert bench.completion("m")["error"] == "Invalid argument"
+    await bench.close()
+
+
+async def test_a_disk_without_bytes():
+    bench = await Mirrors().make(size=0)
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert bench.drive.node.name == "target"
+    await bench.close()
+
+
+async def test_quit_while_ready():
+    bench = await Mirrors().make()
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    await bench.close()
+    assert bench.course("m")[-4:] == ["aborting", "CANCELLED", "concluded", "null"]
+
+
+async def test_zeros_that_a_late_copy_may_not_undo():
+    """A guest who writes the same chunk again and again, in both modes, against a slow target."""
+    for mode in MirrorCopyMode:
+        bench = await Mirrors(7).make(size=8 * CLUSTER)
+        job = await bench.mirror(copy_mode=mode)
+
+        async def rewrite(bench=bench):
+            for number in range(200):
+                data = bytes([number + 1]) * CLUSTER
+                await bench.drive.write(0, data)
+                bench.model[:CLUSTER] = data
+
+        await rewrite()
+        await bench.until(job, JobStatus.READY)
+        await rewrite()
+        bench.scheduler.complete(job)
+        await bench.end(job)
+        assert await bench.content("target") == bytes(bench.model)
+        await bench.close()
