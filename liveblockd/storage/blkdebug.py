@@ -1,93 +1,45 @@
-"""The driver ``blkdebug``: passes requests on to its ``image`` and lets chosen ones fail.
+"""The driver ``blkdebug``: passes requests on to its ``image`` and lets chosen ones fail or stop.
 
 Specification: qapi/block-core.json, BlockdevOptionsBlkdebug; QEMU docs/devel/testing/blkdebug.
 
 A rule waits for an event; when it comes the rule is active, and the next request of its type that
-touches its sector fails. ``set-state`` rules change a number that other rules ask for. The events
-are judged from the requests (``blkdebug_events``).
+touches its sector fails. ``set-state`` rules change a number that other rules ask for. A breakpoint
+(``suspend``) stops the request at whose event it stands until ``resume``. The events are judged
+from the requests (``blkdebug_events``).
 
-Runs on: the event loop. Invariants: with rules left no request is answered without passing them, so
-``read_nowait``, ``write_nowait`` and ``host_file`` decline; without rules this is transparent.
+Runs on: the event loop. Invariants: with rules or breakpoints left no request is answered without
+passing them, so ``read_nowait``, ``write_nowait`` and ``host_file`` decline; without any this is
+transparent. A drain lets go of suspended requests: nobody could resume them before it ends.
 
-Errors: ``OSError`` as told by the rules or by the image; ``BlockError`` from ``open``.
+Errors: ``OSError`` as told by the rules or by the image, ENOENT for a breakpoint that is not there;
+``BlockError`` from ``open``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import os
-from dataclasses import dataclass
-from errno import EIO
+from errno import ENOENT
 from typing import Self
 
-from pydantic import Field
-
 from liveblockd.errors import BlockError
-from liveblockd.qapi import QapiModel, parse
 from liveblockd.storage import blkdebug_events
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, HostFile
+from liveblockd.storage.blkdebug_rules import (
+    BlkdebugEvent,
+    BlkdebugInjectErrorOptions,
+    BlkdebugIOType,
+    BlkdebugSetStateOptions,
+    BlockPermission,
+    Rules,
+    parse_config,
+    read_text,
+)
+from liveblockd.storage.driver import BlockIO, Buffer, Done, Extent, HostFile, Permission
+from liveblockd.storage.filters.base import FilterDriver
 from liveblockd.storage.options import BlockdevOptions, BlockdevRef
 from liveblockd.storage.registry import Environment, register_driver
 
-SECTOR = 512
-
-# Names are values here; mypy knows the members from the one literal.
-BlkdebugEvent = enum.StrEnum(
-    "BlkdebugEvent",
-    """
-    l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update
-    l2_update_compressed l2_alloc_cow_read l2_alloc_write read_aio read_backing_aio read_compressed
-    write_aio write_compressed vmstate_load vmstate_save cow_read cow_write reftable_load
-    reftable_grow reftable_update refblock_load refblock_update refblock_update_part refblock_alloc
-    refblock_alloc_hookup refblock_alloc_write refblock_alloc_write_blocks
-    refblock_alloc_write_table refblock_alloc_switch_table cluster_alloc cluster_alloc_bytes
-    cluster_free flush_to_os flush_to_disk pwritev_rmw_head pwritev_rmw_after_head pwritev_rmw_tail
-    pwritev_rmw_after_tail pwritev pwritev_zero pwritev_done empty_image_prepare
-    l1_shrink_write_table l1_shrink_free_l2_clusters cor_write cluster_alloc_space none
-    """,
-)
-
-
-class BlkdebugIOType(enum.StrEnum):
-    """What a rule may be limited to."""
-
-    READ = "read"
-    WRITE = "write"
-    WRITE_ZEROES = "write-zeroes"
-    DISCARD = "discard"
-    FLUSH = "flush"
-    BLOCK_STATUS = "block-status"
-
-
-class BlockPermission(enum.StrEnum):
-    """Accepted for take-child-perms and unshare-child-perms."""
-
-    CONSISTENT_READ = "consistent-read"
-    WRITE = "write"
-    WRITE_UNCHANGED = "write-unchanged"
-    RESIZE = "resize"
-
-
-class BlkdebugInjectErrorOptions(QapiModel):
-    """A rule that lets requests fail."""
-
-    event: BlkdebugEvent
-    state: int = 0
-    iotype: BlkdebugIOType | None = None
-    errno: int = EIO
-    delay_ns: int = 0
-    sector: int = -1
-    once: bool = False
-    immediately: bool = False
-
-
-class BlkdebugSetStateOptions(QapiModel):
-    """A rule that changes the state."""
-
-    event: BlkdebugEvent
-    state: int = 0
-    new_state: int = Field(alias="new_state")  # QMP has it with the underscore
+_INT_MAX = (1 << 31) - 1
 
 
 class BlkdebugOptions(BlockdevOptions):
@@ -107,73 +59,36 @@ class BlkdebugOptions(BlockdevOptions):
     unshare_child_perms: list[BlockPermission] | None = None
 
 
-@dataclass(eq=False, slots=True)
-class _Rules:
-    """The rules that are left, the state, and which rules the last events made active."""
-
-    inject: list[BlkdebugInjectErrorOptions]
-    change: list[BlkdebugSetStateOptions]
-    active: list[BlkdebugInjectErrorOptions]
-    state: int = 1
-
-    def event(self, name: str) -> None:
-        """``name`` happened. Rules become active together; those of an earlier event end."""
-        came = [r for r in self.inject if r.event == name and r.state in (0, self.state)]
-        if came:
-            self.active = came
-        new_state = self.state
-        for rule in self.change:
-            if rule.event == name and rule.state in (0, self.state):
-                new_state = rule.new_state
-        self.state = new_state
-
-    def check(
-        self, iotype: BlkdebugIOType, offset: int, length: int
-    ) -> BlkdebugInjectErrorOptions | None:
-        """The rule that hits this request, taken out if it is for once."""
-        for rule in self.active:
-            if rule.iotype is None and iotype is BlkdebugIOType.BLOCK_STATUS:
-                continue
-            if rule.iotype not in (None, iotype):
-                continue
-            if rule.sector >= 0 and not offset <= rule.sector * SECTOR < offset + length:
-                continue
-            if rule.once:
-                self.active = [r for r in self.active if r is not rule]
-                self.inject = [r for r in self.inject if r is not rule]
-            return rule
-        return None
-
-
 @register_driver
-class Blkdebug(BlockDriver):
+class Blkdebug(FilterDriver):
     """A filter over ``image``."""
 
     driver_name = "blkdebug"
-    is_filter = True
     child_roles = ("image",)
     filtered = "image"
+    holds_requests = True
     Options = BlkdebugOptions
 
-    def __init__(self, options: BlkdebugOptions, image: BlockIO, rules: _Rules) -> None:
-        self.children: dict[str, BlockIO] = {"image": image}
-        self.read_only = bool(options.read_only)
+    def __init__(self, options: BlkdebugOptions, image: BlockIO, rules: Rules) -> None:
+        super().__init__({"image": image}, read_only=bool(options.read_only))
         self.request_alignment = options.align or 1
+        self._options = options
         self._rules = rules
         rules.event("none")
 
     @classmethod
     async def open(
-        cls, options: BlkdebugOptions, children: dict[str, BlockIO], environment: Environment
+        cls,
+        options: BlkdebugOptions,  # type: ignore[override]
+        children: dict[str, BlockIO],
+        environment: Environment,
     ) -> Self:
         """Read the rules; raises BlockError."""
-        align = options.align or 0
-        if align and (align < 0 or align >= 1 << 31 or align & (align - 1)):
-            raise BlockError(f"Cannot meet constraints with align {align}")
-        rules = _Rules(list(options.inject_error or ()), list(options.set_state or ()), [])
+        _check_constraints(options)
+        rules = Rules(list(options.inject_error or ()), list(options.set_state or ()), [])
         if options.config:
             try:
-                text = await environment.workers.run(_read_text, options.config)
+                text = await environment.workers.run(read_text, options.config)
             except OSError as error:
                 raise BlockError.from_os_error(
                     "Could not read blkdebug config file", error
@@ -183,68 +98,136 @@ class Blkdebug(BlockDriver):
             rules.change += change
         return cls(options, children["image"], rules)
 
-    @property
-    def _image(self) -> BlockIO:
-        return self.children["image"]
+    @classmethod
+    def child_permissions(
+        cls, options: BlockdevOptions, role: str, used: Permission, shared: Permission
+    ) -> tuple[Permission, Permission]:
+        """Those of the users, and what the options say."""
+        del role
+        assert isinstance(options, BlkdebugOptions)
+        used |= _permissions(options.take_child_perms)
+        return used, shared & ~_permissions(options.unshare_child_perms)
 
     @property
     def _armed(self) -> bool:
-        return bool(self._rules.inject)
+        return self._rules.armed or bool(self._options.max_transfer)
 
-    @property
-    def length(self) -> int:
-        """That of the image."""
-        return self._image.length
+    # -- breakpoints
+
+    def suspend(self, event: str, tag: str) -> None:
+        """Stop the next request to which ``event`` happens; ENOENT for an unknown event."""
+        if event not in BlkdebugEvent.__members__:
+            raise OSError(ENOENT, os.strerror(ENOENT))
+        self._rules.breaks.append((event, tag))
+
+    def resume(self, tag: str) -> None:
+        """Let a request that stands at the breakpoint ``tag`` go on; ENOENT if none does."""
+        if not self._rules.resume(tag):
+            raise OSError(ENOENT, os.strerror(ENOENT))
+
+    def remove_break(self, tag: str) -> None:
+        """Take a breakpoint away, and let all who stand there go on; ENOENT if there is none."""
+        rules = self._rules
+        known = any(found[1] == tag for found in rules.breaks)
+        rules.breaks = [found for found in rules.breaks if found[1] != tag]
+        if not rules.resume(tag, every=True) and not known:
+            raise OSError(ENOENT, os.strerror(ENOENT))
+
+    def is_suspended(self, tag: str) -> bool:
+        """Whether a request stands at the breakpoint ``tag``."""
+        return any(found[0] == tag for found in self._rules.suspended)
+
+    def drain_begin(self) -> None:
+        """All suspended requests go on."""
+        for tag in {found[0] for found in self._rules.suspended}:
+            self._rules.resume(tag, every=True)
 
     # -- guest I/O
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         """The image's answer when there are no rules."""
-        return None if self._armed else self._image.read_nowait(offset, length)
+        return None if self._armed else self.child.read_nowait(offset, length)
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """The image's answer when there are no rules."""
-        return not self._armed and self._image.write_nowait(offset, data)
+        return not self._armed and self.child.write_nowait(offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """The image's answer when there are no rules."""
+        return not self._armed and self.child.begin_write(offset, data, done)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Events: read_aio, or those of the table that is read."""
-        await self._request(BlkdebugIOType.READ, offset, length)
-        return await self._image.read(offset, length)
+        most = self._options.max_transfer or length
+        pieces = []
+        for start in range(0, length, most) if length else (0,):
+            part = min(most, length - start)
+            await self._request(BlkdebugIOType.READ, offset + start, part)
+            pieces.append(await self.child.read(offset + start, part))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Events: write_aio, or those of the table that is written."""
-        await self._request(BlkdebugIOType.WRITE, offset, memoryview(data).nbytes)
-        await self._image.write(offset, data)
+        view = memoryview(data).cast("B")
+        most = self._options.max_transfer or view.nbytes
+        if view.nbytes <= most:
+            await self._request(BlkdebugIOType.WRITE, offset, view.nbytes)
+            await self.child.write(offset, data)
+            return
+        for start in range(0, view.nbytes, most):
+            part = view[start : start + most]
+            await self._request(BlkdebugIOType.WRITE, offset + start, part.nbytes)
+            await self.child.write(offset + start, part)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
     ) -> None:
         """Events: write_aio, pwritev_zero."""
-        await self._request(BlkdebugIOType.WRITE_ZEROES, offset, length, blkdebug_events.ZERO_WRITE)
-        await self._image.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+        most = self._options.max_write_zero or length
+        for start in range(0, length, most or 1):
+            at, part = offset + start, min(most, length - start)
+            await self._request(BlkdebugIOType.WRITE_ZEROES, at, part, blkdebug_events.ZERO_WRITE)
+            await self.child.write_zeroes(at, part, may_unmap=may_unmap, fast_only=fast_only)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Events: write_compressed, write_aio."""
+        events = ("write_compressed", "write_aio")
+        await self._request(BlkdebugIOType.WRITE, offset, memoryview(data).nbytes, events)
+        await super().write_compressed(offset, data)
 
     async def discard(self, offset: int, length: int) -> None:
         """No event of its own."""
-        await self._request(BlkdebugIOType.DISCARD, offset, length, ())
-        await self._image.discard(offset, length)
+        most = self._options.max_discard or length
+        for start in range(0, length, most or 1):
+            part = min(most, length - start)
+            await self._request(BlkdebugIOType.DISCARD, offset + start, part, ())
+            await self.child.discard(offset + start, part)
 
     async def flush(self) -> None:
         """Events: flush_to_os, flush_to_disk."""
         await self._request(BlkdebugIOType.FLUSH, 0, 0, blkdebug_events.FLUSH)
-        await self._image.flush()
+        await self.child.flush()
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Fails only by rules with iotype=block-status."""
         await self._request(BlkdebugIOType.BLOCK_STATUS, offset, length, ())
-        return await self._image.map(offset, length)
-
-    async def truncate(self, length: int) -> None:
-        """Passed on."""
-        await self._image.truncate(length)
+        return await self.child.map(offset, length)
 
     def host_file(self) -> HostFile | None:
         """None while there are rules, which a job that copies by descriptor would pass by."""
-        return None if self._armed else self._image.host_file()
+        return None if self._armed else self.child.host_file()
+
+    def limits(self) -> dict[str, int]:
+        """The image's, and those of the options."""
+        given = {
+            "request-alignment": self._options.align,
+            "max-transfer": self._options.max_transfer,
+            "write-zeroes-alignment": self._options.opt_write_zero,
+            "max-write-zeroes": self._options.max_write_zero,
+            "discard-alignment": self._options.opt_discard,
+            "max-discard": self._options.max_discard,
+        }
+        return super().limits() | {name: value for name, value in given.items() if value}
 
     async def _request(
         self,
@@ -255,7 +238,7 @@ class Blkdebug(BlockDriver):
     ) -> None:
         """Let the events of a request happen, then raise what a rule says."""
         rules = self._rules
-        if not rules.inject and not rules.change:
+        if not rules.needed:
             return
         if events is None:
             found = await self._regions()
@@ -263,7 +246,7 @@ class Blkdebug(BlockDriver):
                 found, offset, length, iotype is BlkdebugIOType.WRITE
             )
         for event in events:
-            rules.event(event)
+            await rules.happen(event)
         rule = rules.check(iotype, offset, length)
         if rule is None:
             return
@@ -274,7 +257,7 @@ class Blkdebug(BlockDriver):
 
     async def _regions(self) -> tuple[blkdebug_events.Region, ...]:
         """Read anew each time: the tables grow and move, and speed is not what this is for."""
-        image = self._image
+        image = self.child
         loaded: dict[tuple[int, int], bytes] = {}
         while True:
             # The pure function asks for one range after the other; each is fetched, then it is
@@ -297,33 +280,25 @@ class Blkdebug(BlockDriver):
                 loaded[offset, length] = bytes(await image.read(offset, inside)) if inside else b""
 
 
-def _read_text(filename: str) -> str:
-    with open(filename, encoding="utf-8", errors="replace") as file:
-        return file.read()
+def _permissions(names: list[BlockPermission] | None) -> Permission:
+    found = Permission.NONE
+    for name in names or ():
+        found |= Permission[name.name]
+    return found
 
 
-def parse_config(
-    text: str,
-) -> tuple[list[BlkdebugInjectErrorOptions], list[BlkdebugSetStateOptions]]:
-    """Rules of a file of ``[inject-error]`` and ``[set-state]`` sections; raises BlockError."""
-    sections: list[tuple[str, dict[str, str]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if line.startswith("[") and line.endswith("]"):
-            sections.append((line[1:-1].strip(), {}))
-            continue
-        key, equals, value = line.partition("=")
-        if not equals or not sections:
-            raise BlockError(f"Could not parse blkdebug config file: line {number}")
-        sections[-1][1][key.strip()] = value.strip().strip('"')
-    inject, change = [], []
-    for name, members in sections:
-        if name == "inject-error":
-            inject.append(parse(BlkdebugInjectErrorOptions, members, keyval=True))
-        elif name == "set-state":
-            change.append(parse(BlkdebugSetStateOptions, members, keyval=True))
-        else:
-            raise BlockError(f"There is no option group '{name}'")
-    return inject, change
+def _check_constraints(options: BlkdebugOptions) -> None:
+    align = options.align or 0
+    if align and (align < 0 or align >= _INT_MAX or align & (align - 1)):
+        raise BlockError(f"Cannot meet constraints with align {align}")
+    align = max(align, 1)
+    for name, unit in (
+        ("max-transfer", align),
+        ("opt-write-zero", align),
+        ("max-write-zero", max(align, options.opt_write_zero or 0)),
+        ("opt-discard", align),
+        ("max-discard", max(align, options.opt_discard or 0)),
+    ):
+        value = getattr(options, name.replace("-", "_")) or 0
+        if value and (value < 0 or value >= _INT_MAX or value % unit):
+            raise BlockError(f"Cannot meet constraints with {name} {value}")

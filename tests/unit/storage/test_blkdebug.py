@@ -1,12 +1,15 @@
+import asyncio
 import struct
-from errno import EIO, ENOSPC
+from errno import EIO, ENOENT, ENOSPC
 
 import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.qapi import parse
 from liveblockd.storage import blkdebug_events
-from liveblockd.storage.blkdebug import Blkdebug, parse_config
+from liveblockd.storage.blkdebug import Blkdebug
+from liveblockd.storage.blkdebug_rules import parse_config
+from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
 from tests.support.memory import MemoryDriver
@@ -186,3 +189,103 @@ async def test_bad_options(tmp_path):
         await debug(MemoryDriver(0), align=1000)
     with pytest.raises(BlockError, match="Could not read blkdebug config file: No such file"):
         await debug(MemoryDriver(0), config=str(tmp_path / "none"))
+
+
+# -- breakpoints
+
+
+async def stands(disk, tag):
+    for _ in range(100):
+        if disk.is_suspended(tag):
+            return True
+        await asyncio.sleep(0)
+    return False
+
+
+async def test_a_breakpoint_stops_one_request():
+    image = MemoryDriver.of(b"a" * 8192)
+    disk = await debug(image)
+    disk.suspend("write_aio", "A")
+    assert not disk.write_nowait(0, b"b") and disk.host_file() is None
+    first = asyncio.ensure_future(disk.write(0, b"b"))
+    assert await stands(disk, "A")
+    await disk.write(1, b"c")  # the breakpoint is used up
+    assert image.content()[:2] == b"ac" and not first.done()
+    disk.resume("A")
+    await asyncio.wait_for(first, 1)
+    assert image.content()[:2] == b"bc" and not disk.is_suspended("A")
+    for call in (lambda: disk.resume("A"), lambda: disk.suspend("nothing", "B")):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == ENOENT
+
+
+async def test_a_breakpoint_is_removed():
+    disk = await debug(MemoryDriver.of(bytes(512)))
+    disk.suspend("flush_to_disk", "A")
+    disk.suspend("flush_to_os", "A")
+    waiting = asyncio.ensure_future(disk.flush())
+    assert await stands(disk, "A")
+    disk.remove_break("A")
+    await asyncio.wait_for(waiting, 1)
+    with pytest.raises(OSError):
+        disk.remove_break("A")
+    assert disk.read_nowait(0, 1) is not None
+
+
+async def test_nobody_waits_for_a_suspended_request():
+    disk = await debug(MemoryDriver.of(bytes(512)))
+    disk.suspend("read_aio", "A")
+    waiting = asyncio.ensure_future(disk.read(0, 1))
+    assert await stands(disk, "A")
+    disk.drain_begin()
+    await asyncio.wait_for(waiting, 1)
+    disk.suspend("read_aio", "B")
+    waiting = asyncio.ensure_future(disk.read(0, 1))
+    assert await stands(disk, "B")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not disk.is_suspended("B")
+
+
+# -- limits and permissions
+
+
+async def test_requests_are_cut():
+    seen = []
+    image = MemoryDriver.of(bytes(range(256)) * 8)
+    disk = await debug(
+        image, **{"max-transfer": 512, "inject-error": [rule("read_aio", sector=2, iotype="read")]}
+    )
+    assert bytes(await disk.read(0, 1024)) == image.content()[:1024]
+    assert await fails(disk.read(0, 1536)) == EIO
+    write = image.write
+    image.write = lambda offset, data: (seen.append((offset, len(data))), write(offset, data))[1]
+    await disk.write(256, bytes(1100))
+    assert seen == [(256, 512), (768, 512), (1280, 76)]
+    assert image.content()[256:1356] == bytes(1100)
+    assert disk.limits()["max-transfer"] == 512
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"align": 512, "max-transfer": 1000}, "max-transfer 1000"),
+        ({"opt-discard": -1}, "opt-discard -1"),
+        ({"opt-write-zero": 512, "max-write-zero": 1000}, "max-write-zero 1000"),
+    ],
+)
+async def test_constraints(members, message):
+    with pytest.raises(BlockError, match=f"Cannot meet constraints with {message}"):
+        await debug(MemoryDriver(0), **members)
+
+
+def test_permissions_of_the_image():
+    members = {"take-child-perms": ["write", "resize"], "unshare-child-perms": ["write-unchanged"]}
+    options = parse(BlockdevOptions, {"driver": "blkdebug", "image": "x", **members})
+    used, shared = Blkdebug.child_permissions(
+        options, "image", Permission.CONSISTENT_READ, Permission.ALL
+    )
+    assert used == Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
+    assert shared == Permission.ALL & ~Permission.WRITE_UNCHANGED
