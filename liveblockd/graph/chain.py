@@ -14,7 +14,7 @@ Errors: BlockError from the finders; OSError from a driver's ``map``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from errno import EIO
 from itertools import pairwise
 from typing import NamedTuple
@@ -109,6 +109,27 @@ def freeze(top: Node, base: Node | None) -> list[Edge]:
     for edge in edges:
         edge.frozen += 1
     return edges
+
+
+def commit_through(edges: Iterable[Edge], on: bool) -> None:
+    """Let a commit write below ``edges``, or no longer; ``refresh_permissions`` comes after it."""
+    for edge in edges:
+        edge.committed += 1 if on else -1
+        assert edge.committed >= 0
+
+
+def overlays(node: Node) -> list[Node]:
+    """The layers that have ``node`` as their backing node, filters in between."""
+    found = []
+    for edge in node.parents:
+        parent = edge.parent
+        if not isinstance(parent, Node):
+            continue
+        if parent.is_filter:
+            found.extend(overlays(parent))
+        elif edge.role == "backing":
+            found.append(parent)
+    return found
 
 
 def unfreeze(edges: list[Edge]) -> None:

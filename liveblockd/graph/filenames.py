@@ -81,9 +81,16 @@ def backing_overridden(node: Node, known: Known | None = None) -> bool:
     return written != filename(backing, known)
 
 
+def _described(node: Node) -> Node:
+    """The node whose options are shown for ``node``: a commit's filter is called as its child."""
+    while (node := node.asked_for).driver_class.driver_name == "commit_top" and node.file:
+        node = node.file
+    return node
+
+
 def exact_filename(node: Node, known: Known | None = None) -> str | None:
     """The plain name that gives this node again, or None."""
-    node = node.asked_for
+    node = _described(node)
     name = node.driver_class.driver_name
     options = strong_options(node)
     file = node.file
@@ -109,7 +116,7 @@ def exact_filename(node: Node, known: Known | None = None) -> str | None:
 
 def full_options(node: Node, known: Known | None = None) -> dict[str, Any]:
     """What blockdev-add would take to make this node, without what makes no difference."""
-    node = node.asked_for
+    node = _described(node)
     found: dict[str, Any] = {"driver": node.driver_class.driver_name, **strong_options(node)}
     for role, edge in node.children.items():
         if role != "backing":

@@ -123,7 +123,9 @@ class Graph:
         """blockdev-del: only a node that the monitor owns and nobody uses."""
         async with self.lock:
             node = self.find(name)
-            if node.job_filter or any(isinstance(e.parent, Backend) for e in node.parents):
+            if (node.job_filter and node.op_blockers) or any(
+                isinstance(e.parent, Backend) and e.role == "root" for e in node.parents
+            ):
                 raise BlockError(f"Node {name} is in use", errno=16)
             node.check_operation(Operation.DELETE)
             if not node.monitor_owned:
@@ -224,8 +226,8 @@ class Graph:
             for node in order:
                 permissions.check(node)
                 wanted = permissions.cumulative(node)
-                for role, edge in node.children.items():
-                    edge.used, edge.shared = permissions.of_child(node, role, edge.child, *wanted)
+                for edge in node.children.values():
+                    edge.used, edge.shared = permissions.of_child(edge, *wanted)
             # What is given up never fails, and may be what another node of ours waits for.
             changed = [n for n in order if n.opened and permissions.cumulative(n) != n.permissions]
             for node in changed:
@@ -432,6 +434,12 @@ class Graph:
                     await to_its_end(self._truncate(node, size))
             finally:
                 await self.detach(user)
+
+    async def grow(self, node: Node, size: int) -> None:
+        """For a job that writes to ``node`` and may resize it; durable on return."""
+        async with self.lock, self.drained(node):
+            if size > node.driver.length:
+                await to_its_end(self._truncate(node, size))
 
     async def _truncate(self, node: Node, size: int) -> None:
         await node.driver.truncate(size)

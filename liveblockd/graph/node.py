@@ -80,7 +80,7 @@ _HANDED_ON = (
 class Edge:
     """``parent`` uses ``child`` as its ``role``, does ``used`` and lets others do ``shared``."""
 
-    __slots__ = ("child", "frozen", "parent", "role", "shared", "used")
+    __slots__ = ("child", "committed", "frozen", "parent", "role", "shared", "used")
 
     def __init__(self, parent: Node | Backend, role: str, child: Node) -> None:
         self.parent = parent
@@ -88,6 +88,8 @@ class Edge:
         self.child = child
         #: how many jobs need this link to stay as it is
         self.frozen = 0
+        #: how many jobs write below this link what is read above it already
+        self.committed = 0
         self.used = Permission.NONE
         self.shared = Permission.ALL
 
@@ -301,7 +303,7 @@ class Node:
     @property
     def backing(self) -> Node | None:
         """The backing node; a filter may stand in between (see ``chain``)."""
-        edge = self.children.get("backing")
+        edge = None if self.is_filter else self.children.get("backing")
         return None if edge is None else edge.child
 
     @property

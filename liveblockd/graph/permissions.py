@@ -6,7 +6,8 @@ share. What a node does with its children follows from its driver, its read-only
 users. A protocol node at the bottom turns the sum into locks on the file (``storage/README.md``).
 
 Invariant: a backing node lets nobody write to it, whoever uses the overlay: QEMU is laxer here,
-but written base data would show through the overlay.
+but written base data would show through the overlay. The exception is a commit, whose writes are
+hidden by the layer they come from: it marks the links above its base (``Edge.committed``).
 
 Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-only node.
 """
@@ -48,11 +49,11 @@ def cumulative(node: Node) -> tuple[Permission, Permission]:
     return used, shared
 
 
-def of_child(
-    parent: Node, role: str, child: Node, used: Permission, shared: Permission
-) -> tuple[Permission, Permission]:
-    """What ``parent``, whose users need ``used`` and share ``shared``, does with ``child``."""
-    if role == "backing":
+def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permission, Permission]:
+    """What a node, whose users need ``used`` and share ``shared``, does by its ``edge``."""
+    parent, role, child = edge.parent, edge.role, edge.child
+    assert isinstance(parent, Node)
+    if role == "backing" and not parent.is_filter:
         used &= Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
     elif _is_storage(parent):
@@ -64,6 +65,8 @@ def of_child(
         shared &= ~_CHANGES
     else:
         used, shared = parent.driver_class.child_permissions(parent.options, role, used, shared)
+    if edge.committed:
+        shared |= _CHANGES
     if child.options.force_share:
         shared = Permission.ALL
     return used, shared

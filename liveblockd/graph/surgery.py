@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, filenames
 from liveblockd.graph.backend import Backend
-from liveblockd.graph.filter import CopyOnRead
+from liveblockd.graph.filter import CopyOnRead, JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.opening import check_depth
@@ -150,7 +150,8 @@ async def insert_filter(
     name: str | None = None,
     *,
     keep: Iterable[Edge] = (),
-    kind: type[CopyOnRead] = CopyOnRead,
+    kind: type[JobFilter] = CopyOnRead,
+    read_only: bool | None = None,
 ) -> Node:
     """Put a pass-through node of ``kind`` above ``node``, below all its users but ``keep``.
 
@@ -166,22 +167,12 @@ async def insert_filter(
         moving = [edge for edge in node.parents if edge not in staying]
         for edge in moving:
             edge.check_not_frozen()
-        options = BlockdevOptions.model_construct(
-            {"driver", "node_name"}, driver=kind.driver_name, node_name=name
-        )
-        above = Node(name, kind, options, read_only=node.read_only)
-        above.change_options(
-            discard=BlockdevDiscardOptions.UNMAP,
-            cache=node.options.cache,
-            detect_zeroes=node.options.detect_zeroes,
-        )
-        above.job_filter = True
+        above = _job_filter(kind, name, node, node.read_only if read_only is None else read_only)
         above.implicit = implicit
-        above.bind(kind(node, read_only=node.read_only))
         async with graph.drained(node):
             graph.nodes[name] = above
             _move(graph, moving, above)
-            link = Edge(above, "file", node)
+            link = Edge(above, kind.filtered, node)
             graph.connect(link)
             try:
                 await graph.refresh_permissions(above)
@@ -192,6 +183,21 @@ async def insert_filter(
                 await graph.refresh_permissions(node)
                 raise
         return above
+
+
+def _job_filter(kind: type[JobFilter], name: str, node: Node, read_only: bool) -> Node:
+    options = BlockdevOptions.model_construct(
+        {"driver", "node_name"}, driver=kind.driver_name, node_name=name
+    )
+    above = Node(name, kind, options, read_only=read_only)
+    above.change_options(
+        discard=BlockdevDiscardOptions.UNMAP,
+        cache=node.options.cache,
+        detect_zeroes=node.options.detect_zeroes,
+    )
+    above.job_filter = True
+    above.bind(kind(node, read_only=read_only))
+    return above
 
 
 async def remove_filter(graph: Graph, above: Node) -> None:
@@ -251,6 +257,35 @@ def _below(node: Node) -> set[object]:
                 found.add(edge.child)
                 pending.append(edge.child)
     return found
+
+
+async def drop_intermediate(graph: Graph, above: Node, base: Node) -> None:
+    """Put all who use the filter ``above`` on ``base``, which is below it and reads the same.
+
+    The headers of the overlays are the caller's business, and they come first. The layers in
+    between stay open as long as somebody uses them. BlockError for a frozen link.
+    """
+    async with graph.lock:
+        link = above.children[above.driver_class.filtered]
+        overlays = chain.overlays(above)
+        moving = list(above.parents)
+        for edge in moving:
+            edge.check_not_frozen()
+        async with graph.drained(above, base):
+            graph.disconnect(link)
+            _move(graph, moving, base)
+            try:
+                await graph.refresh_permissions(base, link.child)
+            except BaseException:
+                _move(graph, moving, above)
+                graph.connect(link)
+                await graph.refresh_permissions(above)
+                raise
+            del graph.nodes[above.name]
+        for overlay in overlays:
+            _note_backing(overlay)
+        graph.rebind_above(base)
+        await graph.unref(link.child)
 
 
 def layers_between(top: Node, base: Node | None) -> list[Node]:

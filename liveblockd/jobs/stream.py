@@ -17,24 +17,20 @@ Errors: those of ``CopyJob``; BlockError and OSError from ``prepare``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from liveblockd.errors import BlockError
-from liveblockd.graph import chain, filenames, surgery
+from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
-from liveblockd.jobs.copying import KIB, READ_CHUNK, CopyJob, PieceFailedError
+from liveblockd.jobs.backing_link import backing_format, backing_string
+from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, JobType
-from liveblockd.jobs.pieces import Planner, Run, split
+from liveblockd.jobs.pieces import Run, split
+from liveblockd.jobs.planning import plan_stretch
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, HostFile
 
-#: below this, reading through the chain is cheaper than a worker's copy
-LEAST_COPY = 128 * KIB
-#: runs that are looked at before the first of them is copied
-LOOK_AHEAD = 2048
 #: O_DIRECT wants blocks; no block is larger
 DIRECT_ALIGNMENT = 4096
 
@@ -105,32 +101,14 @@ class Stream(CopyJob):
 
     async def _plan(self, offset: int) -> tuple[list[Run], int]:
         base = self.base
-        runs: list[Run] = []
-        position = end = offset
-        async for found in chain.resolve(self.top, base, offset, self.length - offset):
-            runs.append(self._run(found, position, base))
-            position += found.length
-            end = position // self.granularity * self.granularity
-            if len(runs) >= LOOK_AHEAD and end > offset:
-                break
-        if position == self.length:
-            end = position
-        planner = Planner(offset, end, self.granularity, least_copy=LEAST_COPY)
-        pieces: list[Run] = []
-        for run in runs:
-            if run.offset < end:
-                pieces.extend(planner.feed(run.part(run.offset, min(run.end, end))))
-        pieces.extend(planner.finish())
-        return pieces, end
 
-    def _run(self, found: chain.Run, offset: int, base: Node | None) -> Run:
-        kind, layer = found.kind, found.layer
-        if layer is self.top or (kind is ExtentKind.ZERO and base is None):
-            # The top has it already, or it will read as zeros with nothing below.
-            kind = ExtentKind.UNALLOCATED
-        if kind is ExtentKind.DATA:
-            return Run(offset, found.length, kind, layer, found.host_offset)
-        return Run(offset, found.length, kind)
+        def kind_of(found: chain.Run) -> ExtentKind:
+            if found.layer is self.top or (found.kind is ExtentKind.ZERO and base is None):
+                # The top has it already, or it will read as zeros with nothing below.
+                return ExtentKind.UNALLOCATED
+            return found.kind
+
+        return await plan_stretch(self.top, base, (offset, self.length), self.granularity, kind_of)
 
     async def move(self, piece: Run) -> None:
         """Copy one piece; the driver leaves alone what the guest has written meanwhile."""
@@ -200,27 +178,11 @@ class Stream(CopyJob):
             )
 
     def _backing_string(self, base: Node) -> str:
-        """What the header is to say: the name of the base, as long as it leads there.
-
-        The name is one that the daemon can open from its own directory; the header is read from
-        the directory of the image. Where these differ the absolute name is written.
-        """
-        if self.parameters.backing_file is not None:
-            return self.parameters.backing_file
-        name = base.filename
-        plain = filenames.exact_filename(base)
-        if name != plain or name.startswith("/") or filenames.has_protocol(name):
-            return name
-        try:
-            seen = filenames.full_backing_filename(self.top, name)
-        except BlockError:
-            seen = ""
-        return name if os.path.normpath(seen) == os.path.normpath(name) else os.path.abspath(name)
+        asked = self.parameters.backing_file
+        return backing_string(self.top, base) if asked is None else asked
 
     def _format(self, base: Node) -> str:
-        if self.parameters.backing_mask_protocol and not base.driver_class.is_format:
-            return "raw"
-        return base.driver_class.driver_name
+        return backing_format(base, mask_protocol=self.parameters.backing_mask_protocol)
 
     async def clean(self) -> None:
         """Take the filter out and let go of the links, whichever way it ended."""

@@ -7,7 +7,6 @@ Invariant: a start that fails leaves the graph as it was. Errors: BlockError, in
 
 from __future__ import annotations
 
-import asyncio
 from errno import ENOTSUP
 
 from liveblockd.errors import BlockError
@@ -15,6 +14,7 @@ from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node, Operation
 from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.stream import Stream, StreamParameters
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import BlockDriver, Permission
@@ -25,21 +25,7 @@ async def start_stream(graph: Graph, scheduler: Scheduler, parameters: StreamPar
 
     A client that goes away meanwhile does not stop it halfway: then it runs.
     """
-    set_up = asyncio.create_task(_set_up(graph, scheduler, parameters))
-    cancelled = False
-    while not set_up.done():
-        try:
-            await asyncio.shield(set_up)
-        except asyncio.CancelledError:
-            cancelled = True
-        except BlockError:
-            break
-    job = set_up.result()
-    # Nothing waits from here to the return: what the job does comes after the answer.
-    await scheduler.start(job)
-    if cancelled:
-        raise asyncio.CancelledError
-    return job
+    return await start_job(scheduler, _set_up(graph, scheduler, parameters))
 
 
 async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParameters) -> Stream:

@@ -9,7 +9,7 @@ Errors: BlockError from ``attach`` when another user's permissions conflict; tho
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
@@ -24,20 +24,31 @@ class JobUser(Backend):
 
     @classmethod
     async def attach(
-        cls, graph: Graph, node: Node, used: Permission, shared: Permission
-    ) -> JobUser:
-        """Stand on ``node``; end it by ``graph.detach``. The graph lock is held."""
-        user = cls(graph, node)
-        user.edge.used, user.edge.shared = used, shared
-        graph.connect(user.edge)
+        cls,
+        graph: Graph,
+        node: Node,
+        used: Permission,
+        shared: Permission,
+        *,
+        role: str = "root",
+        user: str | None = None,
+    ) -> Self:
+        """Stand on ``node``; end it by ``graph.detach``. The graph lock is held.
+
+        ``role`` and ``user`` are for messages, as QEMU has them.
+        """
+        found = cls(graph, node, user=user)
+        found.edge.role = role
+        found.edge.used, found.edge.shared = used, shared
+        graph.connect(found.edge)
         try:
             await graph.refresh_permissions(node)
         except BaseException:
-            graph.disconnect(user.edge)
+            graph.disconnect(found.edge)
             raise
-        user.rebind()
-        graph.backends.append(user)
-        return user
+        found.rebind()
+        graph.backends.append(found)
+        return found
 
     async def run(self, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Make and await a request to any node below, once nothing is quiesced."""

@@ -11,6 +11,9 @@ from liveblockd.events import Event, Publisher
 from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
+from liveblockd.jobs.commit import CommitParameters
+from liveblockd.jobs.commit_start import start_commit
+from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.stream import Stream, StreamParameters
 from liveblockd.jobs.stream_start import start_stream
@@ -62,7 +65,13 @@ class Bench:
             self.graph, self.scheduler, StreamParameters(job_id, device, **options)
         )
 
-    async def end(self, job: Stream, status: str = "null", seconds: float = 30) -> None:
+    async def commit(self, device: str, job_id: str = "c", **options: Any) -> Job:
+        """block-commit."""
+        return await start_commit(
+            self.graph, self.scheduler, CommitParameters(job_id, device, **options)
+        )
+
+    async def end(self, job: Job, status: str = "null", seconds: float = 30) -> None:
         """Wait until the job has ``status``."""
         async with asyncio.timeout(seconds):
             while job.status != status:  # noqa: ASYNC110

@@ -129,6 +129,21 @@ class OverlayDriver(BlockDriver):
                 extents.append(Extent(part, kind))
         return extents
 
+    async def truncate(self, length: int) -> None:
+        """Grow; like an engine that lets nothing of a longer backing node show in what is new."""
+        assert length >= self._length
+        await self._wait("truncate")
+        old, self._length = self._length, length
+        size = self.cluster_size
+        first, inside = divmod(old, size)
+        if inside:
+            # What a cluster holds behind the end is not to come to light.
+            kept = await self._read_part(first, 0, inside)
+            self.clusters[first] = kept + bytes(size - inside)
+        for cluster in range(-(-old // size), -(-length // size)):
+            self.clusters[cluster] = ZERO
+        self.restructured()
+
     # -- below the guest
 
     async def populate(self, offset: int, data: Buffer) -> None:

@@ -1,0 +1,58 @@
+"""What a job has to copy from one stretch of a chain: the layers' answers, cut into pieces.
+
+Runs on the event loop. Invariant: the pieces cover all that the layers from ``top`` down to above
+``base`` hold of the stretch, in whole clusters of where it goes (``pieces``).
+
+Errors: OSError of a layer's map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from liveblockd.graph import chain
+from liveblockd.graph.node import Node
+from liveblockd.jobs.pieces import Planner, Run
+from liveblockd.storage.driver import ExtentKind
+
+#: bytes; below this, reading through the chain is cheaper than a worker's copy
+LEAST_COPY: Final = 128 << 10
+#: runs that are looked at before the first of them is copied
+LOOK_AHEAD: Final = 2048
+
+
+async def plan_stretch(
+    top: Node,
+    base: Node | None,
+    stretch: tuple[int, int],
+    granularity: int,
+    kind_of: Callable[[chain.Run], ExtentKind],
+) -> tuple[list[Run], int]:
+    """Pieces from the begin of ``stretch`` (bytes from, to), as far as ``LOOK_AHEAD`` runs go.
+
+    ``kind_of`` says as what a run is to be taken. The second value is where the plan ends.
+    """
+    offset, length = stretch
+    runs: list[Run] = []
+    position = end = offset
+    async for found in chain.resolve(top, base, offset, length - offset):
+        kind = kind_of(found)
+        if kind is ExtentKind.DATA:
+            run = Run(position, found.length, kind, found.layer, found.host_offset)
+        else:
+            run = Run(position, found.length, kind)
+        runs.append(run)
+        position += found.length
+        end = position // granularity * granularity
+        if len(runs) >= LOOK_AHEAD and end > offset:
+            break
+    if position == length:
+        end = position
+    planner = Planner(offset, end, granularity, least_copy=LEAST_COPY)
+    pieces: list[Run] = []
+    for run in runs:
+        if run.offset < end:
+            pieces.extend(planner.feed(run.part(run.offset, min(run.end, end))))
+    pieces.extend(planner.finish())
+    return pieces, end
