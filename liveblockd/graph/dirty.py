@@ -91,6 +91,44 @@ def _check_storable(node: Node, name: str, granularity: int) -> None:
         ) from None
 
 
+class Removal:
+    """A bitmap that is about to go: the image has forgotten it, and nobody may use it."""
+
+    def __init__(self, graph: Graph, node: Node, bitmap: DirtyBitmap) -> None:
+        self._graph = graph
+        self._node = node
+        self._bitmap = bitmap
+        self._was_persistent = bitmap.persistent
+
+    async def begin(self) -> None:
+        """Forget it in the image; OSError: nothing has changed."""
+        bitmap = self._bitmap
+        if bitmap.persistent:
+            await self._node.driver.remove_bitmap(bitmap.name)
+            bitmap.persistent = False
+        bitmap.busy = True
+
+    def commit(self) -> None:
+        """It is gone."""
+        self._bitmap.busy = False
+        self._node.remove_bitmap(self._bitmap)
+        self._graph.rebind_above(self._node)
+
+    def undo(self) -> None:
+        """It stays, and is stored when the image is closed."""
+        self._bitmap.busy = False
+        self._bitmap.persistent = self._was_persistent
+
+
+async def begin_removal(graph: Graph, node_name: str, name: str) -> Removal:
+    """End it by ``commit`` or ``undo``; the lock is held until then."""
+    node, bitmap = find(graph, node_name, name)
+    bitmap.check(read_only=node.read_only, allow_inconsistent=True)
+    removal = Removal(graph, node, bitmap)
+    await to_its_end(removal.begin())
+    return removal
+
+
 async def remove(graph: Graph, node_name: str, name: str) -> None:
     """Forget a bitmap, in the image too."""
     async with graph.lock:

@@ -17,7 +17,8 @@ import contextlib
 import enum
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, cast
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import filenames, surgery
@@ -26,7 +27,7 @@ from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import check_node_name
 from liveblockd.qapi import parse
-from liveblockd.storage.driver import Permission
+from liveblockd.storage.driver import BlockDriver, Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import drivers
 
@@ -41,6 +42,74 @@ class NewImageMode(enum.StrEnum):
     ABSOLUTE_PATHS = "absolute-paths"
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotRequest:
+    """Members of blockdev-snapshot-sync."""
+
+    device: str | None
+    node_name: str | None
+    snapshot_file: str
+    snapshot_node_name: str | None = None
+    image_format: str = "qcow2"
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+
+
+class NewOverlay:
+    """An overlay that was created and opened for ``node``, and is above nothing yet.
+
+    ``made``: its file was not there before.
+    """
+
+    def __init__(self, graph: Graph, request: SnapshotRequest) -> None:
+        self._graph = graph
+        self._request = request
+        self.node = graph.lookup(request.device, request.node_name)
+        self.overlay: Node | None = None
+        self.made = False
+
+    async def open(self, console: Callable[[str], None]) -> Node:
+        """Check, create, open; the lock is held. ``console`` takes the line ``Formatting ...``."""
+        graph, node, request = self._graph, self.node, self._request
+        driver = self._check()
+        creating = request.mode is NewImageMode.ABSOLUTE_PATHS
+        if creating and "backing" not in driver.child_roles:
+            raise BlockError(f"Backing file not supported for file format '{request.image_format}'")
+        if creating:
+            self.made = await create_overlay(graph, node, request.snapshot_file, console)
+        self.overlay = await graph.open(
+            _overlay_options(
+                node, request.snapshot_file, request.snapshot_node_name, request.image_format
+            ),
+            monitor_owned=False,
+        )
+        if creating:
+            self.overlay.implied_backing = (self.overlay.driver.backing_file or "", node.filename)
+        return self.overlay
+
+    def _check(self) -> type[BlockDriver]:
+        graph, request = self._graph, self._request
+        self.node.check_operation(Operation.SNAPSHOT)
+        driver = drivers().get(request.image_format)
+        if driver is None:
+            raise BlockError(f"Unknown file format '{request.image_format}'")
+        name = request.snapshot_node_name
+        if request.node_name is not None and name is None:
+            raise BlockError("New overlay node-name missing")
+        if name is not None:
+            if name in graph.nodes or name in graph.drives:
+                raise BlockError("New overlay node-name already in use")
+            check_node_name(name)
+        return cast("type[BlockDriver]", driver)
+
+    async def discard(self) -> None:
+        """Remove the file, if it was made and nobody writes to it.
+
+        Cancelled at the very end, the overlay may be what the guest writes to already.
+        """
+        if self.made and (self.overlay is None or self.overlay.backing is not self.node):
+            await to_its_end(_remove(self._graph, self._request.snapshot_file))
+
+
 async def snapshot_sync(
     graph: Graph,
     *,
@@ -53,54 +122,40 @@ async def snapshot_sync(
     console: Callable[[str], None] = print,
 ) -> None:
     """blockdev-snapshot-sync. ``console`` takes the line ``Formatting ...``."""
+    request = SnapshotRequest(
+        device, node_name, snapshot_file, snapshot_node_name, image_format, mode
+    )
     async with graph.lock:
-        node = graph.lookup(device, node_name)
-        node.check_operation(Operation.SNAPSHOT)
-        driver = drivers().get(image_format)
-        if driver is None:
-            raise BlockError(f"Unknown file format '{image_format}'")
-        if node_name is not None and snapshot_node_name is None:
-            raise BlockError("New overlay node-name missing")
-        if snapshot_node_name is not None:
-            if snapshot_node_name in graph.nodes or snapshot_node_name in graph.drives:
-                raise BlockError("New overlay node-name already in use")
-            check_node_name(snapshot_node_name)
-        creating = mode is NewImageMode.ABSOLUTE_PATHS
-        if creating and "backing" not in driver.child_roles:
-            raise BlockError(f"Backing file not supported for file format '{image_format}'")
-        made = creating and await create_overlay(graph, node, snapshot_file, console)
-        overlay: Node | None = None
+        new = NewOverlay(graph, request)
         try:
-            overlay = await graph.open(
-                _overlay_options(node, snapshot_file, snapshot_node_name, image_format),
-                monitor_owned=False,
-            )
-            if creating:
-                overlay.implied_backing = (overlay.driver.backing_file or "", node.filename)
+            overlay = await new.open(console)
             try:
-                await surgery.append_overlay(graph, node, overlay)
+                await surgery.append_overlay(graph, new.node, overlay)
             finally:
                 await graph.unref(overlay)
         except BaseException:
-            # Cancelled at the very end, the overlay may be what the guest writes to already.
-            if made and (overlay is None or overlay.backing is not node):
-                await to_its_end(_remove(graph, snapshot_file))
+            await new.discard()
             raise
+
+
+def check_snapshot(graph: Graph, node_name: str, overlay_name: str) -> tuple[Node, Node]:
+    """The node and the overlay of blockdev-snapshot, which may be put above it."""
+    node = graph.lookup_any(node_name)
+    overlay = graph.lookup_any(overlay_name)
+    node.check_operation(Operation.SNAPSHOT)
+    surgery.check_no_cycle(overlay, node)
+    if any(edge.role == "root" for edge in overlay.parents):
+        raise BlockError("The overlay is already in use", errno=16)
+    overlay.check_operation(Operation.SNAPSHOT)
+    if overlay.parents:
+        raise BlockError("The overlay is already in use", errno=16)
+    return node, overlay
 
 
 async def snapshot(graph: Graph, node_name: str, overlay_name: str) -> None:
     """blockdev-snapshot: put an overlay that is open already above a node."""
     async with graph.lock:
-        node = graph.lookup_any(node_name)
-        overlay = graph.lookup_any(overlay_name)
-        node.check_operation(Operation.SNAPSHOT)
-        surgery.check_no_cycle(overlay, node)
-        if any(edge.role == "root" for edge in overlay.parents):
-            raise BlockError("The overlay is already in use", errno=16)
-        overlay.check_operation(Operation.SNAPSHOT)
-        if overlay.parents:
-            raise BlockError("The overlay is already in use", errno=16)
-        await surgery.append_overlay(graph, node, overlay)
+        await surgery.append_overlay(graph, *check_snapshot(graph, node_name, overlay_name))
 
 
 def _overlay_options(

@@ -39,38 +39,90 @@ def check_no_cycle(parent: Node, child: Node, role: str = "backing") -> None:
                 pending.append(edge.child)
 
 
-async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
+class PlacedOverlay:
+    """An overlay that was put above ``node``, as long as that can be taken back.
+
+    The caller holds the graph's lock, and has drained both, from ``place_overlay`` to the end.
+    """
+
+    def __init__(self, graph: Graph, node: Node, overlay: Node) -> None:
+        self._graph = graph
+        self.node = node
+        self.overlay = overlay
+        self._moved = list(node.parents)
+        self._link = Edge(overlay, "backing", node)
+        self._sealed = False
+
+    async def place(self) -> None:
+        """The switch; BlockError for a conflict of permissions, then nothing has changed."""
+        graph = self._graph
+        _move(graph, self._moved, self.overlay)
+        graph.connect(self._link)
+        try:
+            await graph.refresh_permissions(self.overlay)
+        except BaseException:
+            await self.undo()
+            raise
+
+    async def seal(self) -> None:
+        """Make the old image read-only, flushed; what fails has not done so."""
+        if not self.node.read_only:
+            await self._graph.set_read_only(self.node, True)
+            self._sealed = True
+
+    def announce(self) -> None:
+        """Tell the users that they stand on the overlay."""
+        self._graph.rebind_above(self.overlay)
+
+    async def undo(self) -> None:
+        """All is as it was before ``place``."""
+        graph = self._graph
+        if self._sealed:
+            # While the overlay shields it: its users may write as soon as they are back.
+            await graph.set_read_only(self.node, False)
+            self._sealed = False
+        graph.disconnect(self._link)
+        _move(graph, self._moved, self.node)
+        await graph.refresh_permissions(self.node, self.overlay)
+        graph.rebind_above(self.node)
+
+
+async def place_overlay(graph: Graph, node: Node, overlay: Node) -> PlacedOverlay:
     """Make ``node`` the backing node of ``overlay``, and put all who use ``node`` on the overlay.
+
+    All that was written to ``node`` is durable on return; BlockError, OSError: nothing changed.
+    """
+    if not overlay.supports_backing:
+        raise BlockError("The overlay does not support backing images")
+    check_no_cycle(overlay, node)
+    if overlay.backing is not None:
+        raise BlockError("The overlay already has a backing image")
+    check_depth(overlay, node)
+    if overlay.length < node.length:
+        _check_no_users_beyond(node, overlay)
+    for edge in node.parents:
+        edge.check_not_frozen()
+    async with graph.drained(node, overlay):
+        # Nothing is in flight. What guests wrote is made durable while it can still fail.
+        await node.driver.flush()
+        placed = PlacedOverlay(graph, node, overlay)
+        await placed.place()
+    return placed
+
+
+async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
+    """``place_overlay`` for good.
 
     All that was written to ``node`` is durable, and it is read-only, when this returns.
     """
-    async with graph.lock:
-        if not overlay.supports_backing:
-            raise BlockError("The overlay does not support backing images")
-        check_no_cycle(overlay, node)
-        if overlay.backing is not None:
-            raise BlockError("The overlay already has a backing image")
-        check_depth(overlay, node)
-        if overlay.length < node.length:
-            _check_no_users_beyond(node, overlay)
-        moving = list(node.parents)
-        for edge in moving:
-            edge.check_not_frozen()
-        async with graph.drained(node, overlay):
-            # Nothing is in flight. What guests wrote is made durable while it can still fail.
-            await node.driver.flush()
-            link = Edge(overlay, "backing", node)
-            _move(graph, moving, overlay)
-            graph.connect(link)
-            try:
-                await graph.refresh_permissions(overlay)
-                await graph.set_read_only(node, True)
-            except BaseException:
-                graph.disconnect(link)
-                _move(graph, moving, node)
-                await graph.refresh_permissions(node, overlay)
-                raise
-        graph.rebind_above(overlay)
+    async with graph.lock, graph.drained(node, overlay):
+        placed = await place_overlay(graph, node, overlay)
+        try:
+            await placed.seal()
+        except BaseException:
+            await placed.undo()
+            raise
+        placed.announce()
 
 
 def _check_no_users_beyond(node: Node, overlay: Node) -> None:

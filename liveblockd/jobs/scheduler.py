@@ -109,11 +109,31 @@ class Scheduler:
 
     async def start(self, job: Job) -> None:
         """Let the job run. Returns at once, or after its whole life when it is ``immediate``."""
+        self.launch(job)
+        await self.over_if_immediate(job)
+
+    def launch(self, job: Job) -> None:
+        """Let the job run, unless it was ended before that. Follow it by ``over_if_immediate``."""
+        if job.status is not JobStatus.CREATED:
+            return
         self._move(job, JobStatus.RUNNING)
         job.started = job.busy = True
         self._spawn(self._work(job), f"job {job.id}")
-        if job.immediate:
+
+    async def over_if_immediate(self, job: Job) -> None:
+        """Return when an ``immediate`` job needs nobody any more; the others' lives go on."""
+        if all(other.immediate for other in job.transaction.jobs):
             await self._until(job, lambda: _waits_for_client(job))
+
+    async def discard(self, job: Job) -> None:
+        """End a job that was created, with all of its transaction, and not started.
+
+        The hooks run in the task of the caller, who may hold the lock of the graph.
+        """
+        transaction = job.transaction
+        if transaction.ending is None and not transaction.aborted:
+            transaction.aborted = True
+            await self._abort(transaction)
 
     # -- steering
 

@@ -1,0 +1,243 @@
+"""The same requests to qemu-storage-daemon and to liveblockd: the same answers and events.
+
+Answers are compared in their order, events source by source, for how both interleave is no promise.
+Afterwards both have to have left the same files, and images of the same content that
+``qemu-img check`` finds nothing in.
+"""
+
+import difflib
+import json
+import os
+import pprint
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.peer import Peer
+
+MONITOR = ("--chardev", "socket,id=m,path=qmp.sock,server=on,wait=off", "--monitor", "m")
+MIB = 1 << 20
+
+
+def run(directory, *command):
+    return subprocess.run(
+        command, cwd=directory, check=True, capture_output=True, text=True, timeout=30
+    ).stdout
+
+
+def disk(directory, name, *writes, size="2M", backing=None):
+    based = ("-b", backing, "-F", "qcow2") if backing else ()
+    run(directory, "qemu-img", "create", "-q", "-f", "qcow2", *based, name, size)
+    commands = [part for write in writes for part in ("-c", f"write -P {write}")]
+    if commands:
+        run(directory, "qemu-io", "-f", "qcow2", *commands, name)
+
+
+def make_images(directory):
+    directory.mkdir()
+    for number in (0, 1):
+        disk(directory, f"d{number}.qcow2", f"{number + 1} 0 1M", f"{number + 3} 1M 64k")
+        disk(directory, f"t{number}.qcow2")
+    disk(directory, "base.qcow2", "5 0 1M")
+    disk(directory, "mid.qcow2", "6 512k 256k", backing="base.qcow2")
+    disk(directory, "top.qcow2", "7 1M 64k", backing="mid.qcow2")
+    return directory
+
+
+def answers(log):
+    """Requests with their answers."""
+    return [entry for entry in log if "event" not in entry]
+
+
+def events(log):
+    """Events by what they are about."""
+    found = {}
+    for entry in log:
+        if "event" in entry:
+            data = entry["data"]
+            source = data.get("id") or data.get("device") or data.get("node-name") or ""
+            found.setdefault(source, []).append(entry)
+    return found
+
+
+def left_behind(directory):
+    """Files, and what is in those that are images."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in (".qcow2", ".raw", ".img", ".luks"):
+            continue
+        info = json.loads(run(directory, "qemu-img", "info", "--output=json", path.name))
+        if info["format"] == "qcow2":
+            run(directory, "qemu-img", "check", "-q", path.name)
+        for key in ("actual-size", "dirty-flag", "children", "filename"):
+            info.pop(key, None)
+        specific = info.get("format-specific", {}).get("data", {})
+        specific.pop("encrypt", None)
+        specific.get("bitmaps", []).sort(key=lambda bitmap: bitmap["name"])
+        for snapshot in info.get("snapshots", ()):
+            for key in ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"):
+                snapshot.pop(key)
+        found[path.name] = info
+    return found
+
+
+def same(theirs, ours, before=()):
+    """Fails with what differs, line by line."""
+    texts = [pprint.pformat(value, width=120).splitlines() for value in (theirs, ours)]
+    assert theirs == ours, "\n".join([*map(str, before), *difflib.unified_diff(*texts, n=1)])
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch):
+    """compared(session, *options): with both, in directories of their own."""
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    for name in ("qemu-img", "qemu-io", "qemu-storage-daemon"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+    def compare(session, *options):
+        logs = []
+        directories = []
+        programs = (("qemu-storage-daemon",), (sys.executable, "-m", "liveblockd"))
+        for name, program in zip(("theirs", "ours"), programs, strict=True):
+            directory = make_images(tmp_path / name)
+            with Peer(directory, *program, *options, *MONITOR) as peer:
+                session(peer)
+            logs.append(peer.log)
+            directories.append(directory)
+        expected, found = logs
+        for number, pair in enumerate(zip(answers(expected), answers(found), strict=False)):
+            same(*pair, before=answers(found)[max(0, number - 2) : number])
+        assert len(answers(found)) == len(answers(expected))
+        same(events(expected), events(found))
+        same(*map(left_behind, directories))
+        for name, info in left_behind(directories[0]).items():
+            pair = [str(directory / name) for directory in directories]
+            if "encrypted" not in info:
+                run(tmp_path, "qemu-img", "compare", "-q", *pair)
+
+    return compare
+
+
+def blockdev(name, *more):
+    file = f"file.driver=file,file.filename={name}.qcow2"
+    return ("--blockdev", ",".join(("driver=qcow2", f"node-name={name}", file, *more)))
+
+
+def export(peer, *names):
+    peer.do("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
+    for name in names:
+        peer.do("block-export-add", type="nbd", id=f"e-{name}", node_name=name, writable=True)
+
+
+def act(kind, **data):
+    return {"type": kind, "data": {k.replace("_", "-"): v for k, v in data.items()}}
+
+
+def sync(node, overlay, **data):
+    return act(
+        "blockdev-snapshot-sync", node_name=node, snapshot_file=f"{overlay}.qcow2",
+        snapshot_node_name=overlay, **data,
+    )  # fmt: skip
+
+
+def bitmap(verb, node, name, **data):
+    return act(f"block-dirty-bitmap-{verb}", node=node, name=name, **data)
+
+
+def transact(peer, *actions, **properties):
+    peer.do("transaction", actions=list(actions), **properties)
+    look(peer)
+
+
+def look(peer):
+    """All nodes, of each what it is and what hangs on it."""
+    peer.do("query-named-block-nodes")
+    found = []
+    for node in peer.log[-1]["return"]:
+        bitmaps = sorted(node.get("dirty-bitmaps", ()), key=lambda b: b.get("name", ""))
+        names = [s["name"] for s in node["image"].get("snapshots", ())]
+        keys = ("node-name", "drv", "file", "ro", "backing_file", "backing_file_depth")
+        found.append([*(node.get(key) for key in keys), bitmaps, names])
+    peer.log[-1] = {"return": sorted(found, key=str)}
+
+
+def snapshots(peer):
+    export(peer, "d0", "d1")
+    transact(peer)
+    transact(peer, sync("d0", "s0"), sync("d1", "s1"))
+    transact(peer, sync("s0", "x0"), sync("d1", "x1"))  # d1 has an overlay
+    transact(peer, sync("s0", "y0"), sync("s1", "s1"))  # QEMU 7.2 aborts with two of s0
+    transact(peer, sync("s0", "y0"), sync("y0", "z0"))
+    transact(peer, sync("s1", "y1", mode="existing"))  # there is no such file
+    transact(peer, sync("s1", "y1", format="bogus"))
+    transact(peer, sync("s1", "y1", format="raw"))
+    peer.do("blockdev-add", driver="qcow2", node_name="over", backing=None,
+            file={"driver": "file", "filename": "t0.qcow2"})  # fmt: skip
+    transact(peer, act("blockdev-snapshot", node="s1", overlay="over"), act("abort"))
+    transact(peer, act("blockdev-snapshot", node="s1", overlay="ghost"))
+    transact(peer, act("blockdev-snapshot", node="s1", overlay="over"), sync("over", "last"))
+
+
+def test_transactions_of_snapshots(compared):
+    compared(snapshots, *blockdev("d0"), *blockdev("d1"))
+
+
+def bitmaps(peer):
+    export(peer, "d0")
+    transact(peer, bitmap("add", "d0", "a"), bitmap("add", "d0", "b", granularity=4096))
+    transact(peer, bitmap("add", "d0", "c"), bitmap("add", "d0", "a"))
+    transact(peer, bitmap("disable", "d0", "a"), bitmap("enable", "d0", "b"))
+    transact(peer, bitmap("enable", "d0", "a"), bitmap("clear", "d0", "b"), act("abort"))
+    transact(peer, bitmap("remove", "d0", "a"), bitmap("clear", "d0", "a"))
+    transact(peer, bitmap("remove", "d0", "a"), bitmap("add", "d0", "a"))
+    transact(peer, bitmap("remove", "d0", "a"), act("abort"))
+    merge = act("block-dirty-bitmap-merge", node="d0", target="all", bitmaps=["a", "b"])
+    transact(peer, bitmap("add", "d0", "all", disabled=True, persistent=True), merge)
+    transact(peer, bitmap("remove", "d0", "b"), bitmap("remove", "d0", "ghost"))
+    transact(peer, bitmap("remove", "d0", "b"), bitmap("add", "d1", "b", persistent=True))
+    transact(peer, bitmap("add", "ghost", "b"))
+    transact(peer, bitmap("remove", "d0", "all"), act("abort"))
+    transact(peer, bitmap("add", "d0", "keep", persistent=True), sync("d0", "s0"))
+    transact(peer, bitmap("clear", "d0", "keep"))
+    transact(peer, bitmap("remove", "d0", "keep"))
+
+
+def test_transactions_of_bitmaps(compared):
+    compared(bitmaps, *blockdev("d0"), *blockdev("d1"))
+
+
+def internal(peer):
+    def take(device, name):
+        return act("blockdev-snapshot-internal-sync", device=device, name=name)
+
+    transact(peer, take("d0", "one"), take("d1", "one"))
+    transact(peer, take("d0", "two"), take("d1", "one"))
+    transact(peer, take("d0", ""))
+    transact(peer, take("d0", "two"), act("abort"))
+    transact(peer, take("d0", "two"), sync("d0", "s0"))
+    transact(peer, take("ghost", "two"))
+
+
+def test_transactions_of_internal_snapshots(compared):
+    compared(internal, *blockdev("d0"), *blockdev("d1"))
+
+
+def bad_arguments(peer):
+    peer.do("transaction")
+    peer.do("transaction", actions={})
+    peer.do("transaction", actions=[{}])
+    peer.do("transaction", actions=[{"type": "abort"}])
+    peer.do("transaction", actions=[{"type": "abort", "data": {"x": 1}}])
+    peer.do("transaction", actions=[{"type": "abort", "data": {}, "x": 1}])
+    peer.do("transaction", actions=[{"type": 1, "data": {}}])
+    peer.do("transaction", actions=[act("abort")], properties={"completion-mode": "x"})
+    peer.do("transaction", actions=[act("abort")], properties={"completion-mode": "individual"})
+    peer.do("transaction", actions=[], properties={"completion-mode": "grouped"})
+    peer.do("transaction", actions=[], properties={})
+
+
+def test_arguments_of_transaction(compared):
+    compared(bad_arguments)
