@@ -115,7 +115,8 @@ def compared(tmp_path, monkeypatch):
         same(*map(left_behind, directories))
         for name, info in left_behind(directories[0]).items():
             pair = [str(directory / name) for directory in directories]
-            if "encrypted" not in info:
+            json_name = info.get("backing-filename", "").startswith("json:")  # seen from one place
+            if "encrypted" not in info and not json_name:
                 run(tmp_path, "qemu-img", "compare", "-q", *pair)
 
     return compare
