@@ -101,14 +101,13 @@ def flags_at(indices: npt.NDArray[np.intp], count: int) -> Flags:
 def bad_l2_entries(entries: Entries, geometry: Geometry) -> Entries:
     """Indices of L2 entries that a sound image cannot have.
 
-    Of a standard entry: reserved bits, an unaligned offset, COPIED without an offset. Of a
-    compressed one: COPIED, or an offset within the header cluster or beyond bit 55.
+    Of a standard entry: reserved bits, an unaligned offset. Of a compressed one: COPIED, or an
+    offset within the header cluster or beyond bit 55.
     """
     reserved = L2_RESERVED if geometry.has_zero_clusters else L2_RESERVED | ZERO
     offsets = entries & _U(OFFSET_MASK)
     standard = (entries & _U(reserved)) != 0
     standard |= (offsets & _U(geometry.cluster_size - 1)) != 0
-    standard |= (offsets == 0) & ((entries & _U(COPIED)) != 0)
     packed = entries & _U((1 << min(geometry.compressed_offset_bits, 62)) - 1)
     compressed = (packed < _U(geometry.cluster_size)) | (packed >= _U(1 << 56))
     compressed |= (entries & _U(COPIED)) != 0

@@ -234,14 +234,14 @@ async def test_a_compressed_entry_beyond_all_offsets() -> None:
     await damaged(disk, message="Cluster allocation offset")
 
 
-@pytest.mark.parametrize("entry", [1 << 63 | 3 * CLUSTER, 3 * CLUSTER + 512, "l1", "table"])
-async def test_a_refcount_table_entry(entry: int | str) -> None:
+@pytest.mark.parametrize("what", ["reserved", "unaligned", "far", "l1", "table"])
+async def test_a_refcount_table_entry(what: str) -> None:
     """What it names is never taken for refcounts; who has to change some gets an error."""
     disk = await written()
     l1, table = number(disk, 40), number(disk, 48)
-    lie = {"l1": l1, "table": table}.get(str(entry), entry)
-    assert isinstance(lie, int)
-    put(disk, table, lie)
+    data = number(disk, number(disk, l1) & ~COPIED) & ~COPIED  # no metadata
+    lies = {"reserved": data | 1, "unaligned": data + 512, "far": 1 << 63 | data}
+    put(disk, table, (lies | {"l1": l1, "table": table})[what])
     before = disk.content()[512:]
     image = await open_qcow2(disk)
     with pytest.raises(OSError, match="Refblock offset"):
@@ -265,7 +265,7 @@ async def test_bitmaps_of_subclusters(word: int | None, bitmap: int) -> None:
     await damaged(disk, message="Cluster allocation offset")
 
 
-@pytest.mark.parametrize("lie", ["another", "compressed", "not copied there"])
+@pytest.mark.parametrize("lie", ["another", "compressed", "not copied there", "copied nowhere"])
 async def test_an_entry_of_a_data_file(lie: str) -> None:
     data = MemoryDriver()
     disk = await new_qcow2(size=M, cluster_size=CLUSTER, data_file=data)
@@ -277,6 +277,7 @@ async def test_an_entry_of_a_data_file(lie: str) -> None:
         "another": COPIED | 3 * CLUSTER,
         "compressed": COMPRESSED | CLUSTER,
         "not copied there": 7 * CLUSTER,
+        "copied nowhere": COPIED,
     }
     put(disk, l2 + 8, values[lie])
     image = await open_qcow2(disk, data_file=data)
