@@ -9,6 +9,7 @@ FORMAT_MODULES = (
     "liveblockd.formats.raw",
     "liveblockd.formats.foreign",
     "liveblockd.formats.luks_image",
+    "liveblockd.formats.qcow",
     "liveblockd.formats.qcow2.image",
 )
 

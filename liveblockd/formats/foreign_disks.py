@@ -6,8 +6,8 @@ Specification: those of their makers, as the library reads them. The library is 
 Runs on: a worker. The library believes what images say and expects small requests, so:
 
 * headers are looked at here first: no table that it reads takes more than a few tens of MiB, and
-  what it would misread (differencing images, a VHDX log that is not played back, disks of several
-  files, whose names an image could choose) is refused;
+  what it would misread (differencing VHD, VHDX and VDI, a VHDX log that is not played back) is
+  refused; it opens no file by its name;
 * a request never crosses the border of a block (its readers of VDI and VHDX go wrong there);
 * compressed grains give at most a grain;
 * fewer bytes than were asked for are an error, never zeros.
@@ -22,11 +22,13 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from errno import EIO, ENOTSUP
-from typing import Final
+from typing import Any, Final
 
 from liveblockd.errors import BlockError
+from liveblockd.formats import vmdk_descriptor
+from liveblockd.formats.vmdk_descriptor import DescribedExtent, Descriptor
 
 SECTOR: Final = 512
 #: bytes of one table, or of one read of the library
@@ -81,6 +83,10 @@ class HostBytes:
 class Disk:
     """What is in an image; ``read_sectors(first, count)`` is asked for parts of one block."""
 
+    #: of VMDK: the name of the parent, the numbers of this content and the parent's
+    parent: str | None = None
+    content_id = parent_content_id = vmdk_descriptor.NO_PARENT
+
     def __init__(
         self, size: int, block: int, sector: int, read_sectors: Callable[[int, int], bytes]
     ) -> None:
@@ -105,6 +111,11 @@ class Disk:
                 length -= part
         return b"".join(parts)
 
+    def runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(bytes, whether this image has them and not its parent); of a part. Raises OSError."""
+        del offset
+        return [(length, True)]
+
     def _read_part(self, offset: int, length: int) -> bytes:
         first = offset // self._sector
         end = -(-(offset + length) // self._sector)
@@ -120,10 +131,73 @@ class Disk:
         return bytes(data[skip : skip + length])
 
 
-def open_disk(driver: str, fd: int) -> Disk:
-    """The disk in the image at ``fd``, which stays open as long as the disk is used."""
+class JoinedDisk(Disk):
+    """Disks one behind the other."""
+
+    def __init__(self, parts: Sequence[Disk]) -> None:
+        super().__init__(sum(part.size for part in parts), SECTOR, SECTOR, lambda *_: b"")
+        self._parts = parts
+
+    def _split(self, offset: int, length: int) -> list[tuple[Disk, int, int]]:
+        found = []
+        for part in self._parts:
+            if offset < part.size and length:
+                here = min(length, part.size - offset)
+                found.append((part, offset, here))
+                length -= here
+                offset = part.size
+            offset -= part.size
+        return found
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes within the disk; raises OSError."""
+        return b"".join(part.read(at, here) for part, at, here in self._split(offset, length))
+
+    def runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """See ``Disk``."""
+        found: list[tuple[int, bool]] = []
+        for part, at, here in self._split(offset, length):
+            found += (runs := part.runs(at, here))
+            if sum(run[0] for run in runs) < here:
+                break
+        return found
+
+
+class GrainDisk(Disk):
+    """A sparse VMDK file; ``disk`` is the library's."""
+
+    def __init__(self, disk: Any, size: int, grain: int) -> None:
+        super().__init__(size, grain, SECTOR, disk.read_sectors)
+        self._disk = disk
+
+    def runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """See ``Disk``; of at most the first 1024 grains."""
+        length = min(length, 1024 * self._block - offset % self._block)
+        first, end = offset // SECTOR, -(-(offset + length) // SECTOR)
+        with self._lock:
+            try:
+                found = self._disk.get_runs(first, end - first)
+            except Exception as error:  # whatever a library makes of a damaged image
+                raise OSError(EIO, f"the image is damaged: {error}") from error
+        runs: list[tuple[int, bool]] = []
+        position = first * SECTOR
+        for kind, _, sectors, _ in found:
+            start, position = position, position + sectors * SECTOR
+            inside = min(position, offset + length) - max(start, offset)
+            held = kind != 0
+            if runs and runs[-1][1] is held:
+                inside += runs.pop()[0]
+            runs.append((inside, held))
+        return runs
+
+
+def open_disk(driver: str, fds: Mapping[str, int]) -> Disk:
+    """The disk in the image at ``fds["file"]``; they stay open as long as the disk is used."""
+    files = {role: HostBytes(fd) for role, fd in fds.items()}
     try:
-        return _OPENERS[driver](HostBytes(fd))
+        if driver == "vmdk":
+            return _open_vmdk(files)
+        return _OPENERS[driver](files["file"])
     except ImportError as error:
         raise BlockError(
             f"Driver '{driver}' needs the Python module 'dissect.hypervisor' "
@@ -138,23 +212,58 @@ def open_disk(driver: str, fd: int) -> Disk:
         raise BlockError(f"Could not open {driver} image: {reason}") from error
 
 
-def _open_vmdk(file: HostBytes) -> Disk:
+def _open_vmdk(files: Mapping[str, HostBytes]) -> Disk:
+    file = files["file"]
+    head = file.at(0, vmdk_descriptor.MAX_BYTES)
+    if head[:4] in vmdk_descriptor.MAGICS:
+        disk: Disk
+        disk, text = _open_sparse_vmdk(file)
+        if text is None:
+            return disk
+        described = vmdk_descriptor.parse(text, embedded=True)
+    else:
+        described = vmdk_descriptor.parse(head)
+        extents = enumerate(described.extents)
+        disk = JoinedDisk([_vmdk_extent(e, files.get(f"extents.{n}")) for n, e in extents])
+    _relate(disk, described)
+    return disk
+
+
+def _relate(disk: Disk, described: Descriptor) -> None:
+    disk.parent = described.parent
+    disk.content_id = described.content_id
+    disk.parent_content_id = described.parent_content_id
+
+
+def _vmdk_extent(extent: DescribedExtent, file: HostBytes | None) -> Disk:
+    size = extent.sectors * SECTOR
+    if file is None:
+        return Disk(size, _MIB, SECTOR, lambda _, count: bytes(count * SECTOR))
+    start = extent.first_sector * SECTOR
+    if extent.flat:
+        if start + size > file.size:
+            raise BlockError(f"the extent '{extent.filename}' is cut off")
+        return Disk(
+            size, _MIB, SECTOR, lambda first, n: file.at(start + first * SECTOR, n * SECTOR)
+        )
+    found, _ = _open_sparse_vmdk(file)
+    if found.size < size:
+        raise BlockError(f"the extent '{extent.filename}' is smaller than the descriptor says")
+    found.size = size
+    return found
+
+
+def _open_sparse_vmdk(file: HostBytes) -> tuple[GrainDisk, bytes | None]:
+    """The disk in one file, and the descriptor in it if there is one."""
     from dissect.hypervisor.disk.vmdk import SparseDisk
 
-    head = file.at(0, SECTOR)
-    if head[:4] != b"KDMV":
-        raise BlockError(
-            "it is not a disk in one sparse file (convert it with qemu-img first)", errno=ENOTSUP
-        )
-    grain, directory = _check_vmdk_header(head)
+    grain, directory = _check_vmdk_header(file.at(0, SECTOR))
     if directory == (1 << 64) - 1:  # a stream: the header at the end counts
         grain, _ = _check_vmdk_header(file.at(max(0, file.size - 1024), SECTOR))
     disk = SparseDisk(file)
-    parent = disk.descriptor.attr.get("parentCID", "ffffffff") if disk.descriptor else "ffffffff"
-    if parent.lower() != "ffffffff":
-        raise BlockError("it has a parent, which is not supported", errno=ENOTSUP)
     disk._read_compressed_grain = _bounded_grains(file, grain, bool(disk.header.flags & 1 << 17))
-    return Disk(disk.size, grain, SECTOR, disk.read_sectors)
+    text = disk.descriptor.raw.encode() if disk.descriptor is not None else None
+    return GrainDisk(disk, disk.size, grain), text
 
 
 def _check_vmdk_header(head: bytes) -> tuple[int, int]:
@@ -162,6 +271,8 @@ def _check_vmdk_header(head: bytes) -> tuple[int, int]:
     magic, _, _, capacity, grain, _, descriptor, entries, _, directory = struct.unpack_from(
         "<4sIIQQQQIQQ", head
     )
+    if magic == b"COWD":
+        raise BlockError("disks of old versions of ESX (COWD) are not supported", errno=ENOTSUP)
     if magic != b"KDMV" or not 0 < grain <= 2 * _MIB // SECTOR or not 0 < entries <= 512:
         raise BlockError("the header is damaged")
     if capacity * SECTOR > MAX_DISK or capacity // (entries * grain) * 4 > MAX_TABLE // 16:
@@ -259,7 +370,6 @@ def _open_vpc(file: HostBytes) -> Disk:
 
 
 _OPENERS: Final[dict[str, Callable[[HostBytes], Disk]]] = {
-    "vmdk": _open_vmdk,
     "vhdx": _open_vhdx,
     "vdi": _open_vdi,
     "vpc": _open_vpc,

@@ -266,11 +266,12 @@ class Opener:
     async def _open_named(self, node: Node, role: str, written: str) -> Node:
         """The protocol node that the header of ``node`` names.
 
-        A relative name is seen from the directory of the image. If there is nothing: as it is
+        A relative name is seen from the directory of the image. If there is no data file: as it is
         written, which is how QEMU takes it.
         """
         name = filenames.full_backing_filename(node, written)
-        if not filenames.has_protocol(written) and not os.path.exists(name):  # noqa: ASYNC240
+        data_file = role == "data-file" and not filenames.has_protocol(written)
+        if data_file and not os.path.exists(name):  # noqa: ASYNC240
             name = written
         options = parse(BlockdevOptions, filenames.protocol_options(name))
         return await self._open_with_chain(options, node, role, None)

@@ -15,7 +15,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.formats import luks
-from liveblockd.formats.qcow2 import bitmap_store
+from liveblockd.formats.qcow2 import bitmap_store, opening
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED
 from liveblockd.storage.driver import StoredBitmap
 from tests.simulation import forms
@@ -161,6 +161,18 @@ async def test_a_corrupt_image_is_read_only() -> None:
     await image.close()
 
 
+async def test_what_can_only_be_read_or_not_even_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = await new_qcow2(size=M, cluster_size=CLUSTER)
+    put(disk, 32, 1, 4)
+    with pytest.raises(BlockError, match="legacy AES encryption can only be opened read-only"):
+        await open_qcow2(disk)
+    plain = await new_qcow2(size=M, cluster_size=CLUSTER)
+    await refused(plain, "No encryption in image header", encrypt={"format": "luks"})
+    packed = await new_qcow2(size=M, cluster_size=CLUSTER, compression="zstd")
+    monkeypatch.setattr(opening, "HAS_ZSTD", False)
+    await refused(packed, "zstd compression")
+
+
 async def test_data_files_that_cannot_be() -> None:
     data = MemoryDriver()
     disk = await new_qcow2(size=M, cluster_size=CLUSTER, data_file=data)
@@ -251,6 +263,36 @@ async def test_a_refcount_table_entry(what: str) -> None:
     for place in (l1, table, number(disk, l1) & ~COPIED):
         start = place - 512
         assert disk.content()[512:][start : start + CLUSTER] == before[start : start + CLUSTER]
+
+
+@pytest.mark.parametrize("how", ["written to", "given back"])
+async def test_data_whose_refcounts_lie_and_that_became_a_table(how: str) -> None:
+    """Free clusters that an entry refers to: a table comes to lie there, and is not destroyed."""
+    disk = await new_qcow2(size=16 * M, cluster_size=CLUSTER)
+    image = await open_qcow2(disk)
+    await image.write(0, b"a" * 4 * CLUSTER)
+    await image.close()
+    l1, block = number(disk, 40), number(disk, number(disk, 48))
+    l2 = number(disk, l1) & ~COPIED
+    hosts = [number(disk, l2 + 8 * n) & ~COPIED for n in range(4)]
+    for host in hosts:
+        put(disk, block + host // CLUSTER * 2, 0, 2)
+    image = await open_qcow2(disk)
+    await image.read(0, 512)  # its table is sound as yet
+    await image.write(8 * M, b"b" * 512)
+    await image.flush()
+    table = number(disk, l1 + 4 * 8) & ~COPIED
+    assert table in hosts
+    content = disk._load(table, CLUSTER)
+    offset = hosts.index(table) * CLUSTER
+    with pytest.raises(OSError, match="Preventing"):
+        if how == "written to":
+            await image.write(offset, b"c" * 512)
+        else:
+            await image.discard(offset, CLUSTER)
+    assert disk._load(table, CLUSTER) == content
+    assert number(disk, 72) == 2, "it is marked as corrupt"
+    await image.close()
 
 
 @pytest.mark.parametrize(
@@ -357,6 +399,10 @@ async def test_large_snapshot_tables_are_read_whole() -> None:
         disk._store(start + 40, b"n" * 0xFFF8)
     image = await open_qcow2(disk, read_only=True)
     assert [s.name for s in image.list_snapshots()] == ["n" * 0xFFF8] * 2
+    await image.close()
+    put(disk, 60, 1, 4)
+    image = await open_qcow2(disk, read_only=True)
+    assert [s.name for s in image.list_snapshots()] == ["n" * 0xFFF8]
     await image.close()
 
 
