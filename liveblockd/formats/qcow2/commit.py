@@ -92,6 +92,7 @@ class Committer:
         self._autosync = autosync
         #: seconds that the last commit took
         self._took = 0.0
+        self._committing = False
         self._timer: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._wanted = False  # a commit, though nobody waits for it
@@ -235,7 +236,7 @@ class Committer:
         metadata = self.metadata
         if len(metadata.dirty_tables) * 2 > metadata.max_tables:
             self._wake_for_commit()
-        if self._timer is None and self._autosync is not None and not self._ended:
+        if self._timer is None and not (self._autosync is None or self._ended or self._committing):
             loop = asyncio.get_running_loop()
             pause = min(self._took * AUTOSYNC_PAUSE, LONGEST_AUTOSYNC)
             self._timer = loop.call_later(max(self._autosync, pause), self._on_timer)
@@ -312,10 +313,15 @@ class Committer:
                 self._stop_timer()
                 clock = asyncio.get_running_loop().time
                 begun = clock()
+                self._committing = True
                 try:
                     await self._commit()
                 finally:
                     self._took = clock() - begun
+                    # What became dirty meanwhile waits as long as this commit makes it wait.
+                    self._committing = False
+                    if self.is_dirty:
+                        self._on_dirty()
         except OSError as error:
             if not self.damaged:
                 self._on_dirty()  # the timer tries again

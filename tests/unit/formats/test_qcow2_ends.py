@@ -145,6 +145,25 @@ async def test_growing_after_a_cut_off_shrink(backing: bool) -> None:
         assert oracle.read(below if backing else b"") == b"x" * half + bytes(half)
 
 
+async def test_commits_of_the_timer_take_a_small_part_of_the_time() -> None:
+    """Also while a guest makes entries dirty all the time, even during a commit."""
+    disk = await new_qcow2(size=64 * CLUSTER, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, autosync=0.001)
+    disk.hook = lambda operation, *_: asyncio.sleep(0.02) if operation == "flush" else None
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    cluster = 0
+    while loop.time() < begun + 0.3:
+        await image.write(cluster % 64 * CLUSTER, b"x" * CLUSTER)
+        if not cluster % 8:
+            await image.discard(cluster % 64 * CLUSTER, CLUSTER)
+        cluster += 1
+        await asyncio.sleep(0.001)
+    # The first one takes two flushes, 40 ms; the next one is due 360 ms later.
+    assert 1 <= disk.flushes <= 4
+    await image.close()
+
+
 @pytest.mark.parametrize("dirty_again", [False, True])
 async def test_a_failed_flush_in_the_background_is_told_to_the_guest(dirty_again: bool) -> None:
     """A commit of the timer whose flush failed may have lost what the guest wrote before."""
