@@ -38,6 +38,7 @@ from liveblockd.nbd.transmission import (
     refusal,
     simple_reply,
 )
+from liveblockd.storage.hostcalls import new_buffer
 
 if TYPE_CHECKING:
     from liveblockd.exports.nbd_server import NbdServer
@@ -81,7 +82,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         # a large WRITE whose payload is coming in
-        self._payload: bytearray | None = None
+        self._payload: memoryview | None = None
         self._payload_view = self._view[:0]
         self._payload_request: Request | None = None
         self._received = 0
@@ -392,8 +393,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif length <= SMALL_WRITE:
             return 0
         else:
-            self._payload = bytearray(length)
-            self._payload_view = memoryview(self._payload)
+            self._payload = self._payload_view = memoryview(new_buffer(length))
             self._payload_view[:available] = self._view[start : start + available]
             self._payload_request = request
             self._received = available

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from liveblockd.errors import ConfigError
+from liveblockd.runtime.memory import keep_freed_buffers
 
 T = TypeVar("T")
 
@@ -57,5 +58,6 @@ def run(main: Coroutine[Any, Any, T], *, kind: str | None = None, debug: bool = 
         main.close()
         raise
     sys.setswitchinterval(SWITCH_INTERVAL)
+    keep_freed_buffers()
     with asyncio.Runner(debug=debug, loop_factory=factory) as runner:
         return runner.run(main)
