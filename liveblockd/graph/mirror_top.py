@@ -14,7 +14,8 @@ from typing import Protocol
 
 from liveblockd.graph.filter import CopyOnRead
 from liveblockd.graph.lock import to_its_end
-from liveblockd.storage.driver import Buffer, Done, HostFile
+from liveblockd.storage.driver import Buffer, Done, HostFile, Permission
+from liveblockd.storage.options import BlockdevOptions
 
 Apply = Callable[[], Awaitable[None]]
 
@@ -85,3 +86,18 @@ class MirrorTop(CopyOnRead):
             await apply()
         else:
             await to_its_end(mirror.mirror_write(offset, length, apply, data))
+
+
+class CommitMirrorTop(MirrorTop):
+    """Of a commit of the active image, as ``filter.CommitTop``; guests may write through it."""
+
+    @classmethod
+    def child_permissions(
+        cls,
+        options: BlockdevOptions,  # noqa: ARG003
+        role: str,  # noqa: ARG003
+        used: Permission,
+        shared: Permission,
+    ) -> tuple[Permission, Permission]:
+        """Writes are handed down; what is read is not asked of each layer by itself."""
+        return used & ~Permission.CONSISTENT_READ, shared | Permission.WRITE

@@ -7,7 +7,8 @@ users. A protocol node at the bottom turns the sum into locks on the file (``sto
 
 Invariant: a backing node lets nobody write to it, whoever uses the overlay: QEMU is laxer here,
 but written base data would show through the overlay. The exception is a commit, whose writes are
-hidden by the layer they come from: it marks the links above its base (``Edge.committed``).
+hidden by the layer they come from: it marks the links above its base (``Edge.committed``), and lets
+nobody read through them but by its filter. After a commit of the active image they stay marked.
 
 Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-only node.
 """
@@ -65,7 +66,7 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
         shared &= ~_CHANGES
     else:
         used, shared = parent.driver_class.child_permissions(parent.options, role, used, shared)
-    if edge.committed:
+    if edge.committed and not used & Permission.CONSISTENT_READ:
         shared |= _CHANGES
     if child.options.force_share:
         shared = Permission.ALL

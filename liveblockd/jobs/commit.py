@@ -22,17 +22,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from liveblockd.graph import chain, surgery
+from liveblockd.graph.filter import CommitTop
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.node import Edge, Node
+from liveblockd.graph.node import Node
 from liveblockd.jobs.backing_link import backing_format, backing_string
+from liveblockd.jobs.commit_hold import CommitHold, nodes_between
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import plan_stretch
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.driver import ExtentKind
-
-BLOCKER = "block device is in use by block job: commit"
+from liveblockd.storage.driver import ExtentKind, Permission
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +81,22 @@ class Commit(CopyJob):
         assert layer is not None
         self.granularity = max(layer.driver.cluster_size or 1, layer.driver.request_alignment)
         self.length = top.length
-        # Given back by ``clean``.
-        self.filter: Node | None = None
-        self.frozen: list[Edge] = []
-        self.committed: list[Edge] = []
-        self.made_writable = False
-        self.users: list[JobUser] = []
-        #: of ``users``: who reads and is counted, and who writes
+        self.hold = CommitHold(graph, parameters.job_id, top, base)
+        #: who reads and is counted, and who writes
         self.reader: JobUser | None = None
         self.writer: JobUser | None = None
-        # Given back by ``free``.
-        self.blocked: list[Node] = []
+
+    async def take(self) -> None:
+        """Take what the work needs; ``release`` and ``free`` give it back, also a part of it."""
+        hold = self.hold
+        await hold.stand(self.device, Permission.NONE, Permission.ALL, "main node")
+        await hold.open_base()
+        await hold.cover(self.parameters.filter_node_name, CommitTop, read_only=True)
+        await hold.take_links()
+        for node in nodes_between(self.top, self.base)[:-1]:
+            user = await hold.stand_between(node)
+            self.reader = self.reader or user
+        self.writer = await hold.stand_on_base()
 
     # -- the work
 
@@ -149,24 +154,24 @@ class Commit(CopyJob):
     async def prepare(self) -> None:
         """Make the base durable, then the headers that lead to it, and then change the graph."""
         async with self.graph.lock:
-            assert self.filter is not None
+            assert self.hold.filter is not None
             await self._hide_end()
             await self.base.flush()
-            for overlay in chain.overlays(self.filter):
+            for overlay in chain.overlays(self.hold.filter):
                 await self._link(overlay)
-            await self._let_go()
-            await surgery.drop_intermediate(self.graph, self.filter, self.base)
-            self.filter = None
+            await self.hold.let_go()
+            await surgery.drop_intermediate(self.graph, self.hold.filter, self.base)
+            self.hold.filter = None
 
     async def _hide_end(self) -> None:
         """Make zeros of what the base has beyond ``top``, where a longer overlay would show it.
 
         It reads as zeros there now, and has to afterwards.
         """
-        assert self.filter is not None
+        assert self.hold.filter is not None
         assert self.writer is not None
         start = self.top.length
-        longest = max((overlay.length for overlay in chain.overlays(self.filter)), default=0)
+        longest = max((overlay.length for overlay in chain.overlays(self.hold.filter)), default=0)
         end = min(longest, self.base.length)
         if end > start:
             await self.writer.write_zeroes(start, end - start, may_unmap=True)
@@ -187,18 +192,6 @@ class Commit(CopyJob):
             if was_read_only:
                 await self.graph.set_read_only(overlay, True)
 
-    async def _let_go(self) -> None:
-        """End all use of the nodes and free the links; twice is harmless. Holds the lock."""
-        users, self.users = self.users, []
-        self.reader = self.writer = None
-        for user in users:
-            await self.graph.detach(user)
-        chain.unfreeze(self.frozen)
-        if self.committed:
-            chain.commit_through(self.committed, False)
-            self.committed.clear()
-            await self.graph.refresh_permissions(self.top)
-
     async def clean(self) -> None:
         """Give back what the work needed, whichever way it ended."""
         async with self.graph.lock:
@@ -206,28 +199,12 @@ class Commit(CopyJob):
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
-        await self._let_go()
-        if self.filter is not None:
-            await surgery.remove_filter(self.graph, self.filter)
-            self.filter = None
-        if self.made_writable:
-            self.made_writable = False
-            await self.graph.set_read_only(self.base, True)
+        self.reader = self.writer = None
+        await self.hold.let_go()
+        await self.hold.uncover()
+        await self.hold.close_base()
 
     async def free(self) -> None:
-        """Let go of the nodes; those that nobody uses any more are closed."""
+        """Let go of the nodes."""
         async with self.graph.lock:
-            await self.unblock()
-
-    def block(self, node: Node) -> None:
-        """Keep ``node`` and let nobody else work on it."""
-        node.op_blockers.append(BLOCKER)
-        self.blocked.append(node)
-
-    async def unblock(self) -> None:
-        """Undo all ``block``; holds the graph lock."""
-        blocked, self.blocked = self.blocked, []
-        for node in blocked:
-            node.op_blockers.remove(BLOCKER)
-        for node in blocked:
-            await self.graph.unref(node)
+            await self.hold.unblock()

@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from liveblockd.errors import BlockError, ErrorClass
-from liveblockd.graph import chain, surgery
-from liveblockd.graph.filter import CommitTop
+from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.permissions import cumulative
 from liveblockd.jobs.commit import Commit, CommitParameters
+from liveblockd.jobs.commit_active import CommitActive
+from liveblockd.jobs.commit_hold import nodes_between
 from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.starting import start_job
-from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Permission
 
 
@@ -42,18 +42,39 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: CommitParamete
     async with graph.lock:
         found = find_range(graph, parameters)
         if found.active:
-            raise BlockError("Committing the active image is not supported yet")
+            return await _launch_active(graph, scheduler, parameters, found)
         job = Commit(parameters, graph, found.device, found.top, found.base)
         scheduler.create(job)
         try:
-            await _take(job)
+            await job.take()
         except BaseException:
             try:
                 await job.release()
-                await job.unblock()
+                await job.hold.unblock()
             finally:
                 scheduler.refuse(job)
             raise
+    return job
+
+
+async def _launch_active(
+    graph: Graph, scheduler: Scheduler, parameters: CommitParameters, found: Range
+) -> Job:
+    # An id that cannot be is found before anything is touched; a speed, when the job is there.
+    scheduler.check_id(parameters.job_id)
+    job = CommitActive(parameters, graph, found.top, found.base)
+    try:
+        await job.cover()
+        scheduler.create(job)
+        try:
+            await job.take()
+        except BaseException:
+            scheduler.refuse(job)
+            raise
+    except BaseException:
+        await job.release()
+        await job.hold.unblock()
+        raise
     return job
 
 
@@ -63,7 +84,7 @@ def find_range(graph: Graph, parameters: CommitParameters) -> Range:
     device.check_operation(Operation.COMMIT_SOURCE)
     top = _find_top(graph, parameters, device)
     base = _find_base(graph, parameters, top)
-    for node in _between(top, base):
+    for node in nodes_between(top, base):
         node.check_operation(Operation.COMMIT_TARGET)
     if top is base:
         raise BlockError("cannot commit an image into itself")
@@ -124,48 +145,3 @@ def _in_chain(graph: Graph, name: str, top: Node) -> Node:
     if node is not top and all(edge.child is not node for edge in chain.edges_between(top, None)):
         raise BlockError(f"'{name}' is not in this backing file chain")
     return node
-
-
-def _between(top: Node, base: Node) -> list[Node]:
-    """All nodes from ``top`` down to ``base``, filters too."""
-    return [top, *(edge.child for edge in chain.edges_between(top, base))]
-
-
-async def _take(job: Commit) -> None:
-    """Cover the top, freeze, block, and stand on the nodes; the caller undoes what was done."""
-    graph, top, base = job.graph, job.top, job.base
-    await _stand(job, job.device, Permission.NONE, Permission.ALL, "main node")
-    job.block(job.device)
-    if base.read_only:
-        await graph.set_read_only(base, False)
-        job.made_writable = True
-    job.filter = await surgery.insert_filter(
-        graph, top, job.parameters.filter_node_name, kind=CommitTop, read_only=True
-    )
-    edges = chain.freeze(top, base)
-    job.frozen = edges
-    job.committed = list(edges)
-    chain.commit_through(edges, True)
-    await graph.refresh_permissions(job.filter)
-    unshared = Permission.CONSISTENT_READ | Permission.RESIZE
-    for node in _between(top, base)[:-1]:
-        user = await _stand(
-            job, node, Permission.NONE, Permission.ALL & ~unshared, "intermediate node"
-        )
-        job.reader = job.reader or user
-        job.block(node)
-    job.block(base)
-    used = Permission.CONSISTENT_READ | Permission.WRITE
-    if base.length < top.length:
-        used |= Permission.RESIZE
-    shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
-    job.writer = await _stand(job, base, used, shared, "root")
-
-
-async def _stand(
-    job: Commit, node: Node, used: Permission, shared: Permission, role: str
-) -> JobUser:
-    name = None if role == "root" else f"commit job '{job.id}'"
-    user = await JobUser.attach(job.graph, node, used, shared, role=role, user=name)
-    job.users.append(user)
-    return user
