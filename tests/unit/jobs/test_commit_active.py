@@ -129,9 +129,10 @@ async def test_who_is_refused_meanwhile():
     graph = bench.graph
     job = await bench.commit("virtio0", filter_node_name="flt", speed=1)
     assert graph.nodes["flt"].driver_class.driver_name == "mirror_top"
+    busy = "Node 'mid' is busy: block device is in use by block job: commit"
     for call, message in (
         (bench.commit("top", "c2"), "Need a root block node"),
-        (bench.stream("mid", "s"), "Node 'mid' is busy: block device is in use by block job: commit"),
+        (bench.stream("mid", "s"), busy),
         (graph.attach(graph.nodes["mid"], Permission.CONSISTENT_READ),
          "Permission conflict on node 'mid': permissions 'consistent read' are both required by "
          "an unnamed block device (uses node 'mid' as 'root' child) and unshared by "
@@ -141,7 +142,7 @@ async def test_who_is_refused_meanwhile():
          "node 'top' (uses node 'mid' as 'backing' child) and unshared by "
          "commit job 'c' (uses node 'mid' as 'intermediate node' child)."),
         (graph.attach(graph.nodes["base"], WRITE), None),
-        (graph.delete("mid"), "Node 'mid' is busy: block device is in use by block job: commit"),
+        (graph.delete("mid"), busy),
         (graph.delete("flt"), "Node flt is in use"),
     ):  # fmt: skip
         with pytest.raises(BlockError) as caught:
