@@ -17,7 +17,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.graph.snapshot import snapshot_sync
-from liveblockd.jobs import copying, stream
+from liveblockd.jobs import copying, planning, stream
 from liveblockd.jobs.stream import Stream
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
@@ -187,9 +187,9 @@ async def run_seed(seed: int, directory: str) -> str:
         mock.patch.multiple(
             copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
         ),
+        mock.patch.multiple(stream, READ_CHUNK=small),
         mock.patch.multiple(
-            stream,
-            READ_CHUNK=small,
+            planning,
             LEAST_COPY=rng.choice((4 * KIB, 64 * KIB, 128 * KIB)),
             LOOK_AHEAD=rng.choice((1, 7, 2048)),
         ),

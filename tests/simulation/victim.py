@@ -16,7 +16,7 @@ from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
-from liveblockd.jobs import copying, stream
+from liveblockd.jobs import commit, copying, planning, stream
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
 from tests.simulation.jitter import JitterPool
@@ -116,7 +116,9 @@ def main(path: str, seed: int) -> None:
         mock.patch.multiple(
             copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
         ),
-        mock.patch.multiple(stream, READ_CHUNK=small, LEAST_COPY=rng.choice((4, 128)) * KIB),
+        mock.patch.multiple(stream, READ_CHUNK=small),
+        mock.patch.multiple(commit, READ_CHUNK=small),
+        mock.patch.multiple(planning, LEAST_COPY=rng.choice((4, 128)) * KIB),
     ):
 
         async def run() -> None:
