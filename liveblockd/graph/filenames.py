@@ -28,6 +28,8 @@ _STRONG: Final[dict[str, frozenset[str]]] = {
     "qcow2": frozenset(("encrypt", "data-file")),
     "raw": frozenset(("offset", "size")),
     "copy-on-read": frozenset(),
+    "compress": frozenset(),
+    "preallocate": frozenset(),
 }
 _COMMON: Final = frozenset(
     (

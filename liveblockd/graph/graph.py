@@ -463,7 +463,9 @@ class Graph:
 
     def environment_for(self, node: Node, filename: str) -> Environment:
         """What the driver of ``node`` is given."""
-        return replace(self.environment, node_name=node.name, filename=filename)
+        return replace(
+            self.environment, node_name=node.name, filename=filename, find_node=self.nodes.get
+        )
 
 
 def _parents_first(roots: Iterable[Node]) -> list[Node]:

@@ -20,7 +20,9 @@ from liveblockd.graph.statistics import Statistics
 
 _UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 #: drivers that cannot tell anything of their image
-_UNKNOWING = ("null-co", "null-aio", "copy-on-read")
+_UNKNOWING = ("null-co", "null-aio", "quorum")
+#: drivers that do not say what they take of the host
+_UNSIZED = ("blkdebug", "blkverify")
 
 
 class Query:
@@ -101,17 +103,16 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
         "virtual-size": driver.virtual_size,
         "limits": dict(driver.limits()),
     }
-    size = driver.actual_size()
-    if size is None and node.file is not None:
-        size = node.file.driver.actual_size()
+    size = _actual_size(node)
     if size is not None:
         info["actual-size"] = size
-    if driver.cluster_size:
-        info["cluster-size"] = driver.cluster_size
+    image = chain.skip_filters(node) or node
+    if image.driver.cluster_size:
+        info["cluster-size"] = image.driver.cluster_size
     if driver.encrypted:
         info["encrypted"] = True
-    if info["format"] not in _UNKNOWING:
-        info["dirty-flag"] = driver.dirty_flag()
+    if image.driver_class.driver_name not in _UNKNOWING:
+        info["dirty-flag"] = image.driver.dirty_flag()
     with contextlib.suppress(BlockError):  # a format without internal snapshots
         if snapshots := driver.list_snapshots():
             info["snapshots"] = [snapshot.to_qmp() for snapshot in snapshots]
@@ -128,6 +129,18 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
         if driver.backing_format:
             info["backing-filename-format"] = driver.backing_format
     return info
+
+
+def _actual_size(node: Node) -> int | None:
+    """Bytes of the host in use: those of the node itself, of what it filters, or of its parts."""
+    size = node.driver.actual_size()
+    if size is not None or node.driver_class.driver_name in _UNSIZED:
+        return size
+    if node.is_filter:
+        return None if node.file is None else _actual_size(node.file)
+    parts = [_actual_size(e.child) for role, e in node.children.items() if role != "backing"]
+    known = [part for part in parts if part is not None]
+    return sum(known) if known and len(known) == len(parts) else None
 
 
 def block_info(drive: Backend, *, flat: bool = False) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Environment:
     secret: Callable[[str], bytes] = _no_secret
     #: the ``throttle-group`` object of an id; raises BlockError
     throttle_group: Callable[[str], ThrottleGroup] = _no_throttle_group
+    #: a node of the graph by its name, None if there is none
+    find_node: Callable[[str], BlockIO | None] = lambda _: None
     #: only what images say of themselves is asked for: no key of an encrypted one is needed
     no_io: bool = False
 

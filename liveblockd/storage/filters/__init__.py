@@ -1,6 +1,10 @@
 """Drivers that stand between a user and a node: they pass requests on, and do one thing to them.
 
-One module each; ``FILTER_MODULES`` is what ``storage.registry.load_drivers`` imports.
+One module each; ``storage.registry.load_drivers`` imports those that are named here.
 """
 
-FILTER_MODULES: tuple[str, ...] = ("liveblockd.storage.filters.throttle",)
+FILTER_MODULES: tuple[str, ...] = (
+    "liveblockd.storage.filters.compress",
+    "liveblockd.storage.filters.preallocate",
+    "liveblockd.storage.filters.throttle",
+)
