@@ -23,7 +23,7 @@ import asyncio
 import enum
 from contextlib import aclosing
 from dataclasses import dataclass
-from errno import EINVAL, EIO
+from errno import EIO
 from typing import ClassVar, Final
 
 from liveblockd.errors import BlockError
@@ -78,9 +78,9 @@ class MirrorOptions:
 class MirrorCore(Job):
     """Keeps ``target`` in step with ``source``; a subclass knows what there is to do at the end.
 
-    Before ``Scheduler.start``, under the graph lock, its starter gives it ``source_user`` and
-    ``target_user`` (``JobUser`` on the two nodes), puts a ``MirrorTop`` above the source as
-    ``filter`` and calls ``track``; ``untrack`` undoes that. ``base`` is the layer of the source's
+    Before ``Scheduler.start``, under the graph lock, its starter puts a ``MirrorTop`` above the
+    source as ``filter``, gives it ``source_user`` and ``target_user`` (``JobUser`` on filter and
+    target) and calls ``track``; ``untrack`` undoes that. ``base`` is the layer of the source's
     chain whose data the target need not get (None: all is copied, and holes are made zeros unless
     ``target_is_zero``); with ``nothing_yet`` only what is written from now on is copied.
     ``unit`` is the alignment of all copies (a multiple of the granularity): the cluster size of a
@@ -146,9 +146,9 @@ class MirrorCore(Job):
         """BlockError if there could be no switch."""
 
     def check_sizes(self) -> None:
-        """OSError if the target cannot take the source; the work begins with it."""
+        """BlockError if the target cannot take the source; the work begins with it."""
         if self.target.length != self.source.length:
-            raise OSError(EINVAL, "Invalid argument")
+            raise BlockError("Source and target image have different sizes")
 
     def track(self) -> None:
         """Record writes from now on; ``filter`` is in its place."""

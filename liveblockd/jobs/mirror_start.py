@@ -161,5 +161,6 @@ async def _attach(job: Mirror) -> None:
     """Stand on both nodes; BlockError if another user does not allow it."""
     read, write = Permission.CONSISTENT_READ, Permission.WRITE
     shared = Permission.ALL & ~Permission.RESIZE
-    job.source_user = await JobUser.attach(job.graph, job.source, read, shared)
+    assert job.filter is not None
+    job.source_user = await JobUser.attach(job.graph, job.filter, read, shared)
     job.target_user = await JobUser.attach(job.graph, job.target, write, Permission.WRITE_UNCHANGED)

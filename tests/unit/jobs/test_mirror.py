@@ -334,7 +334,7 @@ async def test_another_size():
     bench = await Mirrors().make(target_size=SIZE + 512)
     job = await bench.mirror()
     await bench.end(job)
-    assert bench.completion("m")["error"] == "Invalid argument"
+    assert bench.completion("m")["error"] == "Source and target image have different sizes"
     await bench.close()
 
 
