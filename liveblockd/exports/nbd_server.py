@@ -18,9 +18,10 @@ from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from typing import TYPE_CHECKING, Final
 
 from liveblockd.errors import BlockError
-from liveblockd.exports.addresses import InetSocketAddress, Listeners, PlainAddress, listen
+from liveblockd.exports.addresses import Listeners, listen
 from liveblockd.exports.nbd_connection import NbdConnection
 from liveblockd.nbd.options import ExportInfo
+from liveblockd.qapi.sockets import InetSocketAddress, PlainAddress
 
 if TYPE_CHECKING:
     from liveblockd.exports.nbd_export import NbdExport

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from liveblockd.errors import BlockError
+from liveblockd.nbd import url as nbd_url
 from liveblockd.qapi import members, to_qmp
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _STRONG: Final[dict[str, frozenset[str]]] = {
     "null-co": frozenset(("size", "read-zeroes")),
     "null-aio": frozenset(("size", "read-zeroes")),
     "qcow2": frozenset(("encrypt", "data-file")),
+    "nbd": frozenset(("server", "export", "tls-creds", "tls-hostname")),
     "raw": frozenset(("offset", "size")),
     "copy-on-read": frozenset(),
     "compress": frozenset(),
@@ -100,6 +102,10 @@ def exact_filename(node: Node, known: Known | None = None) -> str | None:
         return str(options.get("filename", ""))
     if name in ("null-co", "null-aio"):
         return None if options else f"{name}://"
+    if name == "nbd":
+        if options.keys() - {"server", "export"}:
+            return None
+        return nbd_url.to_url(options["server"], options.get("export"))
     if file is None:
         plain = options.pop("filename", None)
         return None if options or not isinstance(plain, str) else plain
@@ -167,6 +173,11 @@ def protocol_options(name: str) -> dict[str, Any]:
             return with_drivers(nested(value))
         case "null-co" | "null-aio":
             return {"driver": protocol}
+        case "nbd" | "nbd+tcp" | "nbd+unix":
+            try:
+                return {"driver": "nbd"} | nbd_url.from_name(name)
+            except ValueError:
+                raise BlockError("nbd: the name of the export cannot be understood") from None
         case "blkdebug":
             config, colon, image = rest.partition(":")
             if not colon:

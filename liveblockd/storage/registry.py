@@ -75,6 +75,7 @@ _drivers: dict[str, Any] = {}
 STORAGE_MODULES = (
     "liveblockd.storage.file",
     "liveblockd.storage.null",
+    "liveblockd.storage.nbd",
     "liveblockd.storage.blkdebug",
 )
 

@@ -14,10 +14,10 @@ import uvloop
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
 from liveblockd.exports import nbd_connection
-from liveblockd.exports.addresses import InetSocketAddress, UnixSocketAddress
 from liveblockd.nbd.constants import Command, CommandFlag, Option
 from liveblockd.nbd.errno import NbdError
 from liveblockd.nbd.transmission import Request
+from liveblockd.qapi.sockets import InetSocketAddress, UnixSocketAddress
 from tests.support.memory import Gate, MemoryDriver, fail_once
 from tests.unit.exports.memory_export import MemoryBackend, options, served
 from tests.unit.exports.nbd_client import Client, option_bytes, text

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pydantic import Field
 
 from liveblockd.errors import BlockError
-from liveblockd.exports.addresses import SocketAddress, SocketAddressLegacy
 from liveblockd.exports.export import load
 from liveblockd.exports.nbd_server import DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS
 from liveblockd.exports.options import BlockExportOptions, BlockExportRemoveMode
 from liveblockd.exports.registry import ExportRegistry
 from liveblockd.qapi import QapiModel, UInt32, parse
+from liveblockd.qapi.sockets import SocketAddress, SocketAddressLegacy
 from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import NoArguments, command

@@ -13,10 +13,10 @@ import sys
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
 from liveblockd.exports import export
-from liveblockd.exports.addresses import UnixSocketAddress
 from liveblockd.exports.options import BlockExportOptions
 from liveblockd.exports.registry import ExportRegistry
 from liveblockd.qapi import parse
+from liveblockd.qapi.sockets import UnixSocketAddress
 from liveblockd.storage.driver import ExtentKind
 from tests.support.memory import MemoryDriver
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from liveblockd.errors import BlockError
-from liveblockd.exports.addresses import (
+from liveblockd.exports.addresses import listen
+from liveblockd.qapi import parse
+from liveblockd.qapi.sockets import (
     FdSocketAddress,
     InetSocketAddress,
     SocketAddress,
     SocketAddressLegacy,
     UnixSocketAddress,
     VsockSocketAddress,
-    listen,
 )
-from liveblockd.qapi import parse
 
 
 def exists(path):
