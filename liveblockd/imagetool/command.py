@@ -169,6 +169,15 @@ def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     _cache(one)
     one.add_argument("filename")
 
+    one = command("commit", "put what an image holds into its backing file")
+    _format(one)
+    one.add_argument("-b", dest="base", help="an image further below; implies -d")
+    one.add_argument("-d", dest="drop", action="store_true", help="do not empty the image")
+    one.add_argument("-p", "--progress", action="store_true")
+    one.add_argument("-r", dest="rate", help="bytes per second")
+    one.add_argument("-t", dest="target_cache", help="unsafe: do not wait until it is durable")
+    one.add_argument("filename")
+
     _bitmap(command("bitmap", "dirty bitmaps that an image keeps"))
 
     one = command("amend", "change the version, refcount width or size of a qcow2 image")

@@ -20,13 +20,19 @@ from liveblockd.imagetool import create, creation
 from liveblockd.imagetool.bitmap import check_bitmaps, copy_bitmaps
 from liveblockd.imagetool.copying import PIECE, Copy
 from liveblockd.imagetool.creation import Options
-from liveblockd.imagetool.images import Images, OptionText, ToolError, reason, size_of
+from liveblockd.imagetool.images import (
+    Images,
+    OptionText,
+    ToolError,
+    check_cache_mode,
+    reason,
+    size_of,
+)
 from liveblockd.imagetool.source import Source
 from liveblockd.keyval import split_commas
 from liveblockd.storage.driver import BlockDriver
 
 _SECTOR: Final = 512
-_CACHE_MODES: Final = ("none", "off", "writeback", "writethrough", "directsync", "unsafe")
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -81,9 +87,8 @@ def _check(args: argparse.Namespace) -> int:
         raise ToolError(
             "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16"
         )
-    for mode, what in ((args.target_cache, "cache"), (args.source_cache, "source cache")):
-        if mode is not None and mode not in _CACHE_MODES:
-            raise ToolError(f"Invalid {what} option: {mode}")
+    check_cache_mode(args.target_cache)
+    check_cache_mode(args.source_cache, "source cache")
     if args.target_image_opts and not args.no_create:
         raise ToolError("--target-image-opts requires use of -n flag")
     if args.options and args.no_create:

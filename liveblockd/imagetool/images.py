@@ -65,6 +65,15 @@ def size_of(text: str, what: str = "image size") -> int:
     return size
 
 
+_CACHE_MODES: Final = ("none", "off", "writeback", "writethrough", "directsync", "unsafe")
+
+
+def check_cache_mode(mode: str | None, what: str = "cache") -> None:
+    """ToolError for ``-t`` and ``-T`` with a mode that is none."""
+    if mode is not None and mode not in _CACHE_MODES:
+        raise ToolError(f"Invalid {what} option: {mode}")
+
+
 _NO_FILE: Final = 'A block device must be specified for "file"'
 
 

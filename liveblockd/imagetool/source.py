@@ -38,11 +38,17 @@ class Run(NamedTuple):
 
 
 class Source:
-    """The disk; ``above_backing``: what the backing files of the images have is left out."""
+    """The disk; ``above_backing``: what the backing files of the images have is left out.
 
-    def __init__(self, backends: Sequence[Backend], *, above_backing: bool = False) -> None:
+    With ``base`` what this one, in the chain of the only image, and all below it have.
+    """
+
+    def __init__(
+        self, backends: Sequence[Backend], *, above_backing: bool = False, base: Node | None = None
+    ) -> None:
         self._parts: list[tuple[int, int, Backend]] = []  # offset, size and image
         self._above_backing = above_backing
+        self._base = base
         self.length = 0  # bytes
         for backend in backends:
             size = backend.node.driver.virtual_size
@@ -54,7 +60,7 @@ class Source:
         for start, size, backend in self._parts:
             position = 0
             node = backend.node
-            base = chain.layer_below(node) if self._above_backing else None
+            base = chain.layer_below(node) if self._above_backing else self._base
             async for run in chain.resolve(node, base, 0, backend.length):
                 yield self._run(run, start + position, base)
                 position += run.length

@@ -112,7 +112,7 @@ class Management:
         if self._metadata.has_data_file:
             raise BlockError("Operation not supported", errno=ENOTSUP)
         taken = Taken(date_nsec, vm_clock_nsec)
-        await self._on_snapshots("create", lambda: self._snapshots.create(name, taken))
+        await self._on_snapshots("create snapshot", lambda: self._snapshots.create(name, taken))
 
     async def load_snapshot(self, snapshot_id: str) -> None:
         """Show the disk as a snapshot has it, from now on; for an image opened read-only.
@@ -128,12 +128,12 @@ class Management:
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """See ``BlockDriver``."""
         snapshot = self._snapshots.find(snapshot_id)
-        await self._on_snapshots("delete", lambda: self._snapshots.delete(snapshot))
+        await self._on_snapshots("delete snapshot", lambda: self._snapshots.delete(snapshot))
 
     async def apply_snapshot(self, snapshot_id: str) -> None:
         """See ``BlockDriver``."""
         snapshot = self._snapshots.find(snapshot_id)
-        await self._on_snapshots("apply", lambda: self._snapshots.apply(snapshot))
+        await self._on_snapshots("apply snapshot", lambda: self._snapshots.apply(snapshot))
         self._writer.disk_size = self._metadata.header.size
 
     async def _on_snapshots(
@@ -148,7 +148,7 @@ class Management:
                 # Found before anything was changed, and perhaps in a snapshot only: the disk
                 # goes on.
                 raise BlockError(
-                    f"Could not {what} snapshot: {damage.message}", errno=EIO
+                    f"Could not {what}: {damage.message}", errno=EIO
                 ) from damage
             if self._unmap_snapshots:
                 with contextlib.suppress(OSError):  # a wish only
@@ -157,6 +157,13 @@ class Management:
 
         await self._settle()
         await self._run(run)
+
+    async def make_empty(self) -> None:
+        """Hold nothing any more, so that the backing file shows; for a disk without users.
+
+        Internal snapshots and bitmaps stay. Durable on return. Raises BlockError, OSError.
+        """
+        await self._on_snapshots("empty the image", self._snapshots.empty)
 
     # -- persistent dirty bitmaps
 

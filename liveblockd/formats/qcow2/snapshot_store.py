@@ -137,6 +137,17 @@ class SnapshotStore:
             await switch.drop_range(metadata.l1_offset, len(metadata.l1) * ENTRY_BYTES)
             return await self.commit(switch, l1, self.snapshots, size=size)
 
+    async def empty(self) -> Ranges:
+        """Let the disk hold nothing: its backing file shows everywhere. Durable on return."""
+        metadata = self._metadata
+        await self._committer.close()
+        async with self._committer.lock:
+            switch = Switch(metadata, self._committer)
+            switch.check_l1(metadata.l1)
+            await self._drop_tree(switch, metadata.l1)
+            await switch.drop_range(metadata.l1_offset, len(metadata.l1) * ENTRY_BYTES)
+            return await self.commit(switch, np.zeros_like(metadata.l1), self.snapshots)
+
     # -- inside
 
     async def _fork(self, switch: Switch, l1: Entries) -> Entries:
@@ -153,7 +164,8 @@ class SnapshotStore:
     async def _drop_tree(self, switch: Switch, l1: Entries) -> None:
         """One reference less to all that an L1 table leads to."""
         tables = l1 & _U(OFFSET_MASK)
-        for l1_entry in tables[tables != 0].tolist():
+        counted = not self._metadata.has_data_file  # in a data file nothing is
+        for l1_entry in tables[tables != 0].tolist() if counted else ():
             raw = await switch.read_l2(l1_entry)
             await switch.drop(references(words(raw, switch.geometry), switch.geometry))
         await switch.drop(tables[tables != 0] >> _U(switch.geometry.cluster_bits))
