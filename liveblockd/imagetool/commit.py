@@ -19,6 +19,7 @@ from liveblockd.imagetool.copying import Copy
 from liveblockd.imagetool.images import Images, ToolError, check_cache_mode, reason, size_of
 from liveblockd.imagetool.output import say
 from liveblockd.imagetool.source import Source
+from liveblockd.storage.driver import Permission
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -30,7 +31,8 @@ async def run(args: argparse.Namespace) -> int:
             args.filename, args.format, writable=True, no_flush=args.target_cache == "unsafe"
         )
         base = _base(node, args)
-        image = await images.use(node, writable=True)
+        # Not a reader, for the graph: what the base is given is hidden by what has it above.
+        image = await images.graph.attach(node, Permission.NONE, Permission.ALL, user="commit")
         try:
             copy = Copy(
                 images.workers,

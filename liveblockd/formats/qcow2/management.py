@@ -147,9 +147,7 @@ class Management:
             except DamageError as damage:
                 # Found before anything was changed, and perhaps in a snapshot only: the disk
                 # goes on.
-                raise BlockError(
-                    f"Could not {what}: {damage.message}", errno=EIO
-                ) from damage
+                raise BlockError(f"Could not {what}: {damage.message}", errno=EIO) from damage
             if self._unmap_snapshots:
                 with contextlib.suppress(OSError):  # a wish only
                     for offset, length in freed:
