@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from liveblockd.graph import GRAPH_DRIVERS
 from liveblockd.storage.registry import drivers, load_drivers
 
 
 def load_all_drivers() -> None:
     """Import the protocol drivers, every module below ``formats``, and filters that know chains."""
     load_drivers()
-    importlib.import_module("liveblockd.graph.copy_on_read")
+    for name in GRAPH_DRIVERS:
+        importlib.import_module(name)
     package = importlib.import_module("liveblockd.formats")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)

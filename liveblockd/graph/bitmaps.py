@@ -52,6 +52,8 @@ class DirtyBitmap:
         self.inconsistent = False
         #: a job or an export uses it
         self.busy = False
+        #: takes the writes while a job works off what is dirty here
+        self.successor: DirtyBitmap | None = None
         self.bits: npt.NDArray[np.uint8] = np.zeros(self._bytes(size), np.uint8)
         self._count: int | None = 0
 
@@ -69,7 +71,7 @@ class DirtyBitmap:
     def record(self, offset: int, length: int) -> None:
         """A write has ended, well or not."""
         if self.enabled and length:
-            self.set(offset, length)
+            (self.successor or self).set(offset, length)
 
     def set(self, offset: int, length: int) -> None:
         """All granules that the range touches are dirty."""
@@ -130,6 +132,8 @@ class DirtyBitmap:
 
     def resize(self, size: int) -> None:
         """The disk has another size; new bytes are clean."""
+        if self.successor is not None:
+            self.successor.resize(size)
         bits = np.zeros(self._bytes(size), np.uint8)
         count = min(len(bits), len(self.bits))
         bits[:count] = self.bits[:count]
@@ -154,7 +158,11 @@ class DirtyBitmap:
         self._trim()
 
     def dump(self) -> bytes:
-        """The bytes that hold the bits of the disk, for an image."""
+        """The bytes that hold the bits of the disk, for an image; of a job's share, too."""
+        if self.successor is not None:
+            both = self.copy()
+            both.merge(self.successor)
+            return both.dump()
         return self.bits[: (self.length + 7) >> 3].tobytes()
 
     def copy(self) -> DirtyBitmap:
@@ -169,7 +177,40 @@ class DirtyBitmap:
         self.bits[:] = saved.bits
         self._count = saved._count
 
+    # -- in use by a job
+
+    def freeze(self) -> None:
+        """Stay as it is from now on, for a job; writes are recorded apart until ``thaw``."""
+        assert self.successor is None
+        self.busy = True
+        self.successor = DirtyBitmap(self.size, self.granularity)
+
+    def thaw(self, *, keep: bool, undone: DirtyBitmap | None = None) -> None:
+        """The job is over. With ``keep`` it has dealt with nothing: all stays dirty that was.
+
+        Else what was written meanwhile is dirty, and what the job has left ``undone``.
+        """
+        successor, self.successor = self.successor, None
+        assert successor is not None
+        self.busy = False
+        if not keep:
+            self.clear()
+        self.merge(successor)
+        if undone is not None:
+            self.merge(undone)
+
     # -- asking
+
+    def any_dirty(self, offset: int, length: int) -> bool:
+        """Whether a granule that the range touches is dirty; ``length`` is not 0."""
+        first, last = offset >> self._shift, (offset + length - 1) >> self._shift
+        if first == last:
+            return bool(int(self.bits[first >> 3]) >> (first & 7) & 1)
+        return next(self.runs(offset, length), None) is not None
+
+    def dirty_bytes(self, offset: int, length: int) -> int:
+        """How much of the range is dirty."""
+        return sum(count for _, count in self.runs(offset, length))
 
     @property
     def count(self) -> int:

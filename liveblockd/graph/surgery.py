@@ -12,7 +12,8 @@ Errors: BlockError in QEMU's words; OSError from a flush.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, filenames
@@ -21,6 +22,7 @@ from liveblockd.graph.filter import CopyOnRead, JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.opening import check_depth
+from liveblockd.storage.driver import BlockDriver
 from liveblockd.storage.options import BlockdevDiscardOptions, BlockdevOptions
 
 
@@ -209,6 +211,30 @@ async def insert_filter(
 
     BlockError for a name that cannot be used, or a frozen link.
     """
+    return await insert_driver(
+        graph,
+        node,
+        lambda child: kind(child, read_only=node.read_only if read_only is None else read_only),
+        name,
+        keep=keep,
+    )
+
+
+async def insert_driver(
+    graph: Graph,
+    node: Node,
+    make: Callable[[Node], BlockDriver],
+    name: str | None = None,
+    *,
+    beside: Mapping[str, Node] = MappingProxyType({}),
+    keep: Iterable[Edge] = (),
+) -> Node:
+    """Put a filter of a job above ``node``, below all its users but ``keep``.
+
+    ``make`` gets ``node``; ``beside`` are further children by role. No request of any user of
+    theirs is in flight when it comes to stand there. BlockError for a name that cannot be used, a
+    frozen link, or permissions; then all is as it was.
+    """
     async with graph.lock:
         implicit = name is None
         if name is None:
@@ -219,36 +245,40 @@ async def insert_filter(
         moving = [edge for edge in node.parents if edge not in staying]
         for edge in moving:
             edge.check_not_frozen()
-        above = _job_filter(kind, name, node, node.read_only if read_only is None else read_only)
+        driver = make(node)
+        children = {driver.filtered: node, **beside}
+        above = _job_filter(driver, name, node)
         above.implicit = implicit
-        async with graph.drained(node):
+        async with graph.drained(*children.values()):
             graph.nodes[name] = above
             _move(graph, moving, above)
-            link = Edge(above, kind.filtered, node)
-            graph.connect(link)
+            links = [Edge(above, role, child) for role, child in children.items()]
+            for link in links:
+                graph.connect(link)
             try:
                 await graph.refresh_permissions(above)
             except BaseException:
-                graph.disconnect(link)
+                for link in links:
+                    graph.disconnect(link)
                 _move(graph, moving, node)
                 del graph.nodes[name]
-                await graph.refresh_permissions(node)
+                await graph.refresh_permissions(*children.values())
                 raise
         return above
 
 
-def _job_filter(kind: type[JobFilter], name: str, node: Node, read_only: bool) -> Node:
+def _job_filter(driver: BlockDriver, name: str, node: Node) -> Node:
     options = BlockdevOptions.model_construct(
-        {"driver", "node_name"}, driver=kind.driver_name, node_name=name
+        {"driver", "node_name"}, driver=driver.driver_name, node_name=name
     )
-    above = Node(name, kind, options, read_only=read_only)
+    above = Node(name, type(driver), options, read_only=driver.read_only)
     above.change_options(
         discard=BlockdevDiscardOptions.UNMAP,
         cache=node.options.cache,
         detect_zeroes=node.options.detect_zeroes,
     )
     above.job_filter = True
-    above.bind(kind(node, read_only=read_only))
+    above.bind(driver)
     return above
 
 
@@ -261,12 +291,14 @@ async def remove_filter(graph: Graph, above: Node) -> None:
         assert node is not None and above.is_filter
         async with graph.drained(above):
             moving = list(above.parents)
-            link = above.children[above.driver_class.filtered]
-            graph.disconnect(link)
+            links = list(above.children.values())
+            for link in links:
+                graph.disconnect(link)
             _move(graph, moving, node)
             del graph.nodes[above.name]
-            await graph.refresh_permissions(node)
-        await graph.unref(node)
+            await graph.refresh_permissions(*(link.child for link in links))
+        for link in links:
+            await graph.unref(link.child)
 
 
 async def replace_nodes(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from errno import EIO
-from typing import ClassVar, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.pieces import Run
@@ -59,7 +59,7 @@ class _Failure(NamedTuple):
 class CopyJob(Job):
     """Subclasses say what there is to do (``plan``) and do a piece of it (``move``)."""
 
-    parallel: ClassVar[int] = 3
+    parallel = 3
     #: bytes; pieces are cut at multiples of it
     granularity: int = 1
 
@@ -72,6 +72,11 @@ class CopyJob(Job):
         self._failures: list[_Failure] = []
         self._ignored: OSError | None = None
         self._copy_chunk = 2 * MIB
+
+    @property
+    def end(self) -> int:
+        """Where the disk ends, in bytes."""
+        return self.length
 
     async def plan(self, offset: int) -> tuple[list[Run], int]:
         """Pieces from ``offset`` on, and the offset up to which they are all; raises OSError."""
@@ -108,7 +113,7 @@ class CopyJob(Job):
                 await self.wait(delay)
             elif self._pieces:
                 self._begin(self._next_chunk())
-            elif self._planned < self.length:
+            elif self._planned < self.end:
                 await self._look_ahead()
             elif self._in_flight:
                 await self.wait()
@@ -121,7 +126,7 @@ class CopyJob(Job):
         except OSError as error:
             await self._judge_plan(error)
             return
-        assert self._planned < end <= self.length
+        assert self._planned < end <= self.end
         self._pieces.extend(pieces)
         self._to_do += sum(piece.length for piece in pieces)
         self._planned = end

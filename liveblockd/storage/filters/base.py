@@ -34,7 +34,7 @@ class FilterDriver(BlockDriver):
     """Passes through; ``filtered`` is the role of the child that chain walks go on with."""
 
     is_filter = True
-    child_roles = ("file",)
+    child_roles: ClassVar[tuple[str, ...]] = ("file",)
     Options: ClassVar[type[BlockdevOptions]] = FilterOptions
 
     def __init__(self, children: dict[str, BlockIO], *, read_only: bool) -> None:
