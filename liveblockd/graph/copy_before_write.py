@@ -140,7 +140,36 @@ class CopyBeforeWrite(FilterDriver):
         return self.child.begin_write(offset, data, done)
 
     async def _before(self, offset: int, length: int) -> None:
-        await self.core.before(self.child, self.children["target"], offset, length)
+        if self.core.free(offset, length):
+            return
+        source, target = self.child, self.children["target"]
+        await self.core.before(source, target, offset, length)
+        if isinstance(source, Node) and isinstance(target, Node) and chain.is_above(target, source):
+            await self._let_readers_finish(target)
+
+    async def _let_readers_finish(self, target: Node) -> None:
+        """Who reads the target, and through it the disk, gets there before the disk changes.
+
+        Reads that begin now find the old contents on the target. The users of this node are let
+        alone: the write that waits here is theirs.
+        """
+        users, pending, seen = [], [target], {target}
+        while pending:
+            for edge in pending.pop().parents:
+                parent = edge.parent
+                if not isinstance(parent, Node):
+                    users.append(parent)
+                elif parent not in seen and not (parent.opened and parent.driver is self):
+                    seen.add(parent)
+                    pending.append(parent)
+        for user in users:
+            if not user.in_flight:
+                continue
+            user.quiesce()
+            try:
+                await user.idle()
+            finally:
+                user.resume()
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Old contents first."""

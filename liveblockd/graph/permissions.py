@@ -6,9 +6,10 @@ share. What a node does with its children follows from its driver, its read-only
 users. A protocol node at the bottom turns the sum into locks on the file (``storage/README.md``).
 
 Invariant: a backing node lets nobody write to it, whoever uses the overlay: QEMU is laxer here,
-but written base data would show through the overlay. The exception is a commit, whose writes are
-hidden by the layer they come from: it marks the links above its base (``Edge.committed``), and lets
-nobody read through them but by its filter. After a commit of the active image they stay marked.
+but written base data would show through the overlay. Two exceptions: a commit, whose writes are
+hidden by the layer they come from, marks the links above its base (``Edge.committed``), and lets
+nobody read through them but by its filter; after a commit of the active image they stay marked. And
+an overlay that is the target of copy-before-write gets the base's data before they are lost.
 
 Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-only node.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from liveblockd.errors import BlockError
+from liveblockd.graph import chain
 from liveblockd.graph.node import Edge, Node
 from liveblockd.storage.driver import Permission
 
@@ -57,6 +59,8 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     if role == "backing" and not parent.is_filter:
         used &= Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+        if _is_kept(parent, child):
+            shared |= Permission.WRITE
     elif _is_storage(parent):
         used |= Permission.CONSISTENT_READ
         if not parent.read_only:
@@ -71,6 +75,21 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     if child.options.force_share:
         shared = Permission.ALL
     return used, shared
+
+
+def _is_kept(overlay: Node, backing: Node) -> bool:
+    """Whether what a guest writes to ``backing`` is copied to ``overlay`` before it is lost there.
+
+    So it is while ``overlay`` is the target of a ``copy-before-write`` node above ``backing``.
+    """
+    below = chain.skip_filters(backing)
+    return any(
+        edge.role == "target"
+        and isinstance(edge.parent, Node)
+        and edge.parent.driver_class.driver_name == "copy-before-write"
+        and chain.skip_filters(edge.parent) is below
+        for edge in overlay.parents
+    )
 
 
 def _is_storage(parent: Node) -> bool:

@@ -22,7 +22,6 @@ from liveblockd.graph.before_write import BeforeWrite
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.copy_before_write import CopyBeforeWrite, cluster_size, driver_of
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.graph.snapshot_access import SnapshotAccess
 from liveblockd.jobs.backup import (
@@ -90,7 +89,7 @@ async def create_backup(
                 scheduler.refuse(job)
                 raise
         except BaseException:
-            await to_its_end(_give_back(job))
+            await _give_back(job)
             raise
     return job
 
@@ -99,8 +98,7 @@ async def discard_backup(graph: Graph, scheduler: Scheduler, job: Backup) -> Non
     """Take back what ``create_backup`` did; the job was not started."""
     async with graph.lock:
         scheduler.refuse(job)
-        await job.release()
-        await job.unblock()
+        await _give_back(job)
 
 
 async def _give_back(job: Backup) -> None:
