@@ -32,6 +32,7 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.copying import MIB, READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, JobType
+from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.copy_engine import Transfer
@@ -45,16 +46,6 @@ LEAST_COPY: Final = 128 * 1024
 #: seconds; a copy that is done sooner may be of more bytes (clones are)
 SOON: Final = 0.001
 MOST_CHUNK: Final = 64 * MIB
-
-
-class MirrorSyncMode(enum.StrEnum):
-    """What is copied (qapi/block-core.json)."""
-
-    TOP = "top"
-    FULL = "full"
-    NONE = "none"
-    INCREMENTAL = "incremental"
-    BITMAP = "bitmap"
 
 
 class BitmapSyncMode(enum.StrEnum):
@@ -118,7 +109,7 @@ class Backup(CopyJob):
         self.target = target
         self.core = core
         self.granularity = core.cluster_size
-        self.parallel = min(parameters.max_workers, self.parallel)
+        self.parallel = min(parameters.max_workers, self.parallel)  # type: ignore[misc]
         self._most_chunk = parameters.max_chunk or MOST_CHUNK
         self._copy_chunk = min(2 * MIB, self._most_chunk)
         self._succeeded = False
@@ -161,12 +152,13 @@ class Backup(CopyJob):
     def _update_offset(self) -> None:
         """Guests' writes move it on too: ``_count`` does."""
 
-    def action_on(self, operation: str, code: int) -> ErrorAction:
-        """The policy of the side that failed."""
-        reading = operation == "read"
-        parameters = self.parameters
-        self.on_error = parameters.on_source_error if reading else parameters.on_target_error
-        return super().action_on(operation, code)
+    def action_on(
+        self, operation: str, code: int, policy: BlockdevOnError | None = None
+    ) -> ErrorAction:
+        """By the policy of the side that failed."""
+        parameters, reading = self.parameters, operation == "read"
+        own = parameters.on_source_error if reading else parameters.on_target_error
+        return super().action_on(operation, code, policy or own)
 
     # -- the work
 

@@ -3,8 +3,7 @@
 Specification: qapi/block-core.json (blockdev-backup). Runs on the event loop, under ``graph.lock``.
 
 A backup's instant is ``create_backup``: several of them within one ``graph.drained`` of all their
-sources are of one instant (``transaction``), and ``discard_backup`` takes one back that was not
-started.
+sources are of one instant (``transaction``).
 
 Invariant: a start that fails leaves graph and bitmaps as they were. Errors: BlockError, in QEMU's
 words.
@@ -12,7 +11,6 @@ words.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Final
 
@@ -29,9 +27,10 @@ from liveblockd.jobs.backup import (
     Backup,
     BackupParameters,
     BitmapSyncMode,
-    MirrorSyncMode,
 )
+from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.scheduler import Scheduler, Transaction
+from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import BlockDriver, Permission
 
@@ -43,20 +42,7 @@ async def start_backup(graph: Graph, scheduler: Scheduler, parameters: BackupPar
 
     A client that goes away meanwhile does not stop it halfway: then it runs.
     """
-    set_up = asyncio.create_task(create_backup(graph, scheduler, parameters))
-    cancelled = False
-    while not set_up.done():
-        try:
-            await asyncio.shield(set_up)
-        except asyncio.CancelledError:
-            cancelled = True
-        except BlockError:
-            break
-    job = set_up.result()
-    await scheduler.start(job)
-    if cancelled:
-        raise asyncio.CancelledError
-    return job
+    return await start_job(scheduler, create_backup(graph, scheduler, parameters))
 
 
 async def create_backup(
@@ -65,7 +51,7 @@ async def create_backup(
     parameters: BackupParameters,
     transaction: Transaction | None = None,
 ) -> Backup:
-    """A backup as of now, whose job does not run yet: ``scheduler.start`` or ``discard_backup``."""
+    """A backup as of now, whose job does not run yet: ``scheduler.start`` or ``discard`` it."""
     async with graph.lock:
         source = graph.lookup(parameters.device, parameters.device)
         target = graph.lookup(parameters.target, parameters.target)
@@ -92,13 +78,6 @@ async def create_backup(
             await _give_back(job)
             raise
     return job
-
-
-async def discard_backup(graph: Graph, scheduler: Scheduler, job: Backup) -> None:
-    """Take back what ``create_backup`` did; the job was not started."""
-    async with graph.lock:
-        scheduler.refuse(job)
-        await _give_back(job)
 
 
 async def _give_back(job: Backup) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from errno import EIO
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.pieces import Run
@@ -59,7 +59,7 @@ class _Failure(NamedTuple):
 class CopyJob(Job):
     """Subclasses say what there is to do (``plan``) and do a piece of it (``move``)."""
 
-    parallel = 3
+    parallel: ClassVar[int] = 3
     #: bytes; pieces are cut at multiples of it
     granularity: int = 1
 

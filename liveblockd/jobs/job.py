@@ -84,7 +84,7 @@ class Job:
     #: whether it is listed by query-block-jobs and announced by BLOCK_JOB_* events
     is_block_job: ClassVar[bool] = True
     #: how many pieces of work it keeps in flight when it is alone
-    parallel: int = 1
+    parallel: ClassVar[int] = 1
 
     def __init__(
         self,

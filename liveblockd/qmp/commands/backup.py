@@ -6,9 +6,10 @@ Runs on the event loop. Errors: BlockError.
 from __future__ import annotations
 
 from liveblockd.graph.before_write import OnCbwError
-from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode, MirrorSyncMode
+from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode
 from liveblockd.jobs.backup_start import start_backup
 from liveblockd.jobs.job import BlockdevOnError
+from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.qapi import QapiModel, Size
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
