@@ -8,13 +8,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import actions, dirty
 from liveblockd.graph.snapshot import NewImageMode, SnapshotRequest
 from liveblockd.graph.transaction import Action, perform
+from liveblockd.jobs.backup_start import create_backup
+from liveblockd.jobs.job import Job
+from liveblockd.jobs.scheduler import Transaction
+from liveblockd.jobs.transaction import JobAction
 from liveblockd.qapi import QapiModel
+from liveblockd.qmp.commands.backup import BlockdevBackup, parameters_of
 from liveblockd.qmp.commands.bitmaps import (
     BlockDirtyBitmap,
     BlockDirtyBitmapAdd,
@@ -40,6 +45,7 @@ class TransactionActionKind(enum.StrEnum):
     BLOCK_DIRTY_BITMAP_ENABLE = "block-dirty-bitmap-enable"
     BLOCK_DIRTY_BITMAP_DISABLE = "block-dirty-bitmap-disable"
     BLOCK_DIRTY_BITMAP_MERGE = "block-dirty-bitmap-merge"
+    BLOCKDEV_BACKUP = "blockdev-backup"
     BLOCKDEV_SNAPSHOT = "blockdev-snapshot"
     BLOCKDEV_SNAPSHOT_INTERNAL_SYNC = "blockdev-snapshot-internal-sync"
     BLOCKDEV_SNAPSHOT_SYNC = "blockdev-snapshot-sync"
@@ -102,6 +108,12 @@ class BitmapMergeAction(TransactionAction):
     data: BlockDirtyBitmapMerge
 
 
+class BackupAction(TransactionAction):
+    """blockdev-backup."""
+
+    data: BlockdevBackup
+
+
 class SnapshotAction(TransactionAction):
     """blockdev-snapshot."""
 
@@ -130,7 +142,8 @@ class TransactionArguments(QapiModel):
 @dataclass(frozen=True, slots=True)
 class _Kind:
     model: type[TransactionAction]
-    make: Callable[[Context, Any], Action]
+    #: its third argument is for those that start a job
+    make: Callable[..., Action]
     #: whether it starts a job, which can be one of a group
     starts_job: bool = False
 
@@ -145,6 +158,15 @@ def _snapshot_sync(context: Context, data: BlockdevSnapshotSync) -> Action:
         data.mode or NewImageMode.ABSOLUTE_PATHS,
     )
     return actions.SnapshotSync(context.graph, request, context.console)
+
+
+def _backup(context: Context, data: BlockdevBackup, group: Transaction | None) -> Action:
+    parameters = parameters_of(context, data, data.target)
+
+    async def create(group: Transaction | None) -> Job:
+        return await create_backup(context.graph, context.scheduler, parameters, group)
+
+    return JobAction(context.scheduler, (data.device, data.target), create, group)
 
 
 def _add(context: Context, data: BlockDirtyBitmapAdd) -> Action:
@@ -191,6 +213,7 @@ _kinds: dict[TransactionActionKind, _Kind] = {
     _K.BLOCK_DIRTY_BITMAP_ENABLE: _Kind(BitmapAction, _enable(True)),
     _K.BLOCK_DIRTY_BITMAP_DISABLE: _Kind(BitmapAction, _enable(False)),
     _K.BLOCK_DIRTY_BITMAP_MERGE: _Kind(BitmapMergeAction, _merge),
+    _K.BLOCKDEV_BACKUP: _Kind(BackupAction, _backup, starts_job=True),
     _K.BLOCKDEV_SNAPSHOT: _Kind(
         SnapshotAction,
         lambda context, data: actions.Snapshot(context.graph, data.node, data.overlay),
@@ -209,6 +232,7 @@ async def transaction(context: Context, arguments: TransactionArguments) -> None
     """Do all of the actions at one instant, or none."""
     properties = arguments.properties
     mode = properties.completion_mode if properties is not None else None
+    group = Transaction() if mode is ActionCompletionMode.GROUPED else None
     if mode is ActionCompletionMode.GROUPED:
         for action in arguments.actions:
             if not _kinds[action.type_].starts_job:
@@ -216,5 +240,9 @@ async def transaction(context: Context, arguments: TransactionArguments) -> None
                     f"Action '{action.type_}' does not support transaction property "
                     f"completion-mode = {mode}"
                 )
-    steps = [_kinds[a.type_].make(context, a.data) for a in arguments.actions]  # type: ignore[attr-defined]
+    steps = []
+    for action in arguments.actions:
+        kind = _kinds[action.type_]
+        extra = (group,) if kind.starts_job else ()
+        steps.append(kind.make(context, action.data, *extra))  # type: ignore[attr-defined]
     await perform(context.graph, steps)
