@@ -508,6 +508,11 @@ class BlockDriver(abc.ABC):
         """Bytes of host storage in use, where known."""
         return None
 
+    @property
+    def vm_state_offset(self) -> int | None:
+        """Guest offset behind the disk where the state of a machine is kept, in bytes."""
+        return None
+
     def dirty_flag(self) -> bool:
         """Whether the image is marked as not cleanly closed."""
         return False

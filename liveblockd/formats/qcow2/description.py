@@ -63,6 +63,12 @@ class Described(BlockDriver):
         return self._metadata.header.dirty
 
     @property
+    def vm_state_offset(self) -> int:
+        """Guest offset of what a snapshot keeps of a machine, in bytes: behind the disk."""
+        geometry = self._metadata.geometry
+        return geometry.l1_size(self._metadata.header.size) * geometry.span
+
+    @property
     def lazy_refcounts(self) -> bool:
         """What the header or the options say; refcounts are kept strictly in any case."""
         if self._lazy_refcounts is not None:

@@ -45,7 +45,7 @@ def describe_image(image: Mapping[str, Any]) -> str:
         text += "Snapshot list:\n" + describe_snapshots(image["snapshots"])
     specific = image.get("format-specific")
     if specific and specific.get("data"):
-        text += "Format specific information:\n" + _members(specific["data"], 1)
+        text += "Format specific information:\n" + format_members(specific["data"])
     return text
 
 
@@ -57,12 +57,13 @@ def _backing(image: Mapping[str, Any]) -> str:
     return str(written) if full == written else f"{written} (actual path: {full})"
 
 
-def _members(data: Mapping[str, Any], depth: int) -> str:
+def format_members(data: Mapping[str, Any], depth: int = 1) -> str:
+    """What is special to a format, each line with its newline."""
     text = ""
     for key, value in data.items():
         label = "    " * depth + key.replace("-", " ") + ":"
         if isinstance(value, Mapping):
-            text += f"{label}\n{_members(value, depth + 1)}"
+            text += f"{label}\n{format_members(value, depth + 1)}"
         elif isinstance(value, list):
             text += f"{label}\n{_elements(value, depth + 1)}"
         else:
@@ -75,7 +76,7 @@ def _elements(values: Sequence[Any], depth: int) -> str:
     for index, value in enumerate(values):
         label = "    " * depth + f"[{index}]:"
         if isinstance(value, Mapping):
-            text += f"{label}\n{_members(value, depth + 1)}"
+            text += f"{label}\n{format_members(value, depth + 1)}"
         else:
             text += f"{label} {_scalar(value)}\n"
     return text
