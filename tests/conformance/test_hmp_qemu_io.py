@@ -15,8 +15,11 @@ pytestmark = pytest.mark.skipif(QEMU_IO is None, reason="qemu-io is not installe
 
 FIXED = [
     "write -P 0xab 0 64k", "read -P 0xab 0 64k", "read -P 0xac 0 64k", "read -v 0 37",
-    "readv 0 4k 4k", "writev -P 3 0 4k 4k", "map", "alloc 0 1M", "read 7M 2M", "write 7M 2M", "readv 7M 2M",
-    "write -z 0 64k", "write -z -u 64k 64k", "write -c -P 9 128k 64k", "discard 0 128k", "discard 7M 2M", "aio_read -P 3 0 64k", "aio_write -P 7 0 64k", "aio_flush", "flush",
+    "readv 0 4k 4k", "writev -P 3 0 4k 4k", "map", "alloc 0 1M",
+    "read 7M 2M", "write 7M 2M", "readv 7M 2M",
+    "write -z 0 64k", "write -z -u 64k 64k", "write -c -P 9 128k 64k", "discard 0 128k",
+    "discard 7M 2M", "aio_read -P 3 0 64k",
+    "aio_write -P 7 0 64k", "aio_flush", "flush",
     "length", "alloc 0", "alloc 7M 2M", "alloc 9M 1M", "info",
     "truncate 16M", "length", "foo", "read", "read a b", "read -q 0 64k", "read -C 0 64k",
     "write -P 300 0 512", "read 0 1x", "read 0 3G", "writev 0 3G", "discard 0 3G", "write 0 0",
@@ -33,7 +36,7 @@ FIXED = [
 def masked(text: str) -> list[str]:
     """Without times and rates, and without the words of the usage that follows a wrong option."""
     text = re.sub(r"\d\d\.\d\d sec \(.*?/sec and [\d.]+ ops/sec\)", "TIME", text)
-    text = re.sub(r"^(\d+,\d+),.*$", r"\1,TIME", text, flags=re.M)
+    text = re.sub(r"^(\d+,\d+),.*$", r"\1,TIME", text, flags=re.MULTILINE)
     return [line.split(" -- ")[0].split("[")[0].rstrip() for line in text.splitlines()]
 
 
@@ -112,7 +115,7 @@ def drawn(rng):
 
 def test_random_lines(twins):
     seed = random.randrange(2**32)
-    print(f"seed {seed}")
+    print("seed", seed)  # noqa: T201
     rng = random.Random(seed)
     compare(twins, [drawn(rng) for _ in range(40)])
 
