@@ -130,6 +130,28 @@ class BlockWriteThreshold(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class QuorumFailure(Event):
+    """Too few children of a quorum agree, or work; ``reference`` is the node. Sectors of 512."""
+
+    name: ClassVar[str] = "QUORUM_FAILURE"
+    reference: str
+    sector_num: int
+    sectors_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumReportBad(Event):
+    """A child of a quorum failed a read, write or flush (``error``), or had other bytes."""
+
+    name: ClassVar[str] = "QUORUM_REPORT_BAD"
+    type: str
+    node_name: str
+    sector_num: int
+    sectors_count: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckCompleted(Event):
     """A job x-liveblock-check has looked at the whole image; counts as ImageCheck has them."""
 

@@ -114,6 +114,9 @@ def exact_filename(node: Node, known: Known | None = None) -> str | None:
         if below is None or not _BLKDEBUG_PLAIN.issuperset(options):
             return None
         return f"blkdebug:{options.get('config', '')}:{below}"
+    if name == "blkverify":
+        parts = [exact_filename(node.children[role].child) for role in ("raw", "test")]
+        return None if None in parts else f"blkverify:{parts[0]}:{parts[1]}"
     if node.is_filter or options or backing_overridden(node, known):
         return None
     is_protocol = not file.driver_class.is_format and (
@@ -127,7 +130,10 @@ def full_options(node: Node, known: Known | None = None) -> dict[str, Any]:
     node = _described(node)
     found: dict[str, Any] = {"driver": node.driver_class.driver_name, **strong_options(node)}
     for role, edge in node.children.items():
-        if role != "backing":
+        name, dot, _ = role.partition(".")
+        if dot:  # one of a list
+            found.setdefault(name, []).append(full_options(edge.child, known))
+        elif role != "backing":
             found[role] = full_options(edge.child, known)
     if backing_overridden(node, known):
         found["backing"] = None if node.backing is None else full_options(node.backing, known)

@@ -13,7 +13,7 @@ from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
 from liveblockd.formats.qcow2.create import create_qcow2
-from liveblockd.graph import surgery
+from liveblockd.graph import children, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
@@ -271,3 +271,39 @@ async def test_an_alignment_that_is_none(world):
     await world.add("n", "null-co")
     with pytest.raises(BlockError, match="not aligned to 512"):
         await world.add("p", "preallocate", file="n", prealloc_align=1000)
+
+
+# -- quorum and its children
+
+
+async def test_children_of_a_quorum_come_and_go(world):
+    for n in range(4):
+        (world.directory / f"{n}").write_bytes(bytes(65536))
+        await world.add(f"f{n}", "file", filename=world.path(f"{n}"))
+    node = await world.add("q", "quorum", children=["f0", "f1", "f2"], vote_threshold=2)
+    disk = await world.use(node)
+    await disk.write(0, b"a" * 512)
+    with pytest.raises(BlockError, match="The node f0 already has a parent"):
+        await children.add_child(world.graph, node, world.graph.find("f0"))
+    with pytest.raises(BlockError, match="does not support adding a child"):
+        await children.add_child(world.graph, world.graph.find("f0"), world.graph.find("f3"))
+    await children.remove_child(world.graph, node, "children.1")
+    with pytest.raises(BlockError, match="cannot be lower than the vote threshold 2"):
+        await children.remove_child(world.graph, node, "children.0")
+    with pytest.raises(BlockError, match=r"Node 'q' does not have child 'children.1'"):
+        await children.remove_child(world.graph, node, "children.1")
+    await children.add_child(world.graph, node, world.graph.find("f3"))
+    assert [edge.child.name for edge in node.children.values()] == ["f0", "f2", "f3"]
+    await disk.write(512, b"b" * 512)
+    assert bytes(await disk.read(0, 1024)) == b"a" * 512 + b"b" * 512
+    assert (world.directory / "3").read_bytes()[:1024] == bytes(512) + b"b" * 512
+    assert (world.directory / "1").read_bytes()[512:1024] == bytes(512)
+    (report,) = world.events
+    assert report.name == "QUORUM_REPORT_BAD" and report.node_name == "f3"
+
+
+async def test_a_child_of_a_quorum_is_its_alone(world):
+    await world.add("n", "null-co")
+    await world.use(await world.add("q", "quorum", children=["n"], vote_threshold=1))
+    with pytest.raises(BlockError, match="Permission conflict on node 'n'"):
+        await world.use(world.graph.find("n"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, info
+from liveblockd.graph.children import add_child, remove_child
 from liveblockd.graph.node import Operation
 from liveblockd.graph.reopen import reopen
 from liveblockd.qapi import QapiModel, UInt64
@@ -35,6 +36,14 @@ class BlockdevSetActive(QapiModel):
 
     node_name: str | None = None
     active: bool
+
+
+class BlockdevChange(QapiModel):
+    """Arguments of x-blockdev-change."""
+
+    parent: str
+    child: str | None = None
+    node: str | None = None
 
 
 class Flat(QapiModel):
@@ -88,6 +97,24 @@ async def blockdev_del(context: Context, arguments: NodeName) -> None:
 async def blockdev_reopen(context: Context, arguments: BlockdevReopen) -> None:
     """Change the options of nodes in use."""
     await reopen(context.graph, arguments.options)
+
+
+@command("x-blockdev-change", args=BlockdevChange)
+async def blockdev_change(context: Context, arguments: BlockdevChange) -> None:
+    """One child more of a quorum, or one less."""
+    graph = context.graph
+    parent = graph.lookup_any(arguments.parent)
+    if arguments.child is not None and arguments.node is not None:
+        raise BlockError("The parameters child and node are in conflict")
+    if arguments.child is not None:
+        await remove_child(graph, parent, arguments.child)
+    elif arguments.node is not None:
+        node = graph.nodes.get(arguments.node)
+        if node is None:
+            raise BlockError(f"Node '{arguments.node}' not found")
+        await add_child(graph, parent, node)
+    else:
+        raise BlockError("Either child or node must be specified")
 
 
 @command("blockdev-set-active", args=BlockdevSetActive)

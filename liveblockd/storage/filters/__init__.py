@@ -4,7 +4,10 @@ One module each; ``storage.registry.load_drivers`` imports those that are named 
 """
 
 FILTER_MODULES: tuple[str, ...] = (
+    "liveblockd.storage.filters.blklogwrites",
+    "liveblockd.storage.filters.blkverify",
     "liveblockd.storage.filters.compress",
     "liveblockd.storage.filters.preallocate",
+    "liveblockd.storage.filters.quorum",
     "liveblockd.storage.filters.throttle",
 )
