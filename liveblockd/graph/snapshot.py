@@ -13,7 +13,6 @@ of a flush.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 from collections.abc import Callable
@@ -24,10 +23,11 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import filenames, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
+from liveblockd.graph.new_file import new_file, remove_file
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import check_node_name
 from liveblockd.qapi import parse
-from liveblockd.storage.driver import BlockDriver, Permission
+from liveblockd.storage.driver import BlockDriver
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import drivers
 
@@ -107,7 +107,8 @@ class NewOverlay:
         Cancelled at the very end, the overlay may be what the guest writes to already.
         """
         if self.made and (self.overlay is None or self.overlay.backing is not self.node):
-            await to_its_end(_remove(self._graph, self._request.snapshot_file))
+            path = filenames.protocol_options(self._request.snapshot_file)["filename"]
+            await to_its_end(remove_file(self._graph, path))
 
 
 async def snapshot_sync(
@@ -209,38 +210,15 @@ async def create_overlay(
     options = filenames.protocol_options(filename)
     if options["driver"] != "file":
         raise BlockError(f"Could not create '{filename}': Operation not supported", errno=95)
-    made = await _make_file(graph, filename, options["filename"])
     try:
-        file = await graph.open(parse(BlockdevOptions, options), monitor_owned=False)
-        try:
-            backend = await graph.attach(
-                file,
-                Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE,
-                Permission.CONSISTENT_READ,
-                user="a new image",
+        async with new_file(graph, options["filename"], filename) as new:
+            await create_qcow2(
+                new.node, size=size, backing_file=backing, backing_format=backing_format
             )
-        except BaseException:
-            await graph.unref(file)
-            raise
-        try:
-            if not made:
-                await graph.environment.workers.run(
-                    _check_alone, filename, file, _open_files(graph)
-                )
-            await file.truncate(0)
-            await create_qcow2(file, size=size, backing_file=backing, backing_format=backing_format)
-            await file.flush()
-        finally:
-            await graph.detach(backend)
-        await graph.environment.workers.run(_sync_directory, options["filename"])
+            await new.node.flush()
     except OSError as error:
-        await to_its_end(_remove(graph, filename) if made else _nothing())
         raise BlockError.from_os_error(f"Could not create '{filename}'", error) from error
-    except BaseException:
-        if made:
-            await to_its_end(_remove(graph, filename))
-        raise
-    return made
+    return new.made
 
 
 def backing_string(node: Node, overlay: str) -> str:
@@ -257,55 +235,3 @@ def backing_string(node: Node, overlay: str) -> str:
     own = overlay.removeprefix("file:")
     seen = os.path.realpath(os.path.join(os.path.dirname(own), name))
     return name if seen == os.path.realpath(name) else os.path.abspath(name)
-
-
-def _open_files(graph: Graph) -> list[tuple[Node, int]]:
-    protocols = [n for n in graph.nodes.values() if n.opened and not n.driver_class.is_format]
-    return [(node, host.fd) for node in protocols if (host := node.host_file()) is not None]
-
-
-def _check_alone(filename: str, new: Node, files: list[tuple[Node, int]]) -> None:
-    """On a worker. Locks can be off, or not to be had; an image in use is in use all the same."""
-    own = next(os.fstat(fd) for node, fd in files if node is new)
-    for node, fd in files:
-        if node is not new and os.path.samestat(os.fstat(fd), own):
-            raise BlockError(
-                f"Could not create '{filename}': the file is in use as node '{node.name}'", errno=16
-            )
-
-
-async def _make_file(graph: Graph, shown: str, path: str) -> bool:
-    """See that there is a file; True if there was none."""
-    try:
-        return await graph.environment.workers.run(_make_new, path)
-    except OSError as error:
-        raise BlockError.from_os_error(f"Could not create '{shown}'", error) from error
-
-
-def _make_new(path: str) -> bool:
-    """On a worker."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    except FileExistsError:
-        return False
-    os.close(fd)
-    return True
-
-
-def _sync_directory(path: str) -> None:
-    """On a worker: make the name of a new file durable."""
-    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-async def _remove(graph: Graph, filename: str) -> None:
-    with contextlib.suppress(OSError):
-        path = filenames.protocol_options(filename)["filename"]
-        await graph.environment.workers.run(os.unlink, path)
-
-
-async def _nothing() -> None:
-    return

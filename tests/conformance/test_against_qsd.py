@@ -79,6 +79,8 @@ def left_behind(directory):
         for snapshot in info.get("snapshots", ()):
             for key in ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"):
                 snapshot.pop(key)
+        if info["format"] == "luks":
+            del info["format-specific"]  # salts, and what the machine can do in a second
         found[path.name] = info
     return found
 
@@ -115,8 +117,9 @@ def compared(tmp_path, monkeypatch):
         same(*map(left_behind, directories))
         for name, info in left_behind(directories[0]).items():
             pair = [str(directory / name) for directory in directories]
-            json_name = info.get("backing-filename", "").startswith("json:")  # seen from one place
-            if "encrypted" not in info and not json_name:
+            names = str(info.get("backing-filename")), str(info.get("format-specific"))
+            one_place = names[0].startswith("json:") or "data-file" in names[1]
+            if "encrypted" not in info and not one_place:
                 run(tmp_path, "qemu-img", "compare", "-q", *pair)
 
     return compare
@@ -224,6 +227,144 @@ def internal(peer):
 
 def test_transactions_of_internal_snapshots(compared):
     compared(internal, *blockdev("d0"), *blockdev("d1"))
+
+
+def one_step(peer, command, **arguments):
+    """A job that is there until it is dismissed."""
+    job_id = f"j{len(peer.log)}"
+    if "error" in peer.do(command, job_id=job_id, **arguments):
+        return
+    peer.until("JOB_STATUS_CHANGE", id=job_id, status="concluded")
+    peer.do("query-jobs")
+    peer.do("query-block-jobs")
+    peer.do("job-dismiss", id=job_id)
+
+
+def create(peer, driver, **options):
+    options = {"driver": driver} | {k.replace("_", "-"): v for k, v in options.items()}
+    one_step(peer, "blockdev-create", options=options)
+
+
+def create_files(peer):
+    create(peer, "file", filename="a.raw", size=MIB)
+    create(peer, "file", filename="a.raw", size=100)
+    create(peer, "file", filename="b.raw", size=MIB, preallocation="falloc", nocow=True)
+    create(peer, "file", filename="c.raw", size=MIB, preallocation="full")
+    create(peer, "file", filename="c.raw", size=MIB, preallocation="x")
+    create(peer, "file", filename="b.raw", size=MIB, preallocation="metadata")
+    create(peer, "file", filename="b.raw", size=1 << 62)
+    create(peer, "file", filename="b.raw", size=3 * MIB, extent_size_hint=1 << 16)
+    create(peer, "file", filename="b.raw", size=MIB, extent_size_hint=1 << 33)
+    create(peer, "file", filename="/", size=MIB)
+    create(peer, "file", filename="no/where", size=MIB)
+    create(peer, "file", filename="b.raw")
+    for driver in ("null-co", "raw", "nbd", "throttle", "host_device", "nosuch"):
+        create(peer, driver)
+    peer.do("blockdev-create", job_id="1", options={"driver": "null-co"})
+    peer.do("blockdev-create", options={"driver": "null-co"})
+
+
+def test_blockdev_create_of_files(compared):
+    compared(create_files)
+
+
+REFUSED = (
+    {"size": (1 << 63) - 512}, {"size": 1 << 62}, {"size": 100}, {"version": "v4"},
+    {"version": "v2", "lazy_refcounts": True}, {"version": "v2", "refcount_bits": 8},
+    {"version": "v2", "extended_l2": True}, {"version": "v2", "compression_type": "zstd"},
+    {"version": "v2", "data_file": "data"}, {"refcount_bits": 3}, {"refcount_bits": 128},
+    {"refcount_bits": 0}, {"cluster_size": 256}, {"cluster_size": 4 << 20}, {"cluster_size": 0},
+    {"cluster_size": 5000}, {"cluster_size": 8192, "extended_l2": True},
+    {"compression_type": "lzo"}, {"backing_fmt": "qcow2"}, {"backing_fmt": "nosuch"},
+    {"backing_file": "x" * 1100, "backing_fmt": "raw"},
+    {"backing_file": "b", "backing_fmt": "raw", "preallocation": "metadata"},
+    {"preallocation": "x"}, {"data_file": "ghost"}, {"data_file_raw": True},
+    {"data_file": "data", "data_file_raw": True, "backing_file": "b", "backing_fmt": "raw"},
+    {"encrypt": {"format": "luks"}}, {"encrypt": {"format": "luks", "key-secret": "ghost"}},
+    {"encrypt": {"format": "x"}}, {"encrypt": {}}, {"file": "ghost"}, {"file": 1},
+    {"file": {"driver": "file", "filename": "nosuch.img"}}, {"nosuch": 1},
+)  # fmt: skip
+
+MADE = (
+    {}, {"size": 0}, {"size": 5 << 40}, {"version": "v2"}, {"refcount_bits": 1},
+    {"refcount_bits": 64, "lazy_refcounts": True}, {"cluster_size": 512},
+    {"cluster_size": 2 << 20}, {"extended_l2": True}, {"compression_type": "zstd"},
+    {"backing_file": "base.qcow2"}, {"backing_file": "base.qcow2", "backing_fmt": "qcow2"},
+    {"preallocation": "off"}, {"preallocation": "metadata"}, {"preallocation": "falloc"},
+    {"preallocation": "full"}, {"size": 3 << 20, "cluster_size": 4096, "preallocation": "full"},
+    {"backing_file": "base.qcow2", "backing_fmt": "qcow2", "preallocation": "full",
+     "extended_l2": True}, {"data_file": "data"}, {"data_file": "data", "data_file_raw": True},
+)  # fmt: skip
+
+
+def create_images(peer):
+    for name in ("data.raw", "used.qcow2", "again.qcow2"):
+        create(peer, "file", filename=name, size=0)
+    peer.do("blockdev-add", driver="file", node_name="data", filename="data.raw")
+    peer.do("blockdev-add", driver="file", node_name="again", filename="again.qcow2")
+    for options in REFUSED:
+        create(peer, "qcow2", **{"file": "again", "size": MIB} | options)
+    for number, options in enumerate(MADE):
+        create(peer, "file", filename=f"n{number}.qcow2", size=0)
+        file = {"driver": "file", "filename": f"n{number}.qcow2"}
+        create(peer, "qcow2", **{"file": file, "size": MIB} | options)
+    for options in MADE[:-2]:
+        if "preallocation" in options:
+            continue  # QEMU refuses some of these, for the file is longer
+        create(peer, "qcow2", **{"file": "again", "size": MIB} | options)
+    peer.do("blockdev-add", driver="file", node_name="file", filename="used.qcow2")
+    create(peer, "qcow2", file="file", size=MIB)
+    peer.do("blockdev-add", driver="qcow2", node_name="used", file="file")
+    create(peer, "qcow2", file="file", size=2 * MIB)
+    create(peer, "qcow2", file="used", size=MIB // 2)
+    create(peer, "qcow2", file="used", size=MIB // 2, preallocation="metadata")
+    look(peer)
+
+
+def test_blockdev_create_of_qcow2_images(compared):
+    compared(create_images)
+
+
+def amend(peer, node, driver, *, force=False, **options):
+    options = {"driver": driver} | {k.replace("_", "-"): v for k, v in options.items()}
+    one_step(peer, "x-blockdev-amend", node_name=node, options=options, force=force)
+
+
+def amend_slots(peer):
+    create(peer, "file", filename="l.luks", size=0)
+    file = {"driver": "file", "filename": "l.luks"}
+    create(peer, "luks", file=file, size=MIB, key_secret="ghost")
+    create(peer, "luks", file=file, size=MIB)
+    create(peer, "luks", file="ghost", size=MIB, key_secret="s0")
+    create(peer, "luks", file=file, size=MIB, key_secret="s0", iter_time=200)
+    peer.do("blockdev-add", driver="luks", node_name="l", file=file, key_secret="s0")
+    amend(peer, "ghost", "qcow2")
+    amend(peer, "d0", "qcow2")
+    amend(peer, "d0", "luks", state="active")
+    amend(peer, "d0", "luks")
+    amend(peer, "d0", "file")
+    amend(peer, "d0", "qcow2", encrypt={"format": "luks", "state": "active", "new-secret": "s1"})
+    amend(peer, "d0", "qcow2", encrypt={"format": "qcow"})
+    amend(peer, "l", "qcow2")
+    amend(peer, "l", "luks", state="active")
+    amend(peer, "l", "luks", state="active", new_secret="ghost")
+    amend(peer, "l", "luks", state="active", new_secret="s1", iter_time=200)
+    amend(peer, "l", "luks", state="active", new_secret="s1", keyslot=0)
+    amend(peer, "l", "luks", state="active", new_secret="s1", keyslot=9)
+    amend(peer, "l", "luks", state="inactive")
+    amend(peer, "l", "luks", state="inactive", old_secret="s1")
+    amend(peer, "l", "luks", state="inactive", keyslot=0)
+    amend(peer, "l", "luks", state="inactive", keyslot=3)
+    amend(peer, "l", "luks", state="inactive", old_secret="s1")
+    amend(peer, "l", "luks", state="inactive", new_secret="s1")
+    amend(peer, "l", "luks", state="inactive", iter_time=3)
+    amend(peer, "l", "luks", state="active", new_secret="s1", secret="s1")
+
+
+def test_blockdev_amend(compared):
+    pytest.importorskip("cryptography")
+    secrets = [f"secret,id=s{n},data=geheim{n}" for n in (0, 1)]
+    compared(amend_slots, *blockdev("d0"), "--object", secrets[0], "--object", secrets[1])
 
 
 def bad_arguments(peer):

@@ -77,6 +77,8 @@ async def create_qcow2(
     )
     if data_file is not None:
         await data_file.truncate(size)
+    needed = max(write.offset + len(write.data) for write in layout.tables)
+    await _empty(file, needed, zeros=mode is not Preallocation.OFF)
     for write in layout.tables:
         await file.write(write.offset, write.data)
     await file.flush()
@@ -84,6 +86,21 @@ async def create_qcow2(
     await file.flush()
     if mode is not Preallocation.OFF:
         await _preallocate(file, data_file, mode, size)
+
+
+async def _empty(file: BlockIO, needed: int, *, zeros: bool) -> None:
+    """What was there is gone, and there is room for ``needed`` bytes.
+
+    A file of the host grows by writing to it; another disk keeps its size, if that is enough, and
+    what it had is overwritten only where clusters need ``zeros``.
+    """
+    if file.host_file() is not None:
+        if file.length:
+            await file.truncate(0)
+    elif file.length < needed:
+        await file.truncate(needed)
+    if file.length and zeros:
+        await file.write_zeroes(0, file.length, may_unmap=True)
 
 
 async def _preallocate(

@@ -91,6 +91,7 @@ class Qcow2(InPlace, Management, Layered, Described):
         self.read_only = True
         self._options = options
         self._environment = environment
+        self._amending = asyncio.Lock()
         self._autosync = autosync
         self._cipher = cipher
         self._lazy_refcounts = options.lazy_refcounts

@@ -10,13 +10,17 @@ Errors: ``BlockError``; OSError.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from errno import EIO, ENOTSUP
 from typing import TYPE_CHECKING, Any, cast
 
 from liveblockd.errors import BlockError
+from liveblockd.formats.luks import LuksHeader
+from liveblockd.formats.luks_slots import LuksAmendment, amend_luks
 from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
+from liveblockd.formats.qcow2.encrypted import crypto_header_place
 from liveblockd.formats.qcow2.live_check import LiveCheck
 from liveblockd.formats.qcow2.opening import Opened, open_image
 from liveblockd.formats.qcow2.options import Qcow2Options
@@ -25,6 +29,7 @@ from liveblockd.formats.qcow2.resize import resize
 from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.storage.driver import BlockIO, Quiesced, StoredBitmap
+from liveblockd.storage.registry import Environment
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.bitmap_store import BitmapStore
@@ -49,6 +54,9 @@ class Management:
         _bitmaps: BitmapStore
         _unmap_snapshots: bool
         _damaged: bool
+        _luks: LuksHeader | None
+        _environment: Environment
+        _amending: asyncio.Lock
         _options: Qcow2Options
         read_only: bool
 
@@ -97,6 +105,23 @@ class Management:
         await self._run(run)
         if amendment.size is not None and amendment.size != self._writer.disk_size:
             await self.truncate(amendment.size)
+
+    async def amend_encryption(
+        self, passphrase: bytes, amendment: LuksAmendment, *, force: bool = False
+    ) -> None:
+        """Add or erase a passphrase; guests go on. Durable on return.
+
+        No task of the engine: deriving a key takes seconds, for which nobody should have to wait.
+        Raises BlockError, OSError.
+        """
+        self._check_writable()
+        file = self.children["file"]
+        async with self._amending:
+            place, length = crypto_header_place(self._metadata.header, file.length)
+            self._luks = await amend_luks(
+                file, self._environment.workers, passphrase, amendment,
+                base=place, length=length, force=force,
+            )  # fmt: skip
 
     def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
         """See ``BlockDriver``."""

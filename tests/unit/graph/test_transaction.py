@@ -47,7 +47,7 @@ async def disks(world, monkeypatch):
         removed.append(filename)
 
     monkeypatch.setattr(snapshot, "create_overlay", create)
-    monkeypatch.setattr(snapshot, "_remove", remove)
+    monkeypatch.setattr(snapshot, "remove_file", remove)
     world.removed = removed
     world.users = []
     for number in (0, 1):
