@@ -37,6 +37,8 @@ LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
 SOON: Final = 0.005  # seconds
 LATE: Final = 0.025
+#: pieces that are moved together at most
+MOST_TOGETHER: Final = 256
 #: zeros are metadata only
 ZERO_CHUNK: Final = 64 * MIB
 
@@ -86,6 +88,15 @@ class CopyJob(Job):
         """Do one piece; raises PieceFailedError."""
         raise NotImplementedError
 
+    def gathers(self, piece: Run) -> bool:
+        """Whether ``move_together`` is worth it for ``piece``."""
+        del piece
+        return False
+
+    async def move_together(self, pieces: list[Run]) -> None:
+        """Do several at once; raises OSError, and then each is moved by itself."""
+        raise NotImplementedError
+
     async def run(self) -> None:
         """Move everything."""
         try:
@@ -112,7 +123,7 @@ class CopyJob(Job):
             elif (delay := self.rate_delay()) > 0:
                 await self.wait(delay)
             elif self._pieces:
-                self._begin(self._next_chunk())
+                self._begin(self._next_chunks())
             elif self._planned < self.end:
                 await self._look_ahead()
             elif self._in_flight:
@@ -147,10 +158,25 @@ class CopyJob(Job):
         self._pieces.appendleft(piece.part(middle, piece.end))
         return piece.part(piece.offset, middle)
 
-    def _begin(self, piece: Run) -> None:
-        if piece.kind is not ExtentKind.ZERO:
-            self.account(piece.length)
-        task = asyncio.create_task(self._carry(piece))
+    def _next_chunks(self) -> list[Run]:
+        """The next chunk, with those that follow as long as they can be moved together with it."""
+        chunks = [self._next_chunk()]
+        if not self.gathers(chunks[0]):
+            return chunks
+        room = (LIMITED_CHUNK if self.speed else self._copy_chunk) - chunks[0].length
+        while len(chunks) < MOST_TOGETHER and self._pieces:
+            piece = self._pieces[0]
+            if piece.length > room or not self.gathers(piece):
+                break
+            room -= piece.length
+            chunks.append(self._pieces.popleft())
+        return chunks
+
+    def _begin(self, pieces: list[Run]) -> None:
+        for piece in pieces:
+            if piece.kind is not ExtentKind.ZERO:
+                self.account(piece.length)
+        task = asyncio.create_task(self._carry(pieces))
         self._in_flight.add(task)
         task.add_done_callback(self._ended)
 
@@ -158,20 +184,42 @@ class CopyJob(Job):
         self._in_flight.discard(task)
         self.wake()
 
-    async def _carry(self, piece: Run) -> None:
+    async def _carry(self, pieces: list[Run]) -> None:
         started = self.scheduler.clock.monotonic()
-        try:
-            await self.move(piece)
-        except PieceFailedError as failure:
-            self._failures.append(_Failure(piece, failure.operation, failure.error))
-        except Exception as error:
-            # A defect: the piece was not moved, so the job must not succeed.
+        if self.gathers(pieces[0]):
+            try:
+                await self.move_together(pieces)
+            except OSError:
+                pass  # which of them, and what failed, comes out one by one
+            except Exception as error:
+                self._defect(pieces, error)
+                return
+            else:
+                self._carried(pieces, started)
+                return
+        for piece in pieces:
+            started = self.scheduler.clock.monotonic()
+            try:
+                await self.move(piece)
+            except PieceFailedError as failure:
+                self._failures.append(_Failure(piece, failure.operation, failure.error))
+            except Exception as error:
+                self._defect([piece], error)
+            else:
+                self._carried([piece], started)
+
+    def _defect(self, pieces: list[Run], error: Exception) -> None:
+        """The pieces were not moved, so the job must not succeed."""
+        for piece in pieces:
             defect = OSError(EIO, f"Internal error: {error!r}")
             self._failures.append(_Failure(piece, "write", defect))
-        else:
-            self._done(piece)
-            if piece.kind is ExtentKind.DATA and not self.speed:
-                self._adapt(piece.length, self.scheduler.clock.monotonic() - started)
+
+    def _carried(self, pieces: list[Run], started: float) -> None:
+        length = sum(piece.length for piece in pieces)
+        self._to_do -= length
+        self._update_offset()
+        if pieces[0].kind is ExtentKind.DATA and not self.speed:
+            self._adapt(length, self.scheduler.clock.monotonic() - started)
 
     def _adapt(self, length: int, seconds: float) -> None:
         if seconds > LATE:

@@ -19,7 +19,7 @@ from liveblockd.storage.driver import ExtentKind
 #: bytes; below this, reading through the chain is cheaper than a worker's copy
 LEAST_COPY: Final = 128 << 10
 #: runs that are looked at before the first of them is copied
-LOOK_AHEAD: Final = 2048
+LOOK_AHEAD: Final = 512
 
 
 async def plan_stretch(
@@ -28,10 +28,13 @@ async def plan_stretch(
     stretch: tuple[int, int],
     granularity: int,
     kind_of: Callable[[chain.Run], ExtentKind],
+    *,
+    least_copy: int | None = None,
 ) -> tuple[list[Run], int]:
     """Pieces from the begin of ``stretch`` (bytes from, to), as far as ``LOOK_AHEAD`` runs go.
 
-    ``kind_of`` says as what a run is to be taken. The second value is where the plan ends.
+    ``kind_of`` says as what a run is to be taken; ``least_copy`` (bytes) is that of ``Planner``.
+    The second value is where the plan ends.
     """
     offset, length = stretch
     runs: list[Run] = []
@@ -49,10 +52,11 @@ async def plan_stretch(
             break
     if position == length:
         end = position
-    planner = Planner(offset, end, granularity, least_copy=LEAST_COPY)
+    least_copy = LEAST_COPY if least_copy is None else least_copy
+    planner = Planner(offset, end, granularity, least_copy=least_copy)
     pieces: list[Run] = []
     for run in runs:
         if run.offset < end:
-            pieces.extend(planner.feed(run.part(run.offset, min(run.end, end))))
+            pieces.extend(planner.feed(run if run.end <= end else run.part(run.offset, end)))
     pieces.extend(planner.finish())
     return pieces, end

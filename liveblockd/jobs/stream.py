@@ -17,7 +17,9 @@ Errors: those of ``CopyJob``; BlockError and OSError from ``prepare``.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from errno import ENOTSUP
 from typing import ClassVar
 
 from liveblockd.graph import chain, surgery
@@ -29,7 +31,7 @@ from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import plan_stretch
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.driver import ExtentKind, HostFile
+from liveblockd.storage.driver import ExtentKind, HostFile, Source
 
 #: O_DIRECT wants blocks; no block is larger
 DIRECT_ALIGNMENT = 4096
@@ -108,12 +110,39 @@ class Stream(CopyJob):
                 return ExtentKind.UNALLOCATED
             return found.kind
 
-        return await plan_stretch(self.top, base, (offset, self.length), self.granularity, kind_of)
+        return await plan_stretch(
+            self.top,
+            base,
+            (offset, self.length),
+            self.granularity,
+            kind_of,
+            least_copy=0 if self.top.driver.gathers else None,
+        )
 
     async def move(self, piece: Run) -> None:
         """Copy one piece; the driver leaves alone what the guest has written meanwhile."""
         assert self.user is not None
         await self.user.run(lambda: self._move(piece))
+
+    def gathers(self, piece: Run) -> bool:
+        """Pieces that a worker can copy, where the driver takes many at a time."""
+        if piece.kind is not ExtentKind.DATA or not self.top.driver.gathers:
+            return False
+        return _copyable(piece) is not None
+
+    async def move_together(self, pieces: list[Run]) -> None:
+        """Copy several pieces from wherever they are."""
+        assert self.user is not None
+        await self.user.run(lambda: self._move_together(pieces))
+
+    async def _move_together(self, pieces: list[Run]) -> None:
+        sources = []
+        for piece in pieces:
+            file = _copyable(piece)
+            if file is None:  # the graph has changed
+                raise OSError(ENOTSUP, os.strerror(ENOTSUP))
+            sources.append(Source(piece.offset, piece.length, file, piece.host_offset))
+        await self.top.driver.populate_many(sources)
 
     async def _move(self, piece: Run) -> None:
         driver = self.top.driver

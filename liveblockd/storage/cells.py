@@ -66,8 +66,9 @@ def refine(cells: Cells, factor_bits: int, cell_bits: int) -> Cells:
 
 def add_layer(known: Cells, cells: Cells, layer: int) -> None:
     """Where ``known`` has no answer yet take that of ``layer``."""
-    taken = (known == 0) & (cells != 0)
-    known[taken] = cells[taken] + (layer << LAYER_SHIFT)
+    places = np.flatnonzero(cells != 0)
+    places = places[known[places] == 0]
+    known[places] = cells[places] + (layer << LAYER_SHIFT)
 
 
 def replace_layer(known: Cells, cells: Cells, layer: int) -> bool:

@@ -19,6 +19,7 @@ import fcntl
 import os
 import struct
 import threading
+from collections.abc import Sequence
 from errno import EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, EXDEV
 from typing import NamedTuple
 
@@ -145,6 +146,112 @@ def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: in
             _unsupported.add(pair)
         return False
     return True
+
+
+class Segment(NamedTuple):
+    """Whole clusters that go to ``offset`` of the file that all of a batch go to; bytes."""
+
+    source_fd: int
+    source_offset: int
+    offset: int
+    length: int
+    source_direct: bool = False
+
+
+def copy_segments(
+    segments: Sequence[Segment], fd: int, cluster_size: int, *, direct: bool = False
+) -> Copied:
+    """``clone_or_copy`` of many; ``cloned`` is a sum, ``zero`` has the clusters of all in order.
+
+    Small ones are read one by one and written together where they lie side by side. O_DIRECT as in
+    ``Transfer``.
+    """
+    total = sum(segment.length for segment in segments) // cluster_size
+    gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
+    clones = {source: _may_clone(source, fd) for source in {s.source_fd for s in segments}}
+    cloned = number = 0
+    for segment in segments:
+        count = segment.length // cluster_size
+        if segment.length < PIECE and not clones[segment.source_fd]:
+            gathering.add(segment, number)
+        else:
+            gathering.write()  # the plain copy has the same buffer
+            copied = clone_or_copy(
+                Transfer(
+                    segment.source_fd,
+                    segment.source_offset,
+                    fd,
+                    segment.offset,
+                    segment.length,
+                    cluster_size,
+                    segment.source_direct,
+                    direct,
+                )
+            )
+            cloned += copied.cloned
+            gathering.zero[number : number + count] = copied.zero
+        number += count
+    gathering.write()
+    return Copied(cloned, gathering.zero)
+
+
+class _Gathering:
+    """Small segments on their way through one buffer."""
+
+    def __init__(self, fd: int, cluster_size: int, direct: bool, zero: Zeroes) -> None:
+        self.zero = zero
+        self._fd = fd
+        self._cluster_size = cluster_size
+        self._direct = direct
+        self._filled = 0
+        #: (first byte in the buffer, bytes, target offset, number of its first cluster)
+        self._places: list[tuple[int, int, int, int]] = []
+
+    def add(self, segment: Segment, number: int) -> None:
+        """Read it; shorter than ``PIECE``."""
+        if self._filled + segment.length > PIECE:
+            self.write()
+        buffer = _piece_buffer(PIECE)[self._filled : self._filled + segment.length]
+        if segment.source_direct:
+            hostcalls.read_aligned(
+                segment.source_fd, buffer, segment.source_offset, CLONE_ALIGNMENT
+            )
+        else:
+            hostcalls.read_into(segment.source_fd, buffer, segment.source_offset)
+        if self._places:
+            start, length, offset, first = self._places[-1]
+            clusters = length // self._cluster_size
+            if offset + length == segment.offset and first + clusters == number:
+                self._places[-1] = (start, length + segment.length, offset, first)
+                self._filled += segment.length
+                return
+        self._places.append((self._filled, segment.length, segment.offset, number))
+        self._filled += segment.length
+
+    def write(self) -> None:
+        """Write what is not zeros; the buffer is empty then."""
+        size = self._cluster_size
+        buffer = _piece_buffer(PIECE)
+        for start, length, offset, number in self._places:
+            part = buffer[start : start + length]
+            zero = zero_clusters(part, size)
+            self.zero[number : number + len(zero)] = zero
+            whole = [(0, len(zero))]
+            for first, last in _runs(~zero) if zero.any() else whole:
+                begin, end = first * size, last * size
+                if self._direct:
+                    _write_direct(self._fd, offset + begin, part[begin:end])
+                else:
+                    hostcalls.write(self._fd, offset + begin, part[begin:end])
+            if not self._direct:
+                hostcalls.start_writeback(self._fd, offset, length)
+        self._places.clear()
+        self._filled = 0
+
+
+def _may_clone(src_fd: int, fd: int) -> bool:
+    source, target = os.fstat(src_fd).st_dev, os.fstat(fd).st_dev
+    return (source, target, CopyMethod.CLONE) not in _unsupported
 
 
 def copy_extent(

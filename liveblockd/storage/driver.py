@@ -153,6 +153,15 @@ class HostFile(Protocol):
         """Opened with O_DIRECT: buffers, offsets and lengths must be aligned."""
 
 
+class Source(NamedTuple):
+    """Bytes of a host file that a guest sees at ``offset``; offsets and length in bytes."""
+
+    offset: int
+    length: int
+    file: HostFile
+    source_offset: int
+
+
 class MapWatcher(Protocol):
     """Who keeps what a driver said of its layer (``flatmap``)."""
 
@@ -453,6 +462,16 @@ class BlockDriver(abc.ABC):
     ) -> None:
         """As ``populate``, for bytes that lie in a host file; a worker copies them directly."""
         raise BlockError(f"{self.driver_name} cannot be streamed into", errno=95)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether ``populate_many`` makes small pieces as cheap as large ones."""
+        return False
+
+    async def populate_many(self, sources: Sequence[Source]) -> None:
+        """``populate_from`` of several, which do not overlap; on an error some may be done."""
+        for source in sources:
+            await self.populate_from(*source)
 
     # -- persistent dirty bitmaps
 

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from liveblockd.storage import copy_engine
-from liveblockd.storage.copy_engine import CopyMethod, copy_extent, copy_nonzero, is_zero
+from liveblockd.storage.copy_engine import (
+    CopyMethod,
+    Segment,
+    copy_extent,
+    copy_nonzero,
+    copy_segments,
+    is_zero,
+)
 
 CLUSTER = 65536
 
@@ -285,3 +292,26 @@ def test_write_back_of_what_has_none_is_no_error(make):
     copy_engine.hostcalls.start_writeback(make(b"x" * 4096), 0, 1 << 20)
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copy_segments(make, seed):
+    """Small and large ones, in one batch, give the same as each by itself."""
+    rng = random.Random(seed)
+    clusters = 80
+    data = b"".join(
+        bytes(CLUSTER) if rng.random() < 0.3 else rng.randbytes(CLUSTER) for _ in range(clusters)
+    )
+    source = make(data)
+    sizes = [rng.choice((1, 1, 2, 5, 20)) for _ in range(30)]
+    target, twin = make(), make()
+    segments, expected, position = [], [], 0
+    for count in sizes:
+        at = rng.randrange(clusters - count + 1) * CLUSTER
+        position += CLUSTER * rng.choice((0, 0, 0, 1))  # mostly side by side
+        segments.append(Segment(source, at, position, count * CLUSTER))
+        expected += copy_nonzero(source, at, twin, position, count * CLUSTER, CLUSTER).tolist()
+        position += count * CLUSTER
+    got = copy_segments(segments, target, CLUSTER)
+    assert got.zero.tolist() == expected and not got.cloned
+    assert os.pread(target, position, 0) == os.pread(twin, position, 0)

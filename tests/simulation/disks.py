@@ -17,12 +17,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from errno import EIO, ENOSPC, EPERM
 from typing import Any, NamedTuple, Self, TypeVar
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.qcow2 import populate
+from liveblockd.formats.qcow2 import gather, populate
 from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
 from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
@@ -337,6 +337,8 @@ class SimulatedWorkers(WorkerPool):
         try:
             if fn is populate.clone_or_copy:
                 result = await self._copy(args)
+            elif fn is gather.copy_segments:
+                result = await self._copy_segments(*args)
             else:
                 result = fn(*args)
         except Exception as error:
@@ -356,16 +358,51 @@ class SimulatedWorkers(WorkerPool):
         """A worker's copy, cluster by cluster as far as it wrote."""
         transfer: copy_engine.Transfer = args[0]
         _, _, fd, offset, length, cluster_size, *_ = transfer
-        inode = os.fstat(fd).st_ino
-        medium = next(m for m in self._machine.media if os.fstat(m.fd).st_ino == inode)
+        medium = self._medium_of(fd)
         if self._machine.fault("write"):
             os.close(transfer.source_fd)
             os.close(fd)
             raise OSError(ENOSPC, "injected into copy")
         copied = populate.clone_or_copy(transfer)
+        await self._log_copy(medium, offset, length, cluster_size, copied.zero)
+        return copied
+
+    async def _copy_segments(
+        self,
+        segments: Sequence[copy_engine.Segment],
+        fd: int,
+        cluster_size: int,
+        direct: bool,
+    ) -> copy_engine.Copied:
+        """The same for many; an error comes after some of them were written."""
+        medium = self._medium_of(fd)
+        broken = self._machine.fault("write")
+        if broken:
+            keep = self._machine.random.randrange(len(segments))
+            for source in {s.source_fd for s in segments} - {s.source_fd for s in segments[:keep]}:
+                os.close(source)
+            segments = segments[:keep]
+        copied = gather.copy_segments(segments, fd, cluster_size, direct)
+        number = 0
+        for segment in segments:
+            count = segment.length // cluster_size
+            zero = copied.zero[number : number + count]
+            await self._log_copy(medium, segment.offset, segment.length, cluster_size, zero)
+            number += count
+        if broken:
+            raise OSError(ENOSPC, "injected into copy")
+        return copied
+
+    def _medium_of(self, fd: int) -> Medium:
+        inode = os.fstat(fd).st_ino
+        return next(m for m in self._machine.media if os.fstat(m.fd).st_ino == inode)
+
+    async def _log_copy(
+        self, medium: Medium, offset: int, length: int, cluster_size: int, zero: Any
+    ) -> None:
         numbers = []
         for index in range(-(-length // cluster_size)):
-            if copied.zero[index]:
+            if zero[index]:
                 continue
             start = index * cluster_size
             part = medium.load(offset + start, min(cluster_size, length - start))
@@ -374,4 +411,3 @@ class SimulatedWorkers(WorkerPool):
         await self._machine.delay()
         for number in numbers:
             medium.end("end", number)
-        return copied

@@ -14,10 +14,12 @@ import asyncio
 
 import numpy as np
 
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import kinds
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata, read_bytes
+from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, expand, has_mixed
+from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.storage.cells import ASK_CELL, DATA, KIND_SHIFT, Cells, pack, refine
 
 _SUBCLUSTER_BITS = SUBCLUSTERS.bit_length() - 1
@@ -42,10 +44,12 @@ async def cells(metadata: Metadata, offset: int, length: int, bits: int) -> Cell
             table = await _look(metadata, position // span)
             await asyncio.sleep(0)  # it took a fraction of a millisecond, and a chain has many
         if table is not None:
+            answer = _of_table(metadata, table, start, stop - start, bits)
             if found is None:
+                if len(answer) == length >> bits:
+                    return answer
                 found = np.zeros(length >> bits, np.int64)
-            part = slice(start - offset >> bits, stop - offset >> bits)
-            found[part] = _of_table(metadata, table, start, stop - start, bits)
+            found[start - offset >> bits : stop - offset >> bits] = answer
         position = next_table(metadata, stop)
     return found
 
@@ -103,6 +107,17 @@ async def _look(metadata: Metadata, l1_index: int) -> L2Table | None:
     return table or metadata.parse(l1_index, host_offset, data, exclusive=False)
 
 
+def _plain(entries: Entries) -> Cells:
+    """Cells of entries none of which is MIXED; most of them are 0, mostly."""
+    places = np.flatnonzero(entries != 0)
+    if len(places) * 4 > len(entries):
+        return pack(kinds(entries), entries & np.uint64(OFFSET_MASK))
+    few = entries[places]
+    found = np.zeros(len(entries), np.int64)
+    found[places] = pack(kinds(few), few & np.uint64(OFFSET_MASK))
+    return found
+
+
 def _of_table(metadata: Metadata, table: L2Table, offset: int, length: int, bits: int) -> Cells:
     """What one table says of a range within its span."""
     geometry = metadata.geometry
@@ -113,9 +128,9 @@ def _of_table(metadata: Metadata, table: L2Table, offset: int, length: int, bits
     if table.bitmaps is not None and has_mixed(part):
         kind, hosts = expand(part, table.bitmaps[first : last + 1], unit)
         repeat = unit - _SUBCLUSTER_BITS
+        found = pack(kind, hosts)
     else:
-        kind, hosts, repeat = kinds(part), part & np.uint64(OFFSET_MASK), unit
-    found = pack(kind, hosts)
+        found, repeat = _plain(part), unit
     if metadata.stores is not metadata.children:  # its bytes are not those of the file
         found[(found >> KIND_SHIFT & 3) == DATA] = ASK_CELL
     found = refine(found, repeat - bits, bits)

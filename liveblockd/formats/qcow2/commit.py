@@ -33,13 +33,14 @@ from typing import Any, NamedTuple
 
 from liveblockd.formats.qcow2.allocator import BlockNeeded, SealedRefcounts, Write
 from liveblockd.formats.qcow2.header import Header, Rewrite, fixed_fields
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import (
     ENTRY_BYTES,
     MIN_HEADER_LENGTH_V3,
     SECTOR,
     Incompatible,
 )
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.quarantine import Batch, Freed
 from liveblockd.formats.qcow2.tables import DamageError, to_disk
 
@@ -59,7 +60,7 @@ class _Sealed(NamedTuple):
     """What one commit writes, copied at one instant."""
 
     refcounts: SealedRefcounts
-    new_tables: list[tuple[L2Table, Write]]
+    new_tables: list[tuple[L2Table, list[Write]]]
     tables: list[tuple[L2Table, tuple[int, int], Write]]
     l1_whole: Write | None
     l1_range: tuple[int, int] | None
@@ -347,7 +348,7 @@ class Committer:
                 for block, _ in refcounts.new:
                     block.is_new = False
             first = [*refcounts.table, *(write for _, _, write in refcounts.blocks)]
-            first += [write for _, write in sealed.new_tables]
+            first += [write for _, writes in sealed.new_tables for write in writes]
             if sealed.l1_whole is not None:
                 first.append(sealed.l1_whole)
             await self._write(first)
@@ -393,14 +394,13 @@ class Committer:
             metadata.quarantine.free(host_offset, clusters, unmap=False)
         refcounts.retired.clear()
         new_tables, tables = [], []
+        file_length = metadata.file.length
         per_sector = SECTOR // metadata.geometry.l2_entry_bytes
         for table in metadata.dirty_tables.values():
             low, high = table.dirty.take()
             table.pins += 1  # until it is on the disk it must not be read from there
             if table.is_new:
-                new_tables.append(
-                    (table, Write(table.host_offset, table.to_disk(0, len(table.entries))))
-                )
+                new_tables.append((table, table.take_writes(file_length)))
             else:
                 low_sector, high_sector = low // per_sector, -(-high // per_sector)
                 data = table.to_disk(low_sector * per_sector, high_sector * per_sector)

@@ -26,9 +26,10 @@ import numpy as np
 
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.commit import Committer
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place, not_in_place_count
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.subclusters import (
     ALL_ALLOCATED,

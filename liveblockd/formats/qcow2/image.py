@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from errno import EIO, ENOTSUP, EPERM
 from typing import Any, ClassVar, Self
@@ -34,13 +34,14 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.cow import Writer
 from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore, describe_luks, unlock_image
+from liveblockd.formats.qcow2.gather import Gatherer
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
 from liveblockd.formats.qcow2.inplace import InPlace
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layered import Layered
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
 from liveblockd.formats.qcow2.management import Management
 from liveblockd.formats.qcow2.mapping import runs
-from liveblockd.formats.qcow2.metadata import L2Table
 from liveblockd.formats.qcow2.opening import Opened, open_image, read_header
 from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.packing import Packer
@@ -56,6 +57,7 @@ from liveblockd.storage.driver import (
     Extent,
     ExtentKind,
     HostFile,
+    Source,
 )
 from liveblockd.storage.flatmap import FlatMap
 from liveblockd.storage.options import BlockdevOptions
@@ -132,6 +134,7 @@ class Qcow2(InPlace, Management, Layered, Described):
         self._populator = Populator(
             metadata, self._claims, self._writer, self._eraser, environment.workers
         )
+        self._gatherer = Gatherer(metadata, self._claims, self._populator, environment.workers)
         self._packer = Packer(metadata, self._claims, self._writer, environment.workers)
         self._snapshots = SnapshotStore(
             metadata, self._committer, opened.snapshots, opened.snapshots_length
@@ -402,6 +405,16 @@ class Qcow2(InPlace, Management, Layered, Described):
         """See ``BlockDriver.populate_from``."""
         self._check_writable()
         await self._run(self._populator.populate_from, offset, length, source, source_offset)
+
+    @property
+    def gathers(self) -> bool:
+        """See ``BlockDriver.gathers``."""
+        return self._gatherer.target() is not None
+
+    async def populate_many(self, sources: Sequence[Source]) -> None:
+        """See ``BlockDriver.populate_many``."""
+        self._check_writable()
+        await self._run(self._gatherer.populate, sources)
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """See ``BlockDriver.write_compressed``; not in a data file, and never beside a cipher."""

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.allocator import BlockNeeded
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import MIXED, OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place
-from liveblockd.formats.qcow2.metadata import L2Table
 from liveblockd.formats.qcow2.subclusters import mask
 from liveblockd.storage.driver import BlockIO, Buffer, Done
 

@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
 from liveblockd.formats.qcow2.damage import bad_offset, use_of
 from liveblockd.formats.qcow2.header import Header
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -34,7 +34,6 @@ from liveblockd.formats.qcow2.layout import (
     OFFSET_MASK,
 )
 from liveblockd.formats.qcow2.live_references import LiveReferences
-from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.quarantine import Quarantine
 from liveblockd.formats.qcow2.tables import (
     DamageError,
@@ -49,7 +48,6 @@ from liveblockd.formats.qcow2.tables import (
     from_disk,
     repeated,
     shown,
-    to_disk,
 )
 from liveblockd.storage.driver import BlockIO, Buffer
 
@@ -57,81 +55,6 @@ from liveblockd.storage.driver import BlockIO, Buffer
 MAX_TABLES = 16384
 #: host offsets that are free to be used are found in this many refcount blocks in memory
 MIN_REFCOUNT_BLOCKS = 4
-
-
-class L2Table:
-    """One L2 table in memory; indices are entries within it."""
-
-    __slots__ = (
-        "bad", "bitmap_view", "bitmaps", "dirty", "entries", "exclusive", "host_offset", "is_new",
-        "l1_index", "pins", "used", "view",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        l1_index: int,
-        host_offset: int,
-        entries: Entries,
-        bitmaps: Entries | None,
-        *,
-        exclusive: bool,
-        is_new: bool,
-    ) -> None:
-        self.l1_index = l1_index
-        self.host_offset = host_offset
-        self.entries = entries
-        self.view = memoryview(cast(Buffer, entries))
-        #: of extended entries (``subclusters``), else None
-        self.bitmaps = bitmaps
-        self.bitmap_view = None if bitmaps is None else memoryview(cast(Buffer, bitmaps))
-        self.dirty = DirtyRange()
-        #: the L1 entry says COPIED: no snapshot shares this table
-        self.exclusive = exclusive
-        #: the L1 table on disk does not name it: it is written whole, before the L1 table
-        self.is_new = is_new
-        self.pins = 0
-        self.used = True
-        #: indices of entries that cannot be; using one is an error
-        self.bad: frozenset[int] = frozenset()
-
-    def bitmap(self, index: int) -> int:
-        """The bitmap of an extended entry."""
-        assert self.bitmap_view is not None
-        bitmap: int = self.bitmap_view[index]
-        return bitmap
-
-    def missing(self, index: int) -> int:
-        """The subclusters of a MIXED entry that this image does not hold."""
-        return subclusters.missing(self.bitmap(index))
-
-    def holds(self, first: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which clusters are held by this image, every part of them."""
-        part = self.entries[first : first + count]
-        held: npt.NDArray[np.bool_] = part != 0
-        if self.bitmaps is not None and subclusters.has_mixed(part):
-            bitmaps = self.bitmaps[first : first + count]
-            held &= subclusters.have_all(part, bitmaps)
-        return held
-
-    def kinds(self, first: int, count: int, skip: int, spare: int) -> npt.NDArray[np.uint8]:
-        """``ExtentKind`` of clusters; of subclusters where they differ.
-
-        Then ``skip`` bytes at the start and ``spare`` bytes at the end are left out.
-        """
-        part = self.entries[first : first + count]
-        if self.bitmaps is None or not subclusters.has_mixed(part):
-            return kinds(part)
-        cluster_bits = len(self.entries).bit_length() + 3
-        size = 1 << cluster_bits - 5
-        found, _ = subclusters.expand(part, self.bitmaps[first : first + count], cluster_bits)
-        return found[skip // size : len(found) - spare // size]
-
-    def to_disk(self, first: int, end: int) -> bytes:
-        """The bytes of a range of entries."""
-        part = self.entries[first:end]
-        if self.bitmaps is None:
-            return to_disk(part)
-        return subclusters.to_disk(part, self.bitmaps[first:end])
 
 
 async def read_bytes(file: BlockIO, offset: int, length: int) -> Buffer:
@@ -328,17 +251,37 @@ class Metadata:
 
     def bad_entries(self, entries: Entries) -> frozenset[int]:
         """Entries that cannot be, or that would let a guest reach metadata."""
-        bad = set(bad_l2_entries(entries, self.geometry).tolist())
-        hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
+        # Most tables are sparse, and nothing can be wrong with 0.
+        places = np.flatnonzero(entries != 0)
+        if len(places) < len(entries):
+            entries = entries[places]
+        bad = set(places[bad_l2_entries(entries, self.geometry)].tolist())
         standard = (entries & np.uint64(COMPRESSED)) == 0
-        guarded = self.refcounts.metadata
-        clash = standard & (hosts != 0) & guarded.overlaps(hosts, hosts)
-        bad.update(np.flatnonzero(clash).tolist())
-        compressed = np.flatnonzero(~standard)
-        if len(compressed):
+        hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
+        if not standard.all():
+            compressed = np.flatnonzero(~standard)
             first, last = compressed_clusters(entries[compressed], self.geometry)
-            bad.update(compressed[guarded.overlaps(first, last)].tolist())
+            guarded = self.refcounts.metadata.overlaps(first, last)
+            bad.update(places[compressed[guarded]].tolist())
+            hosts[compressed] = 0
+        bad.update(places[self._guarded(hosts)].tolist())
         return frozenset(bad)
+
+    def _guarded(self, hosts: Entries) -> Entries:
+        """Indices of those host clusters that hold metadata; 0 stands for none.
+
+        Data mostly lie side by side: each run is looked up, and its clusters only if it is hit.
+        """
+        if not len(hosts):
+            return hosts
+        guarded = self.refcounts.metadata
+        first = np.flatnonzero(np.diff(hosts) != 1) + 1
+        first = np.concatenate((np.zeros(1, first.dtype), first))
+        last = np.append(first[1:], len(hosts)) - 1
+        if not guarded.overlaps(np.maximum(hosts[first], 1), hosts[last]).any():
+            return np.zeros(0, np.uint64)
+        clash = (hosts != 0) & guarded.overlaps(hosts, hosts)
+        return np.flatnonzero(clash).astype(np.uint64)
 
     def check_entries(self, table: L2Table, first: int, count: int) -> None:
         """Raise DamageError if one of these entries cannot be."""
@@ -373,11 +316,11 @@ class Metadata:
         while True:
             host_offset = self.l2_offset(l1_index)
             if not host_offset:
-                new_offset = await self.allocate_cluster()
+                new_offset, _, fresh = await self.allocate(1)
                 if self.l2_offset(l1_index):  # somebody was faster
                     self.quarantine.free(new_offset, 1, unmap=False)
                     continue
-                return self._add_table(l1_index, new_offset)
+                return self._add_table(l1_index, new_offset, fresh)
             table = self.tables.get(l1_index) or await self.load(l1_index)
             if table is None or self.tables.get(l1_index) is not table:
                 continue
@@ -394,10 +337,12 @@ class Metadata:
             self._make_exclusive(table, new_offset)
             return table
 
-    def _add_table(self, l1_index: int, host_offset: int) -> L2Table:
+    def _add_table(self, l1_index: int, host_offset: int, fresh: bool) -> L2Table:
         entries = np.zeros(self.geometry.l2_entries, np.uint64)
         bitmaps = np.zeros_like(entries) if self.geometry.extended_l2 else None
         table = L2Table(l1_index, host_offset, entries, bitmaps, exclusive=True, is_new=True)
+        # Only of a host file it is known that what was never written reads as zeros.
+        table.fresh = fresh and self.file.host_file() is not None
         self._evict()
         self.tables[l1_index] = table
         self.refcounts.add_metadata(host_offset, 1)
@@ -410,6 +355,7 @@ class Metadata:
         self.quarantine.free(table.host_offset, 1, unmap=False)
         table.host_offset = host_offset
         table.exclusive = table.is_new = True
+        table.fresh = False
         self.refcounts.add_metadata(host_offset, 1)
         self._set_l1(table.l1_index, host_offset)
         self.mark_dirty(table, 0, len(table.entries))

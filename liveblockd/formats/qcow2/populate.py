@@ -20,8 +20,9 @@ import numpy as np
 
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.cow import Writer
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MASK, ZERO
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.runtime.workers import WorkerPool
@@ -93,7 +94,7 @@ class Populator:
         count = -(-len(data) // size)
         zero = np.zeros(count, np.bool_)
         whole = len(data) // size
-        if self._has_zero_clusters:
+        if self.has_zero_clusters:
             zero[:whole] = copy_engine.zero_clusters(view[: whole * size], size)
             if whole < count:
                 zero[whole] = copy_engine.is_zero(view[whole * size :])
@@ -128,7 +129,7 @@ class Populator:
             del start
             return bytes(geometry.cluster_size)
 
-        zero = np.full(count, self._has_zero_clusters, np.bool_)
+        zero = np.full(count, self.has_zero_clusters, np.bool_)
         await self._populate(offset // geometry.cluster_size, count, zero, fill, read)
 
     async def populate_from(
@@ -155,7 +156,7 @@ class Populator:
                 await self._writer.put(
                     host_offset + done, data.ljust(-(-len(data) // size) * size, b"\0")
                 )
-            if not self._has_zero_clusters:
+            if not self.has_zero_clusters:
                 # Version 2 has no zero clusters: they need real zeros.
                 for index in np.flatnonzero(zero).tolist():
                     await self._writer.put(host_offset + index * size, bytes(size))
@@ -194,7 +195,7 @@ class Populator:
         return await self._workers.run(read_and_close, fd, offset, length, source.direct)
 
     @property
-    def _has_zero_clusters(self) -> bool:
+    def has_zero_clusters(self) -> bool:
         """Whether zeros need not be written; who reads a raw data file alone must find them."""
         return self._metadata.geometry.has_zero_clusters and not self._metadata.raw_data_file
 
@@ -284,7 +285,6 @@ class Populator:
     ) -> None:
         """Allocate, fill and publish up to ``count`` clusters."""
         metadata, claims = self._metadata, self._claims
-        size = metadata.geometry.cluster_size
         table.pins += 1
         claim = None
         if metadata.has_data_file:
@@ -298,23 +298,48 @@ class Populator:
                 metadata.free_data(host_offset, count)
                 raise
             # From here on no await: compare and set.
-            wins = table.entries[index : index + count] == 0
-            if claim is None and len(claims):
-                for number in range(count):
-                    if cluster + number in claims:
-                        wins[number] = False
-            written = wins if zero is None else wins & ~zero
-            for begin, end in _runs(written):
-                metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
-            for begin, end in _runs(~written):
-                metadata.free_data(host_offset + begin * size, end - begin)
-            if zero is not None:
-                for begin, end in _runs(wins & zero):
-                    metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
+            self.publish_copy(table, index, host_offset, count, zero, claimed=claim is not None)
         finally:
             table.pins -= 1
             if claim is not None:
                 claims.release(claim)
+
+    def publish_copy(
+        self,
+        table: L2Table,
+        index: int,
+        host_offset: int,
+        count: int,
+        zero: Zeroes | None,
+        *,
+        claimed: bool,
+    ) -> bool:
+        """Clusters at ``host_offset`` have a copy, but for those in ``zero``: compare and set.
+
+        What a guest write has taken meanwhile, or claimed (unless by the ``claimed`` of the
+        caller), is freed: False, and the range is to be looked at again.
+        """
+        metadata, claims = self._metadata, self._claims
+        size = metadata.geometry.cluster_size
+        cluster = table.l1_index * metadata.geometry.l2_entries + index
+        taken = table.entries[index : index + count] != 0
+        if not claimed and claims.free_count(cluster, count) < count:
+            for number in range(count):
+                if cluster + number in claims:
+                    taken[number] = True
+        if zero is None and not taken.any():  # by far the most frequent
+            metadata.publish_run(table, index, host_offset, count)
+            return True
+        wins = ~taken
+        written = wins if zero is None else wins & ~zero
+        for begin, end in _runs(written):
+            metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
+        for begin, end in _runs(~written):
+            metadata.free_data(host_offset + begin * size, end - begin)
+        if zero is not None:
+            for begin, end in _runs(wins & zero):
+                metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
+        return not taken.any()
 
 
 def _run_length(values: Zeroes) -> int:

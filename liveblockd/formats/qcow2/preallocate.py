@@ -19,8 +19,9 @@ import numpy as np
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.commit import Committer
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import COPIED, ZERO
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.metadata import Metadata
 
 #: bytes written at a time
 _PIECE = 1 << 20

@@ -120,7 +120,8 @@ def drop_idle_flags(entries: Entries) -> None:
 
     Not with an external data file, where offset 0 is a place.
     """
-    idle = (entries & _U(OFFSET_MASK | COMPRESSED | COPIED)) == _U(COPIED)
+    places = np.flatnonzero(entries != 0)  # few, mostly
+    idle = places[(entries[places] & _U(OFFSET_MASK | COMPRESSED | COPIED)) == _U(COPIED)]
     entries[idle] &= _U(~COPIED & (1 << 64) - 1)
 
 

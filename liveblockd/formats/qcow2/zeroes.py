@@ -21,8 +21,9 @@ import numpy as np
 
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.cow import Writer
+from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from liveblockd.formats.qcow2.metadata import L2Table, Metadata
+from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.subclusters import ALL_ALLOCATED, ALL_ZERO, SUBCLUSTERS, mask
 from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.storage import hostcalls

@@ -1,0 +1,239 @@
+"""A job's copy of many pieces at once: one allocation, one worker job, one step that publishes.
+
+Specification: DESIGN, section 4, rule 2; ``storage.driver.BlockDriver.populate_many``.
+
+A chain of many snapshots holds its data in many short runs: a task, a hop to a worker and an
+allocation for each cost more than the copy. Here they are collected first, get clusters that lie
+side by side, and a worker copies them all.
+
+Runs on: the event loop, in tasks of the engine; ``copy_segments`` on workers.
+Invariants: those of ``populate``: clusters are published by compare-and-set; what a guest write has
+won or claimed meanwhile, and what is not simply unallocated to begin with, is left to
+``populate_from``, which looks again.
+Errors: OSError; ``DamageError``. Clusters that were published before it stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from liveblockd.formats.qcow2.claims import Claims
+from liveblockd.formats.qcow2.l2table import L2Table
+from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.populate import Populator
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage import copy_engine
+from liveblockd.storage.copy_engine import Copied, Segment
+from liveblockd.storage.driver import HostFile, Source
+
+#: L2 tables that a batch keeps in memory
+MAX_TABLES = 64
+
+
+class _Piece(NamedTuple):
+    """Clusters within one L2 table that were unallocated."""
+
+    table: L2Table
+    first_entry: int
+    clusters: int
+    source: HostFile
+    source_offset: int  # bytes
+
+
+class _Part(NamedTuple):
+    """``clusters`` of a piece from its ``first`` on, with their place."""
+
+    piece: _Piece
+    first: int
+    clusters: int
+    host_offset: int
+
+
+def copy_segments(segments: Sequence[Segment], fd: int, cluster_size: int, direct: bool) -> Copied:
+    """On a worker: ``copy_engine.copy_segments``; closes the (duplicated) descriptors."""
+    try:
+        return copy_engine.copy_segments(segments, fd, cluster_size, direct=direct)
+    finally:
+        os.close(fd)
+        for source in {segment.source_fd for segment in segments}:
+            os.close(source)
+
+
+class Gatherer:
+    """See the module."""
+
+    def __init__(
+        self, metadata: Metadata, claims: Claims, populator: Populator, workers: WorkerPool
+    ) -> None:
+        self._metadata = metadata
+        self._claims = claims
+        self._populator = populator
+        self._workers = workers
+        #: pieces that were copied in batches
+        self.gathered = 0
+
+    def target(self) -> HostFile | None:
+        """The host file for copies that can be gathered, if they can."""
+        if self._metadata.has_data_file or not self._populator.has_zero_clusters:
+            return None
+        return self._metadata.data.host_file()
+
+    async def populate(self, sources: Sequence[Source]) -> None:
+        """See ``BlockDriver.populate_many``."""
+        left: list[Source] = []
+        pieces: list[_Piece] = []
+        tables: set[int] = set()
+        target = self.target()
+        try:
+            for source in sources:
+                if target is None or not self._is_plain(source, target):
+                    left.append(source)
+                    continue
+                await self._collect(source, pieces, left)
+                if pieces:
+                    tables.add(pieces[-1].table.l1_index)
+                if len(tables) >= MAX_TABLES:
+                    assert target is not None
+                    await self._copy(pieces, target, left)
+                    tables.clear()
+            if target is not None:
+                await self._copy(pieces, target, left)
+        finally:
+            _unpin(pieces)
+        for source in left:
+            await self._populator.populate_from(*source)
+
+    def _is_plain(self, source: Source, target: HostFile) -> bool:
+        """Whole clusters, of which O_DIRECT asks nothing that a worker does not do."""
+        size = self._metadata.geometry.cluster_size
+        if (source.offset | source.length) % size:
+            return False
+        blocks = (source.source_offset | size) % copy_engine.CLONE_ALIGNMENT == 0
+        return blocks or not (source.file.direct or target.direct)
+
+    async def _collect(self, source: Source, pieces: list[_Piece], left: list[Source]) -> None:
+        """Put what is unallocated into ``pieces``, its table pinned; anything else is ``left``."""
+        metadata = self._metadata
+        bits, entries = metadata.geometry.cluster_bits, metadata.geometry.l2_entries
+        offset, end = source.offset, source.offset + source.length
+        while offset < end:
+            cluster = offset >> bits
+            index = cluster & (entries - 1)
+            count = min(end - offset >> bits, entries - index)
+            at = source.source_offset + offset - source.offset
+            table = await metadata.writable(cluster // entries)
+            if (
+                table.bad
+                or table.entries[index : index + count].any()
+                or self._claims.free_count(cluster, count) < count
+            ):
+                left.append(Source(offset, count << bits, source.file, at))
+            else:
+                table.pins += 1
+                pieces.append(_Piece(table, index, count, source.file, at))
+            offset += count << bits
+
+    async def _copy(self, pieces: list[_Piece], target: HostFile, left: list[Source]) -> None:
+        """Allocate, copy and publish; ``pieces`` is empty and unpinned afterwards.
+
+        What was lost to a guest write is ``left``: that write may fail.
+        """
+        if not pieces:
+            return
+        metadata, copies = self._metadata, self._workers.copies
+        size = metadata.geometry.cluster_size
+        places: list[tuple[int, int]] = []
+        try:
+            await self._allocate(sum(piece.clusters for piece in pieces), places)
+            parts = list(_match(pieces, places, size))
+            segments, fd = _segments(parts, target, size)
+            copied = await copies.run(copy_segments, segments, fd, size, target.direct)
+        except BaseException:
+            for host_offset, count in places:
+                metadata.free_data(host_offset, count)
+            raise
+        # From here on no await: compare and set.
+        zero = copied.zero if copied.zero.any() else None
+        number = 0
+        for part in parts:
+            end = number + part.clusters
+            done = self._populator.publish_copy(
+                part.piece.table,
+                part.piece.first_entry + part.first,
+                part.host_offset,
+                part.clusters,
+                None if zero is None else zero[number:end],
+                claimed=False,
+            )
+            if not done:
+                left.append(self._source_of(part))
+            number = end
+        self.gathered += len(pieces)
+        self._populator.cloned += copied.cloned
+        self._populator.copied += number * size - copied.cloned
+        _unpin(pieces)
+
+    def _source_of(self, part: _Part) -> Source:
+        geometry = self._metadata.geometry
+        piece = part.piece
+        cluster = piece.table.l1_index * geometry.l2_entries + piece.first_entry + part.first
+        bits = geometry.cluster_bits
+        at = piece.source_offset + (part.first << bits)
+        return Source(cluster << bits, part.clusters << bits, piece.source, at)
+
+    async def _allocate(self, count: int, places: list[tuple[int, int]]) -> None:
+        """``count`` clusters, in as few runs as there are; added to ``places`` as they come."""
+        while count:
+            host_offset, found, _ = await self._metadata.allocate(count)
+            places.append((host_offset, found))
+            count -= found
+
+
+def _match(
+    pieces: Sequence[_Piece], places: Sequence[tuple[int, int]], size: int
+) -> Iterator[_Part]:
+    """The pieces in order, cut where a place ends."""
+    where = iter(places)
+    host_offset = room = 0
+    for piece in pieces:
+        first = 0
+        while first < piece.clusters:
+            if not room:
+                host_offset, room = next(where)
+            count = min(room, piece.clusters - first)
+            yield _Part(piece, first, count, host_offset)
+            host_offset += count * size
+            room -= count
+            first += count
+
+
+def _segments(parts: Sequence[_Part], target: HostFile, size: int) -> tuple[list[Segment], int]:
+    """For a worker, with descriptors of its own, the second one is that of the target."""
+    duplicates: dict[int, int] = {}
+    try:
+        for fd in {part.piece.source.fd for part in parts}:
+            duplicates[fd] = os.dup(fd)
+        target_fd = os.dup(target.fd)
+    except OSError:
+        for fd in duplicates.values():
+            os.close(fd)
+        raise
+    segments = [
+        Segment(
+            duplicates[part.piece.source.fd],
+            part.piece.source_offset + part.first * size,
+            part.host_offset,
+            part.clusters * size,
+            part.piece.source.direct,
+        )
+        for part in parts
+    ]
+    return segments, target_fd
+
+
+def _unpin(pieces: list[_Piece]) -> None:
+    for piece in pieces:
+        piece.table.pins -= 1
+    pieces.clear()
