@@ -1,8 +1,8 @@
 """blockdev-reopen: new options for nodes in use, all of them or none.
 
 Specification: qapi/block-core.json (blockdev-reopen). Changed can be read-only, the backing node,
-discard and detect-zeroes of format nodes; any other difference is refused, since it would need the
-image to be opened again under its users.
+discard and detect-zeroes of format nodes, and what a driver says is ``changeable``; any other
+difference is refused, since it would need the image to be opened again under its users.
 
 Runs on the event loop. Invariant: on an error every node is as it was; a node that is put aside
 stays open until the whole set has succeeded.
@@ -70,6 +70,8 @@ def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
     for member in members(type(given)):
         if member.name in _CHANGEABLE and not _fixed(node, member.name):
             continue
+        if member.name in node.driver_class.changeable:
+            continue
         new = to_qmp(getattr(given, member.attribute, None))
         old = to_qmp(getattr(node.given, member.attribute, None))
         edge = node.children.get(member.name)
@@ -100,6 +102,10 @@ async def _apply(
             held.append(old)
         await surgery.replace_backing(graph, node, new)
         undo.append(lambda: surgery.replace_backing(graph, node, old))
+    if node.driver_class.changeable:
+        before_given = node.given
+        await _change_own(graph, node, given)
+        undo.append(lambda: _change_own(graph, node, before_given))
     was_read_only = node.read_only
     await graph.set_read_only(node, bool(given.read_only))
     undo.append(lambda: graph.set_read_only(node, was_read_only))
@@ -114,3 +120,8 @@ async def _apply(
     node.change_options(detect_zeroes=given.detect_zeroes, discard=given.discard)
     node.given = given
     graph.rebind_above(node)
+
+
+async def _change_own(graph: Graph, node: Node, given: BlockdevOptions) -> None:
+    async with graph.drained(node):
+        node.driver.change_options(given, graph.environment_for(node, ""))

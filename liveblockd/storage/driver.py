@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from liveblockd.storage.cells import Cells
     from liveblockd.storage.flatmap import FlatMap
     from liveblockd.storage.options import BlockdevOptions
+    from liveblockd.storage.registry import Environment
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 #: called on the loop when a write that ``begin_write`` took has ended, with its error
@@ -227,6 +228,8 @@ class BlockDriver(abc.ABC):
     filtered: ClassVar[str] = "file"
     #: requests may wait here for somebody else: ``drain_begin`` lets them go
     holds_requests: ClassVar[bool] = False
+    #: options of its own that ``change_options`` takes
+    changeable: ClassVar[frozenset[str]] = frozenset()
 
     children: dict[str, BlockIO]
     read_only: bool
@@ -515,6 +518,12 @@ class BlockDriver(abc.ABC):
         short), else OSError(EINVAL); OSError(ENOTSUP) where there is no compression.
         """
         raise OSError(ENOTSUP, os.strerror(ENOTSUP))
+
+    def change_options(self, options: BlockdevOptions, environment: Environment) -> None:
+        """Take new values of ``changeable`` options (blockdev-reopen); BlockError changes nothing.
+
+        No request of a user is in flight.
+        """
 
     # -- description
 

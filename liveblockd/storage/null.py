@@ -14,7 +14,6 @@ from errno import EPERM
 from typing import Self
 
 from liveblockd.errors import BlockError
-from liveblockd.qapi import UInt64
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
@@ -26,7 +25,7 @@ class NullOptions(BlockdevOptions):
     """Members of ``blockdev-add``."""
 
     size: int | None = None
-    latency_ns: UInt64 | None = None
+    latency_ns: int | None = None
     read_zeroes: bool | None = None
 
 
@@ -55,6 +54,8 @@ class NullCo(BlockDriver):
         assert not children
         if options.size is not None and options.size < 0:
             raise BlockError("Invalid parameter 'size'")
+        if options.latency_ns is not None and options.latency_ns < 0:
+            raise BlockError("latency-ns is invalid")
         return cls(options)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,10 +16,13 @@ from liveblockd.events import Publisher
 from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph import children, surgery
 from liveblockd.graph.graph import Graph
+from liveblockd.graph.reopen import reopen
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver
+from liveblockd.storage.filters.buckets import Limits, Rate
+from liveblockd.storage.filters.throttle_group import ThrottleGroup
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
 
@@ -307,3 +311,58 @@ async def test_a_child_of_a_quorum_is_its_alone(world):
     await world.use(await world.add("q", "quorum", children=["n"], vote_threshold=1))
     with pytest.raises(BlockError, match="Permission conflict on node 'n'"):
         await world.use(world.graph.find("n"))
+
+
+# -- throttle in a graph
+
+
+def throttled(world, **rates):
+    group = ThrottleGroup(Limits({kind.replace("_", "-"): Rate(n) for kind, n in rates.items()}))
+    groups = {"slow": group, "free": ThrottleGroup(Limits())}
+
+    def find(name):
+        if name not in groups:
+            raise BlockError(f"Throttle group '{name}' does not exist")
+        return groups[name]
+
+    world.graph.environment = dataclasses.replace(world.environment, throttle_group=find)
+    return groups
+
+
+async def test_a_slow_limit_does_not_hold_up_a_snapshot(world):
+    throttled(world, bps_write=512)
+    await world.image("disk")
+    node = await world.add("t", "throttle", throttle_group="slow", file="disk")
+    disk = await world.use(node)
+    await disk.write(0, b"a" * CLUSTER)
+    waiting = [asyncio.ensure_future(disk.write(n * CLUSTER, b"b" * 512)) for n in range(3)]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    overlay = await world.image("over")
+    await asyncio.wait_for(surgery.append_overlay(world.graph, node, overlay), 10)
+    assert all(task.done() for task in waiting) and disk.node is overlay
+    await asyncio.wait_for(disk.write(0, b"c" * 512), 10)  # no longer through the throttle
+    assert bytes(await disk.read(0, 513)) == b"c" * 512 + b"a"
+    assert bytes(await disk.read(CLUSTER, 512)) == b"b" * 512
+
+
+async def test_reopening_joins_another_group(world):
+    groups = throttled(world, bps_write=1)
+    await world.add("n", "null-co", size=CLUSTER)
+    node = await world.add("t", "throttle", throttle_group="slow", file="n")
+    disk = await world.use(node)
+    await disk.write(0, bytes(CLUSTER))
+    waiting = asyncio.ensure_future(disk.write(0, bytes(1)))
+    await asyncio.sleep(0.01)
+
+    async def again(group):
+        options = {"driver": "throttle", "node-name": "t", "throttle-group": group, "file": "n"}
+        await reopen(world.graph, [parse(BlockdevOptions, options)])
+
+    with pytest.raises(BlockError, match="Throttle group 'ghost' does not exist"):
+        await again("ghost")
+    assert node.given.throttle_group == "slow"
+    await again("free")
+    await asyncio.wait_for(waiting, 1)
+    assert not groups["slow"].members and len(groups["free"].members) == 1
+    assert node.given.throttle_group == "free" and disk.write_nowait(0, bytes(1))

@@ -50,6 +50,7 @@ class Preallocate(FilterDriver):
 
     driver_name = "preallocate"
     Options = PreallocateOptions
+    changeable = frozenset(("prealloc-align", "prealloc-size"))
 
     def __init__(
         self,
@@ -78,12 +79,7 @@ class Preallocate(FilterDriver):
         environment: Environment,
     ) -> Self:
         """BlockError for an alignment that is none."""
-        alignment = ALIGNMENT if options.prealloc_align is None else options.prealloc_align
-        if not alignment or alignment % SECTOR:
-            raise BlockError(
-                f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}"
-            )
-        size = SIZE if options.prealloc_size is None else options.prealloc_size
+        alignment, size = _steps(options)
         return cls(
             children,
             environment.workers,
@@ -157,6 +153,12 @@ class Preallocate(FilterDriver):
         """The child's while nothing can be written."""
         return self.child.host_file() if self.read_only else None
 
+    def change_options(self, options: BlockdevOptions, environment: Environment) -> None:
+        """Other steps from now on."""
+        del environment
+        assert isinstance(options, PreallocateOptions)
+        self._alignment, self._size = _steps(options)
+
     async def close(self) -> None:
         """Cut off what was allocated for nothing."""
         await self._cut_off()
@@ -189,3 +191,13 @@ class Preallocate(FilterDriver):
             await self.child.write_zeroes(offset, length, fast_only=True)
         else:
             await self._workers.run(hostcalls.fallocate, file.fd, 0, offset, length)
+
+
+def _steps(options: PreallocateOptions) -> tuple[int, int]:
+    """Alignment and size; BlockError for an alignment that is none."""
+    alignment = ALIGNMENT if options.prealloc_align is None else options.prealloc_align
+    if not alignment or alignment % SECTOR:
+        raise BlockError(
+            f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}"
+        )
+    return alignment, SIZE if options.prealloc_size is None else options.prealloc_size

@@ -33,6 +33,7 @@ class Throttle(FilterDriver):
 
     driver_name = "throttle"
     holds_requests = True
+    changeable = frozenset(("throttle-group",))
     Options = ThrottleOptions
 
     def __init__(
@@ -126,8 +127,9 @@ class Throttle(FilterDriver):
         assert isinstance(options, ThrottleOptions)
         group = environment.throttle_group(options.throttle_group)
         if group is not self.group:
-            self.group.leave(self._member)
-            self._member = group.join()
+            before, self._member = self._member, group.join()
+            self._member.free = before.free  # it is being drained
+            before.group.leave(before)
 
     async def close(self) -> None:
         """Leave the group."""
