@@ -51,6 +51,20 @@ class JobType(enum.StrEnum):
     X_LIVEBLOCK_CHECK = "x-liveblock-check"
 
 
+class BlockJobType(enum.StrEnum):
+    """Kinds of jobs as QEMU's clients know them: those in events and in query-block-jobs."""
+
+    COMMIT = "commit"
+    STREAM = "stream"
+    MIRROR = "mirror"
+    BACKUP = "backup"
+    CREATE = "create"
+    AMEND = "amend"
+    SNAPSHOT_LOAD = "snapshot-load"
+    SNAPSHOT_SAVE = "snapshot-save"
+    SNAPSHOT_DELETE = "snapshot-delete"
+
+
 class BlockdevOnError(enum.StrEnum):
     """What a job does about an I/O error (qapi/block-core.json)."""
 

@@ -53,6 +53,8 @@ class QapiModel(BaseModel):
 
     #: Name of the member that chooses the variant, in the class that is the base of a flat union.
     qapi_tag: ClassVar[str]
+    #: what clients may find out in the schema about the struct itself
+    qapi_features: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:

@@ -316,3 +316,45 @@ class BlockStats(QapiModel):
     stats: BlockDeviceStats
     parent: BlockStats | None = None
     backing: BlockStats | None = None
+
+
+class XDbgBlockGraphNodeType(enum.StrEnum):
+    """What a vertex of the graph is."""
+
+    BLOCK_BACKEND = "block-backend"
+    BLOCK_JOB = "block-job"
+    BLOCK_DRIVER = "block-driver"
+
+
+class XDbgBlockGraphNode(QapiModel):
+    """A vertex."""
+
+    id: int
+    type: XDbgBlockGraphNodeType
+    name: str
+
+
+class BlockPermission(enum.StrEnum):
+    """What a user does with a node, or lets others do."""
+
+    CONSISTENT_READ = "consistent-read"
+    WRITE = "write"
+    WRITE_UNCHANGED = "write-unchanged"
+    RESIZE = "resize"
+
+
+class XDbgBlockGraphEdge(QapiModel):
+    """An edge."""
+
+    parent: int
+    child: int
+    name: str
+    perm: list[BlockPermission]
+    shared_perm: list[BlockPermission]
+
+
+class XDbgBlockGraph(QapiModel):
+    """Return of x-debug-query-block-graph."""
+
+    nodes: list[XDbgBlockGraphNode]
+    edges: list[XDbgBlockGraphEdge]

@@ -14,7 +14,7 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from liveblockd.events import Event
@@ -85,14 +85,14 @@ def events() -> list[type[Event]]:
 
 def _event_enums() -> dict[tuple[str, str], type[enum.StrEnum]]:
     """Members of events that are enums in QMP; ``events.py``, below ``jobs``, has strings."""
-    from liveblockd.jobs.job import JobType
+    from liveblockd.jobs.job import BlockJobType
     from liveblockd.jobs.transitions import JobStatus
 
     ended = ("COMPLETED", "CANCELLED", "READY", "PENDING")
     job_events = [f"BLOCK_JOB_{end}" for end in ended]
     return {
         ("JOB_STATUS_CHANGE", "status"): JobStatus,
-        **{(name, "type"): JobType for name in job_events},
+        **{(name, "type"): BlockJobType for name in job_events},
         ("BLOCK_JOB_ERROR", "operation"): IoOperationType,
         ("BLOCK_JOB_ERROR", "action"): BlockErrorAction,
         ("BLOCK_IO_ERROR", "operation"): IoOperationType,
@@ -180,7 +180,7 @@ class _Builder:
                 array: Entity = {"meta-type": "array", "element-type": element}
                 return self._define(kind, lambda: array, f"[{element}]")
             case Struct():
-                return self._define(kind, lambda: self._object(members(kind.model)))
+                return self._define(kind, lambda: self._struct(kind.model))
             case FlatUnion():
                 return self._define(kind, lambda: self._flat_union(kind))
             case TaggedModels():
@@ -190,6 +190,12 @@ class _Builder:
         name = _NAMES[type(kind)]
         builtin: Entity = {"meta-type": "builtin", "json-type": _BUILTINS[name]}
         return self._define(name, lambda: builtin, name)
+
+    def _struct(self, model: type[QapiModel], leave_out: Collection[str] = ()) -> Entity:
+        entity = self._object(m for m in members(model) if m.name not in leave_out)
+        if model.qapi_features:
+            entity["features"] = list(model.qapi_features)
+        return entity
 
     def _object(self, found: Iterable[Member]) -> Entity:
         return {"meta-type": "object", "members": [self._member(m) for m in found]}
@@ -240,10 +246,9 @@ class _Builder:
         }
 
     def _variant(self, model: type[QapiModel] | None, common: set[str]) -> str:
-        own = [m for m in members(model) if m.name not in common] if model is not None else []
-        if not own:
+        if model is None or all(m.name in common for m in members(model)):
             return self._name(Struct(registry.NoArguments))
-        return self._define(("variant", model), lambda: self._object(own))
+        return self._define(("variant", model), lambda: self._struct(model, common))
 
 
 def _enum(values: tuple[str, ...]) -> Entity:

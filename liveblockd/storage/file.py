@@ -89,6 +89,8 @@ class OpenFile:
 class FileOptions(BlockdevOptions):
     """Members of ``blockdev-add``."""
 
+    qapi_features = ("dynamic-auto-read-only",)
+
     filename: str
     locking: OnOffAuto | None = None
     aio: BlockdevAioOptions | None = None

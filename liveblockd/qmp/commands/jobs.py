@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from liveblockd.errors import BlockError, ErrorClass
-from liveblockd.jobs.job import BlockDeviceIoStatus, Job, JobType
+from liveblockd.jobs.job import BlockDeviceIoStatus, BlockJobType, Job, JobType
 from liveblockd.jobs.mirror import MirrorCopyMode, MirrorCore
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb
 from liveblockd.qapi import QapiModel
@@ -37,7 +37,7 @@ class BlockJobInfo(QapiModel):
 
     qapi_tag: ClassVar[str] = "type"
 
-    type: JobType
+    type: BlockJobType
     device: str
     len_: int
     offset: int
@@ -95,7 +95,7 @@ class BlockJobChangeOptions(QapiModel):
     qapi_tag: ClassVar[str] = "type"
 
     id: str
-    type_: JobType
+    type_: BlockJobType
 
     @classmethod
     def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
@@ -130,7 +130,7 @@ def any_job(context: Context, job_id: str) -> Job:
 def block_job_info(job: Job) -> BlockJobInfo:
     """What query-block-jobs says of ``job``."""
     members: dict[str, Any] = {
-        "type": job.type,
+        "type": BlockJobType(job.type),
         "device": job.id,
         "len_": job.length,
         "offset": job.offset,

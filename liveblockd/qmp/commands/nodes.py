@@ -13,7 +13,7 @@ from liveblockd.graph.children import add_child, remove_child
 from liveblockd.graph.node import Operation
 from liveblockd.graph.reopen import reopen
 from liveblockd.qapi import QapiModel, UInt64
-from liveblockd.qmp.block_info import BlockDeviceInfo, BlockInfo, BlockStats
+from liveblockd.qmp.block_info import BlockDeviceInfo, BlockInfo, BlockStats, XDbgBlockGraph
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import NoArguments, command
 from liveblockd.storage.options import BlockdevOptions
@@ -148,7 +148,7 @@ async def query_blockstats(context: Context, arguments: QueryBlockstats) -> list
     return [info.drive_stats(drive) for drive in graph.drives.values()]
 
 
-@command("x-debug-query-block-graph", returns=dict[str, Any], query=True, features=("unstable",))
+@command("x-debug-query-block-graph", returns=XDbgBlockGraph, query=True, features=("unstable",))
 async def query_block_graph(
     context: Context,
     arguments: NoArguments,  # noqa: ARG001

@@ -10,6 +10,7 @@ from typing import Any
 from liveblockd.graph import internal_snapshot, snapshot
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.qapi import QapiModel
+from liveblockd.qmp.block_info import SnapshotInfo
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 
@@ -47,7 +48,7 @@ async def blockdev_snapshot_sync(context: Context, arguments: BlockdevSnapshotSy
     )
 
 
-@command("blockdev-snapshot", args=BlockdevSnapshot)
+@command("blockdev-snapshot", args=BlockdevSnapshot, features=("allow-write-only-overlay",))
 async def blockdev_snapshot(context: Context, arguments: BlockdevSnapshot) -> None:
     """Put an overlay that is open already above a node and its users."""
     await snapshot.snapshot(context.graph, arguments.node, arguments.overlay)
@@ -79,7 +80,7 @@ async def blockdev_snapshot_internal_sync(
 @command(
     "blockdev-snapshot-delete-internal-sync",
     args=BlockdevSnapshotDeleteInternal,
-    returns=dict[str, Any],
+    returns=SnapshotInfo,
 )
 async def blockdev_snapshot_delete_internal_sync(
     context: Context, arguments: BlockdevSnapshotDeleteInternal

@@ -14,6 +14,7 @@ from pydantic import Field
 from liveblockd.qapi import ROOT, Alternate, QapiModel, members, parse, to_qmp, type_of
 from liveblockd.qmp import introspection, registry
 from liveblockd.qmp.introspection import SchemaInfo, schema
+from liveblockd.storage.registry import load_drivers
 
 
 class Colour(enum.StrEnum):
@@ -154,3 +155,18 @@ def test_it_is_built_quickly() -> None:
 def test_types_that_are_none() -> None:
     with pytest.raises(TypeError):
         type_of(bytes)
+
+
+def test_clients_find_the_features_that_they_ask_for():
+    """libvirt reads these before it sets auto-read-only, or opens overlays without their chain."""
+    registry.load()
+    load_drivers()
+    schema.cache_clear()
+    by_name = {entity["name"]: entity for entity in schema()}
+    options = by_name[by_name["blockdev-add"]["arg-type"]]
+    variants = {v["case"]: by_name[v["type"]] for v in options["variants"]}
+    assert variants["file"]["features"] == ["dynamic-auto-read-only"]
+    assert by_name["blockdev-snapshot"]["features"] == ["allow-write-only-overlay"]
+    jobs = by_name[by_name[by_name["query-block-jobs"]["ret-type"]]["element-type"]]
+    kinds = by_name[next(m["type"] for m in jobs["members"] if m["name"] == "type")]
+    assert not any(value.startswith("x-") for value in kinds["values"])
