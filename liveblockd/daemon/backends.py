@@ -1,16 +1,27 @@
 """Lets exports onto the nodes of the graph.
 
-Runs on the event loop. Invariant: an export holds the permissions it needs from before its first
-request until after its last. Errors: BlockError in QEMU's words.
+Runs on the event loop. Invariants: an export holds the permissions it needs from before its first
+request until after its last; a dirty bitmap that is exported is busy, so that nobody changes it but
+the writes that it records. Errors: BlockError in QEMU's words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from errno import ENOENT
+from typing import Final
+
 from liveblockd.errors import BlockError
 from liveblockd.exports.backend import DirtySource, ExportBackend
+from liveblockd.graph import dirty
 from liveblockd.graph.backend import Backend
+from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.graph import Graph
+from liveblockd.graph.node import Node
 from liveblockd.storage.driver import Permission
+
+#: extents of a dirty bitmap in one answer
+MAX_EXTENTS: Final = 16384
 
 
 class GraphBackends:
@@ -18,6 +29,8 @@ class GraphBackends:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
+        #: in use by an export
+        self._bitmaps: dict[Backend, list[DirtyBitmap]] = {}
 
     async def attach(self, node_name: str, *, writable: bool) -> Backend:
         """A user of the node."""
@@ -33,10 +46,44 @@ class GraphBackends:
     async def release(self, backend: ExportBackend) -> None:
         """The export is gone."""
         assert isinstance(backend, Backend)
+        for bitmap in self._bitmaps.pop(backend, ()):
+            bitmap.busy = False
         await self._graph.detach(backend)
 
     def dirty_bitmap(self, backend: ExportBackend, node: str | None, name: str) -> DirtySource:
-        """Dirty bitmaps come with a later version: there is none that could be exported."""
+        """The bitmap, busy until ``release``; without ``node`` the first of that name there is."""
         assert isinstance(backend, Backend)
-        where = node if node is not None else backend.node.name
-        raise BlockError(f"Bitmap '{name}' is not found on node '{where}'")
+        if node is not None:
+            _, bitmap = dirty.find(self._graph, node, name)
+        else:
+            bitmap = _in_chain(backend.node, name)
+        bitmap.check()
+        if bitmap.enabled and backend.read_only and not backend.node.read_only:
+            raise BlockError(f"Enabled bitmap '{name}' incompatible with readonly export")
+        bitmap.busy = True
+        self._bitmaps.setdefault(backend, []).append(bitmap)
+        return lambda offset, length: extents(bitmap, offset, length)
+
+
+def _in_chain(node: Node | None, name: str) -> DirtyBitmap:
+    while node is not None:
+        if (bitmap := node.find_bitmap(name)) is not None:
+            return bitmap
+        node = node.file if node.is_filter else node.backing
+    raise BlockError(f"Bitmap '{name}' is not found", errno=ENOENT)
+
+
+def extents(bitmap: DirtyBitmap, offset: int, length: int) -> Sequence[tuple[int, int]]:
+    """(length in bytes, 1 where dirty) for the range, or as far as ``MAX_EXTENTS`` go."""
+    found: list[tuple[int, int]] = []
+    position = offset
+    for start, count in bitmap.runs(offset, length):
+        if start > position:
+            found.append((start - position, 0))
+        found.append((count, 1))
+        position = start + count
+        if len(found) >= MAX_EXTENTS:
+            return found
+    if position < offset + length:
+        found.append((offset + length - position, 0))
+    return found

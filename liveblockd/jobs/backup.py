@@ -241,8 +241,14 @@ class Backup(CopyJob):
                 position += run.length
 
     async def _zeros(self, start: int, end: int) -> AsyncGenerator[Run, None]:
-        """UNALLOCATED where the target reads as zeros already, whatever lies below it."""
-        alone = chain.layer_below(self.target) is None
+        """UNALLOCATED where the target reads as zeros already, whatever lies below it.
+
+        A target can be opened without the backing file that its header names: what nobody wrote
+        reads as zeros now, and as something else when it is restored.
+        """
+        layer = chain.skip_filters(self.target)
+        assert layer is not None
+        alone = layer.backing is None and not layer.driver.backing_file
         while start < end:
             for extent in await self.target.map(start, end - start):
                 zero = extent.kind is ExtentKind.ZERO
