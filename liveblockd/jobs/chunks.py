@@ -52,7 +52,7 @@ class Chunks:
         assert unit % bitmap.granularity == 0
         self.bitmap = bitmap
         self.unit = unit
-        #: how often the whole disk was gone through
+        #: how often it began again at the start, for what was written behind it
         self.passes = 0
         self._cursor = 0
         self._claims: list[Claim] = []
@@ -84,10 +84,9 @@ class Chunks:
         """
         start = self._cursor
         if (claim := self._take(start, self.bitmap.size, limit)) is None:
-            self.passes += 1
             claim = self._take(0, start, limit)
-            self._cursor = 0 if claim is None else claim.end
-        else:
+            self.passes += claim is not None
+        if claim is not None:
             self._cursor = claim.end
         return claim
 

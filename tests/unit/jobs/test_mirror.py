@@ -16,11 +16,13 @@ from liveblockd.jobs.transitions import JobStatus
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
 from tests.simulation.overlay import ZERO
+from tests.support import memory
 from tests.support.workers import InlineWorkers
 
 KIB = 1024
 CLUSTER = 4 * KIB
 SIZE = 64 * CLUSTER + 512
+assert memory.MemoryDriver.driver_name  # registers it
 READY = ["created", "running", "ready", "READY"]
 ENDED = ["waiting", "pending", "COMPLETED", "concluded", "null"]
 ACTIVE = MirrorCopyMode.WRITE_BLOCKING
@@ -33,7 +35,10 @@ class Mirrors(Bench):
         super().__init__(InlineWorkers())
         self.random = random.Random(seed)
 
-    async def make(self, *, size=SIZE, target_size=None, target_cluster=CLUSTER, target_below=None):
+    async def make(
+        self, *, size=SIZE, target_size=None, target_cluster=CLUSTER, target_below=None, old=False
+    ):
+        """``old``: the target holds something else."""
         for number, name in enumerate(("base", "top", "target")):
             members = {"driver": "overlay", "node-name": name, "seed": self.random.random()}
             members["seed"] = self.random.randrange(1 << 30)
@@ -48,6 +53,9 @@ class Mirrors(Bench):
                     node.driver.clusters[cluster] = data
                 elif kind == 2 and name == "top":
                     node.driver.clusters[cluster] = ZERO
+            if name == "target" and old:
+                for cluster in range(-(-node.length // target_cluster)):
+                    node.driver.clusters[cluster] = b"old " * (target_cluster // 4)
         top = self.graph.nodes["top"]
         used = Permission.CONSISTENT_READ | Permission.WRITE
         self.drive = await self.graph.attach(top, used, name="virtio0")
@@ -122,7 +130,11 @@ async def test_a_guest_writes_and_nothing_is_lost(seed, mode, sync):
     below = {"full": None, "top": "base", "none": "top"}[sync]
     granularity = bench.random.choice((512, CLUSTER, 4 * CLUSTER))
     cluster = bench.random.choice((512, CLUSTER, 2 * CLUSTER))
-    await bench.make(target_cluster=cluster, target_below=None if below == "top" else below)
+    await bench.make(
+        target_cluster=cluster,
+        target_below=None if below == "top" else below,
+        old=sync == "full" and seed % 2 == 0,
+    )
     job = await bench.mirror(sync=sync, granularity=granularity, copy_mode=mode)
     guest = asyncio.create_task(bench.guest(60))
     await bench.until(job, JobStatus.READY)
@@ -375,3 +387,94 @@ async def test_zeros_that_a_late_copy_may_not_undo():
         await bench.end(job)
         assert await bench.content("target") == bytes(bench.model)
         await bench.close()
+
+
+async def test_a_write_that_fails_on_the_target_is_copied_later():
+    bench = await Mirrors(3).make()
+    job = await bench.mirror(on_target_error=BlockdevOnError.STOP, copy_mode=ACTIVE)
+    await bench.until(job, JobStatus.READY)
+    target = bench.graph.nodes["target"].driver
+    target.faults["write"] = ENOSPC
+    await bench.drive.write(0, b"new1" * KIB)
+    await bench.until(job, JobStatus.STANDBY)
+    before = dict(target.clusters)
+    await bench.drive.write(CLUSTER, b"new2" * KIB)
+    await bench.drive.write_zeroes(2 * CLUSTER, CLUSTER)
+    assert target.clusters == before, "while the job is paused nothing is written"
+    assert not job.actively_synced
+    bench.scheduler.resume(job)
+    async with asyncio.timeout(10):
+        while not job.actively_synced:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    content = await bench.content("target")
+    assert content[: 3 * CLUSTER] == b"new1" * KIB + b"new2" * KIB + bytes(CLUSTER)
+    await bench.close()
+
+
+async def test_a_drain_of_the_target_keeps_writes_from_it():
+    bench = await Mirrors(4).make()
+    job = await bench.mirror(copy_mode=ACTIVE)
+    await bench.until(job, JobStatus.READY)
+    target = bench.graph.nodes["target"]
+    async with bench.graph.drained(target):
+        before = dict(target.driver.clusters)
+        async with asyncio.timeout(10):
+            await bench.drive.write(0, b"new1" * KIB)
+        assert target.driver.clusters == before
+    async with asyncio.timeout(10):
+        while not job.actively_synced:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await bench.content("target"))[:CLUSTER] == b"new1" * KIB
+    await bench.close()
+
+
+@pytest.mark.parametrize("how", ["nowait", "begin", "coroutine"])
+async def test_every_way_of_writing_is_mirrored(how):
+    bench = Bench(InlineWorkers())
+    source = await bench.open(driver="memory", node_name="top", size=SIZE)
+    target = await bench.open(driver="memory", node_name="target", size=SIZE)
+    source.driver.begins = True
+    used = Permission.CONSISTENT_READ | Permission.WRITE
+    drive = await bench.graph.attach(source, used, name="virtio0")
+    job = await Mirrors.mirror(bench, copy_mode=ACTIVE)
+    await bench.end(job, JobStatus.READY)
+    data = b"new1" * KIB
+    if how == "nowait":
+        assert not drive.write_nowait(0, data), "that would pass the target by"
+    elif how == "begin":
+        assert not drive.begin_write(0, data, lambda _: None)
+    await drive.write(0, data)
+    assert target.driver.content()[:CLUSTER] == data
+    bench.scheduler.cancel(job)
+    await bench.end(job)
+    assert drive.write_nowait(0, data)
+    await bench.close()
+
+
+async def test_a_write_into_a_hole_that_is_being_made_on_the_target():
+    bench = Bench(InlineWorkers())
+    source = await bench.open(
+        driver="overlay", node_name="top", size=8 * CLUSTER, cluster_size=CLUSTER
+    )
+    target = await bench.open(driver="memory", node_name="target", size=8 * CLUSTER)
+    await target.write(0, b"old " * (2 * CLUSTER))
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    def hook(operation, offset, length):
+        if operation == "write_zeroes":
+            reached.set()
+            return go_on.wait()
+        return None
+
+    target.driver.hook = hook
+    used = Permission.CONSISTENT_READ | Permission.WRITE
+    drive = await bench.graph.attach(source, used, name="virtio0")
+    job = await Mirrors.mirror(bench, copy_mode=ACTIVE)
+    async with asyncio.timeout(10):
+        await reached.wait()
+        await drive.write(CLUSTER, b"new1" * KIB)
+    go_on.set()
+    await bench.end(job, JobStatus.READY)
+    expected = bytes(CLUSTER) + b"new1" * KIB + bytes(6 * CLUSTER)
+    assert target.driver.content() == expected
+    await bench.close()
