@@ -235,7 +235,8 @@ class Committer:
 
     def _on_dirty(self) -> None:
         metadata = self.metadata
-        if len(metadata.dirty_tables) * 2 > metadata.max_tables:
+        # Room for other tables is made only where not all of them fit.
+        if len(metadata.dirty_tables) * 2 > metadata.max_tables < len(metadata.l1_view):
             self._wake_for_commit()
         if self._timer is None and not (self._autosync is None or self._ended or self._committing):
             loop = asyncio.get_running_loop()

@@ -164,6 +164,21 @@ async def test_commits_of_the_timer_take_a_small_part_of_the_time() -> None:
     await image.close()
 
 
+@pytest.mark.parametrize("cached", [8, 6])
+async def test_dirty_tables_are_committed_early_only_to_make_room(cached: int) -> None:
+    """Eight L2 tables; where all of them fit into memory nobody needs their room."""
+    disk = await new_qcow2(size=8 * 64 * CLUSTER, cluster_size=CLUSTER)
+    image = await open_qcow2(disk)
+    image._metadata.max_tables = cached
+    disk.flushes = 0
+    for table in range(8):
+        await image.write(table * 64 * CLUSTER, b"x" * CLUSTER)
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert (disk.flushes == 0) == (cached == 8)
+    await image.close()
+
+
 @pytest.mark.parametrize("dirty_again", [False, True])
 async def test_a_failed_flush_in_the_background_is_told_to_the_guest(dirty_again: bool) -> None:
     """A commit of the timer whose flush failed may have lost what the guest wrote before."""
