@@ -511,6 +511,10 @@ class BlockDriver(abc.ABC):
         """Make the disk what it was, size included; no user may be above. Durable on return."""
         raise BlockError("Operation not supported", errno=95)
 
+    async def make_empty(self) -> None:
+        """Hold nothing any more, so that the backing file shows. Durable on return."""
+        raise BlockError("Operation not supported", errno=95)
+
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """As ``write``, compressed where the format can and it saves space.
 

@@ -6,7 +6,11 @@ the id of its device. Runs on the event loop; BlockError and OSError escape to `
 
 from __future__ import annotations
 
+import os
+
 from liveblockd.errors import BlockError, ConfigError
+from liveblockd.graph.chain import layer_below
+from liveblockd.jobs.commit_at_once import commit as commit_image
 from liveblockd.keyval import parse_drive
 from liveblockd.qmp import registry
 from liveblockd.qmp.hmp.arguments import Argument, Flag, Kind
@@ -110,14 +114,88 @@ async def snapshot_blkdev(monitor: Monitor, arguments: Arguments) -> None:
     "commit", (DEVICE,), "device|all", "commit the changes of a disk image into its backing file"
 )
 async def commit(monitor: Monitor, arguments: Arguments) -> str | None:
-    """QEMU's synchronous commit; answered in QEMU's words as long as there is no commit job."""
-    device = arguments["device"]
-    drives = monitor.context.graph.drives
-    if device != "all" and device not in drives:
+    """At once, with the guest waiting; the first disk that fails ends it."""
+    device, graph = arguments["device"], monitor.context.graph
+    if device != "all" and device not in graph.drives:
         return f"Device '{device}' not found"
-    for name in drives if device == "all" else (device,):
-        return f"'commit' error for '{name}': Operation not supported"
+    for name in tuple(graph.drives) if device == "all" else (device,):
+        node = graph.drives[name].node.asked_for
+        if device == "all" and layer_below(node) is None:
+            continue
+        try:
+            await commit_image(graph, node)
+        except (BlockError, OSError) as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            return f"'commit' error for '{name}': {reason}"
     return None
+
+
+@hmp_command(
+    "snapshot_blkdev_internal",
+    (DEVICE, Argument("name", Kind.STRING)),
+    "device name",
+    "keep what a device holds as an internal snapshot of its image",
+)
+async def snapshot_blkdev_internal(monitor: Monitor, arguments: Arguments) -> None:
+    """Take an internal snapshot."""
+    await monitor.qmp("blockdev-snapshot-internal-sync", **arguments)
+
+
+@hmp_command(
+    "snapshot_delete_blkdev_internal",
+    (DEVICE, Argument("name", Kind.STRING), Argument("id", Kind.STRING, optional=True)),
+    "device name [id]",
+    "forget an internal snapshot of a device",
+)
+async def snapshot_delete_blkdev_internal(monitor: Monitor, arguments: Arguments) -> None:
+    """Forget an internal snapshot."""
+    await monitor.qmp("blockdev-snapshot-delete-internal-sync", **arguments)
+
+
+_COPY = (
+    Flag("n", "reuse"),
+    Flag("f", "full"),
+    DEVICE,
+    Argument("target", Kind.FILENAME),
+    Argument("format", Kind.STRING, optional=True),
+)
+
+
+def _copy_members(arguments: Arguments) -> Arguments:
+    """Of drive-mirror and drive-backup; the job is called by its device."""
+    return {
+        "job_id": arguments["device"],
+        "device": arguments["device"],
+        "target": arguments["target"],
+        "format": arguments.get("format"),
+        "sync": "full" if arguments.get("full") else "top",
+        "mode": "existing" if arguments.get("reuse") else "absolute-paths",
+    }
+
+
+@hmp_command(
+    "drive_mirror",
+    _COPY,
+    "[-n] [-f] device target [format]",
+    "keep a new image in step with a device (-n: the image exists already;\n"
+    "\t\t\t -f: with all that its backing files hold)",
+)
+async def drive_mirror(monitor: Monitor, arguments: Arguments) -> None:
+    """Start a mirror; block_job_complete goes over to it, block_job_cancel leaves it as a copy."""
+    await monitor.qmp("drive-mirror", **_copy_members(arguments))
+
+
+@hmp_command(
+    "drive_backup",
+    (*_COPY[:2], Flag("c", "compress"), *_COPY[2:]),
+    "[-n] [-f] [-c] device target [format]",
+    "copy what a device holds now to a new image (-n: the image exists already;\n"
+    "\t\t\t -f: with all that its backing files hold; -c: compressed)",
+)
+async def drive_backup(monitor: Monitor, arguments: Arguments) -> None:
+    """Start a backup."""
+    compress = arguments.get("compress", False)
+    await monitor.qmp("drive-backup", compress=compress, **_copy_members(arguments))
 
 
 @hmp_command(
