@@ -176,6 +176,11 @@ async def test_a_client_that_goes_away_cuts_nothing(disks, turns):
 
 async def test_one_instant_for_all_disks(disks):
     """What was answered on one disk before a write began on the other is in neither or first."""
+
+    class Slow(Action):
+        async def prepare(self):
+            await asyncio.sleep(0.01)
+
     stop = False
     order = []
 
@@ -191,7 +196,7 @@ async def test_one_instant_for_all_disks(disks):
     task = asyncio.create_task(guest())
     for _ in range(20):
         await asyncio.sleep(0)
-    await perform(disks.graph, [sync(disks, 0), sync(disks, 1)])
+    await perform(disks.graph, [sync(disks, 0), Slow(), sync(disks, 1)])
     for _ in range(20):
         await asyncio.sleep(0)
     stop = True
