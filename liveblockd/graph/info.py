@@ -173,6 +173,8 @@ def node_stats(node: Node) -> dict[str, Any]:
     """BlockStats of a node and of its file; drives, exports and jobs count requests, not nodes."""
     counted = _counted_at(node).to_qmp() | {"account_invalid": False, "account_failed": False}
     stats: dict[str, Any] = {"node-name": node.name, "stats": counted}
+    if (specific := node.driver.statistics()) is not None:
+        stats["driver-specific"] = {"driver": node.driver_class.driver_name, **specific}
     if node.file is not None:
         stats["parent"] = node_stats(node.file)
     return stats

@@ -307,6 +307,27 @@ class BlockDeviceStats(_Underscored):
     timed_stats: list[dict[str, int]]
 
 
+class BlockStatsSpecific(QapiModel):
+    """What a driver counts for itself."""
+
+    qapi_tag: ClassVar[str] = "driver"
+
+    driver: str
+
+    @classmethod
+    def qapi_variants(cls) -> Mapping[str, builtins.type[QapiModel]]:
+        """Drivers that count something."""
+        return {"file": BlockStatsSpecificFile, "host_device": BlockStatsSpecificFile}
+
+
+class BlockStatsSpecificFile(BlockStatsSpecific):
+    """Discards of a host file, and bytes of those that were done."""
+
+    discard_nb_ok: int
+    discard_nb_failed: int
+    discard_bytes_ok: int
+
+
 class BlockStats(QapiModel):
     """Counters of a drive or node, and of what lies below it."""
 
@@ -314,6 +335,7 @@ class BlockStats(QapiModel):
     qdev: str | None = None
     node_name: str | None = None
     stats: BlockDeviceStats
+    driver_specific: BlockStatsSpecific | None = None
     parent: BlockStats | None = None
     backing: BlockStats | None = None
 

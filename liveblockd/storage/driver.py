@@ -553,6 +553,10 @@ class BlockDriver(abc.ABC):
         """ImageInfoSpecific of qapi/block-core.json ({"type":..., "data":...}), or None."""
         return None
 
+    def statistics(self) -> dict[str, int] | None:
+        """Members of BlockStatsSpecific beside ``driver``; None without any."""
+        return None
+
     def limits(self) -> dict[str, int]:
         """BlockLimitsInfo of qapi/block-core.json, under QMP names."""
         return {

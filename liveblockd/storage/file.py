@@ -123,6 +123,7 @@ class FileDriver(BlockDriver):
         self._unmaps = options.unmaps
         self._no_flush = options.cache_no_flush
         self._can_map = True
+        self._discards = {"discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0}
         self._locks = ImageLocks(
             opened.fd,
             options.filename,
@@ -342,7 +343,10 @@ class FileDriver(BlockDriver):
         section = await self._enter_blocks(offset, length)
         try:
             await self._jobs.run(hostcalls.punch_hole, self._fd, offset, length)
+            self._discards["discard-nb-ok"] += 1
+            self._discards["discard-bytes-ok"] += length
         except OSError as error:
+            self._discards["discard-nb-failed"] += 1
             if error.errno not in hostcalls.UNSUPPORTED:
                 raise
             # A discard that cannot be done has been done: the old bytes may stay.
@@ -509,6 +513,10 @@ class FileDriver(BlockDriver):
     def host_file(self) -> OpenFile:
         """This file, for jobs that a worker does with the descriptor alone."""
         return self._opened
+
+    def statistics(self) -> dict[str, int]:
+        """BlockStatsSpecificFile."""
+        return dict(self._discards)
 
     def actual_size(self) -> int:
         """Bytes on the host's disk."""

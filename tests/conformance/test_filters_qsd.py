@@ -57,7 +57,10 @@ def comparable(value):
         found = [comparable(v) for v in value]
         nodes = found and isinstance(found[0], dict) and "node-name" in found[0]
         return (
-            sorted(found, key=lambda n: json.dumps((n["node-name"], n["file"]), sort_keys=True))
+            sorted(
+                found,
+                key=lambda n: json.dumps((n["node-name"], n["drv"], n["file"]), sort_keys=True),
+            )
             if nodes
             else found
         )
@@ -100,6 +103,8 @@ def one(client, directory, name, given):
             file.write(given["data"])
         return None
     answer = client(name, **given)
+    if name == "query-blockstats":
+        return {comparable(s["node-name"]): s.get("driver-specific") for s in answer}
     return edges(answer) if name == "x-debug-query-block-graph" else comparable(answer)
 
 
@@ -134,7 +139,11 @@ IMAGE = [
                  "file": {"driver": "file", "filename": "base.qcow2"}},
     ),
 ]  # fmt: skip
-QUERIES = [("query-named-block-nodes", {"flat": True}), ("x-debug-query-block-graph", {})]
+QUERIES = [
+    ("query-blockstats", {"query-nodes": True}),
+    ("query-named-block-nodes", {"flat": True}),
+    ("x-debug-query-block-graph", {}),
+]
 
 SCENARIOS = {
     "throttle groups": [

@@ -119,6 +119,7 @@ class Buckets:
 
     def __init__(self, limits: Limits, now: float) -> None:
         self.limits = limits
+        self.unlimited = limits.unlimited
         self._leaked = now
         self._iops_size = limits.iops_size
         found = {kind: _Bucket(limits.rate(kind)) for kind in KINDS}

@@ -114,7 +114,7 @@ class ThrottleGroup:
 
     def passes(self, member: Member, is_write: bool) -> bool:
         """Whether nobody waits in this direction and the limits allow a request."""
-        if member.free or self._buckets.limits.unlimited:
+        if member.free or self._buckets.unlimited:
             return True
         if self._timers[is_write] is not None:  # somebody waits
             return False
