@@ -12,12 +12,17 @@ Errors: BlockError in QEMU's words when other users are in the way.
 
 from __future__ import annotations
 
+import logging
+
+from liveblockd.errors import BlockError
 from liveblockd.graph import chain, surgery
 from liveblockd.graph.filter import JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Permission
+
+log = logging.getLogger(__name__)
 
 BLOCKER = "block device is in use by block job: commit"
 
@@ -118,10 +123,13 @@ class CommitHold:
             self.filter = None
 
     async def close_base(self) -> None:
-        """Undo ``open_base``."""
+        """Undo ``open_base``; a base that cannot be flushed stays as it is."""
         if self.made_writable:
             self.made_writable = False
-            await self.graph.set_read_only(self.base, True)
+            try:
+                await self.graph.set_read_only(self.base, True)
+            except (BlockError, OSError) as error:
+                log.warning("%s: the base does not become read-only: %s", self.name, error)
 
     def block(self, node: Node) -> None:
         """Keep ``node`` and let nobody else work on it."""

@@ -25,6 +25,7 @@ from tests.simulation.bench import Bench
 from tests.simulation.crashed import plain_name
 from tests.simulation.crashguest import CrashGuest
 from tests.simulation.disks import Entry, Machine, SimulatedDisk, SimulatedWorkers
+from tests.simulation.merging import Merging
 from tests.simulation.upkeep import BITMAP, REFUSED, Upkeep
 from tests.support.qcow2_images import open_qcow2
 
@@ -32,7 +33,7 @@ KIB, MIB = 1024, 1024 * 1024
 #: what management does, each as often as it is here
 STEPS = (
     "stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "restart", "rest",
-    "internal", "internal_gone", "internal_apply", "amend",
+    "internal", "internal_gone", "internal_apply", "amend", "commit", "commit_active",
 )  # fmt: skip
 GRANULARITY = 4096
 
@@ -72,7 +73,7 @@ class Course:
     requests: int = 0
 
 
-class Scene(Upkeep):
+class Scene(Upkeep, Merging):
     """A machine at work."""
 
     def __init__(self, plan: Plan) -> None:
@@ -80,7 +81,7 @@ class Scene(Upkeep):
         self.random = random.Random(f"scene {plan.seed}")
         self.machine = Machine(plan.seed)
         self.story: list[str] = []
-        self.streams = self.overlays = 0
+        self.streams = self.overlays = self.commits = 0
         #: (node, name) of internal snapshots
         self.internal: list[tuple[str, str]] = []
         #: what is in them, where that is known: (size, bytes)
@@ -217,6 +218,7 @@ class Scene(Upkeep):
         size = image.cluster_size
         assert size is not None
         if filled:
+            filled = filled // size * size
             data = rng.randbytes(filled)
             await image.write(0, data)
             model[:filled] = data

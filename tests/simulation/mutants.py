@@ -23,6 +23,8 @@ from liveblockd.formats.qcow2.subclusters import summaries
 from liveblockd.formats.qcow2.switch import Switch
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.graph import backend
+from liveblockd.jobs.commit import Commit
+from liveblockd.jobs.commit_active import CommitActive
 from liveblockd.jobs.stream import Stream
 from tests.simulation.disks import SimulatedDisk
 
@@ -90,6 +92,36 @@ def _header_before_commit(stack: ExitStack) -> None:
 
     stack.enter_context(mock.patch.object(Stream, "prepare", mutated))
     stack.enter_context(mock.patch.object(Qcow2, "flush", unless_preparing))
+
+
+def _link_before_base(stack: ExitStack) -> None:
+    """A header leads to the base of a commit before that is durable."""
+
+    async def nothing(self: Commit) -> None:
+        node = self.base
+        node.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+    stack.enter_context(mock.patch.object(Commit, "_hide_end", nothing))
+
+
+def _switch_before_base(stack: ExitStack) -> None:
+    """Guests go on with the base of a commit before that is durable."""
+    take = CommitActive.take
+
+    async def mutated(self: CommitActive) -> None:
+        await take(self)
+        self.target.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+    stack.enter_context(mock.patch.object(CommitActive, "take", mutated))
+
+
+def _commit_without_the_rest(stack: ExitStack) -> None:
+    """What guests write while the active image is committed does not reach the base."""
+
+    async def mutated(self: CommitActive) -> None:
+        self.chunks.bitmap.reset(0, self.source.length)
+
+    stack.enter_context(mock.patch.object(CommitActive, "_copy_rest", mutated))
 
 
 def _reuse_at_once(stack: ExitStack) -> None:
@@ -285,6 +317,9 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "skip-first-flush": _skip_first_flush,
     "publish-before-data": _publish_before_data,
     "header-before-commit": _header_before_commit,
+    "link-before-base": _link_before_base,
+    "switch-before-base": _switch_before_base,
+    "commit-without-the-rest": _commit_without_the_rest,
     "reuse-at-once": _reuse_at_once,
     "reuse-before-commit": _reuse_before_commit,
     "skip-last-flush": _skip_last_flush,
@@ -303,6 +338,9 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
 }
 #: members of ``machine.Plan`` for defects of something that few machines have
 PLANS: dict[str, dict[str, Any]] = {
+    "link-before-base": {"depth": 4, "steps": ("commit",)},
+    "switch-before-base": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
+    "commit-without-the-rest": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
     "bitmaps-stay-behind": {"kind": "extended_l2"},
     "data-file-not-flushed": {"kind": "data_file"},
     "raw-file-without-zeros": {"kind": "data_file_raw", "depth": 1, "steps": ("rest",)},
