@@ -77,7 +77,7 @@ def block_device_info(
         "children": [
             {"child": role, "node-name": edge.child.name} for role, edge in node.children.items()
         ],
-        "backing_file_depth": 0 if flat else len(chain.chain(node)) - (not node.is_filter),
+        "backing_file_depth": 0 if flat else _depth(node, for_drive=backend is not None),
         "detect_zeroes": str(node.detect_zeroes),
         "cache": {
             "writeback": not (backend is not None and backend.writethrough),
@@ -93,6 +93,12 @@ def block_device_info(
     if node.bitmaps:
         info["dirty-bitmaps"] = [bitmap.to_qmp() for bitmap in node.bitmaps]
     return info
+
+
+def _depth(node: Node, *, for_drive: bool) -> int:
+    """How many nodes are below ``node``; a drive does not know of filters that nobody named."""
+    edges = chain.edges_between(node, None)
+    return sum(not (for_drive and edge.child.implicit) for edge in edges)
 
 
 def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:

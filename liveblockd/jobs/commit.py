@@ -94,8 +94,8 @@ class Commit(CopyJob):
         await hold.cover(self.parameters.filter_node_name, CommitTop, read_only=True)
         await hold.take_links()
         for node in nodes_between(self.top, self.base)[:-1]:
-            user = await hold.stand_between(node)
-            self.reader = self.reader or user
+            await hold.stand_between(node)
+        self.reader = await hold.stand(self.top, Permission.NONE, Permission.ALL)
         self.writer = await hold.stand_on_base()
 
     # -- the work

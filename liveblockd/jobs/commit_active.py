@@ -22,7 +22,7 @@ from liveblockd.graph.node import Node
 from liveblockd.jobs.commit import CommitParameters
 from liveblockd.jobs.commit_hold import CommitHold, nodes_between
 from liveblockd.jobs.job import JobType
-from liveblockd.jobs.mirror import MirrorCore, MirrorOptions
+from liveblockd.jobs.mirror import MirrorCopyMode, MirrorCore, MirrorOptions
 from liveblockd.storage.driver import Permission
 
 
@@ -72,6 +72,16 @@ class CommitActive(MirrorCore):
         """A longer base is as good: it keeps its length."""
         assert self.target.length >= self.source.length
 
+    def complete(self) -> None:
+        """Switch over; a guest that writes faster than can be copied does not put it off."""
+        super().complete()
+        self.change_copy_mode(MirrorCopyMode.WRITE_BLOCKING)
+
+    def end_gently(self) -> None:
+        """As above, without a switch."""
+        super().end_gently()
+        self.change_copy_mode(MirrorCopyMode.WRITE_BLOCKING)
+
     async def pivot(self) -> None:
         """All users of the top go on with the base."""
         assert self.filter is not None
@@ -102,6 +112,7 @@ class CommitActive(MirrorCore):
         """Take the filter out and leave the nodes, whichever way it ended."""
         async with self.graph.lock:
             await self.release()
+            await self.hold.unblock()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
@@ -109,8 +120,3 @@ class CommitActive(MirrorCore):
         await self.hold.let_go(switched=self.switched)
         await self.hold.uncover()
         await self.hold.close_base()
-
-    async def free(self) -> None:
-        """Let go of the nodes."""
-        async with self.graph.lock:
-            await self.hold.unblock()

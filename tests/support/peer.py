@@ -29,6 +29,7 @@ class Peer:
     def __init__(self, directory: Path, *command: str) -> None:
         self.log: list[Any] = []
         self._status = ""  # of the job, of which there is one at a time
+        self.directory = directory
         self._path = str(directory / "qmp.sock")
         self._process = subprocess.Popen(
             command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
