@@ -57,6 +57,8 @@ def events(log):
     for entry in log:
         if "event" in entry:
             data = entry["data"]
+            if data.get("type") == "mirror":
+                del data["len"]  # what is not allocated counts, or not
             source = data.get("id") or data.get("device") or data.get("node-name") or ""
             found.setdefault(source, []).append(entry)
     return found
@@ -110,6 +112,8 @@ def compared(tmp_path, monkeypatch):
             logs.append(peer.log)
             directories.append(directory)
         expected, found = logs
+        if "Unable to get accurate CPU usage" in str(expected):
+            pytest.skip("QEMU could not measure the processor")
         for number, pair in enumerate(zip(answers(expected), answers(found), strict=False)):
             same(*pair, before=answers(found)[max(0, number - 2) : number])
         assert len(answers(found)) == len(answers(expected))
@@ -161,7 +165,8 @@ def look(peer):
     peer.do("query-named-block-nodes")
     found = []
     for node in peer.log[-1]["return"]:
-        bitmaps = sorted(node.get("dirty-bitmaps", ()), key=lambda b: b.get("name", ""))
+        named = [b for b in node.get("dirty-bitmaps", ()) if "name" in b]  # jobs have some, too
+        bitmaps = sorted(named, key=lambda b: b["name"])
         names = [s["name"] for s in node["image"].get("snapshots", ())]
         keys = ("node-name", "drv", "file", "ro", "backing_file", "backing_file_depth")
         found.append([*(node.get(key) for key in keys), bitmaps, names])
@@ -336,7 +341,7 @@ def amend_slots(peer):
     create(peer, "luks", file=file, size=MIB, key_secret="ghost")
     create(peer, "luks", file=file, size=MIB)
     create(peer, "luks", file="ghost", size=MIB, key_secret="s0")
-    create(peer, "luks", file=file, size=MIB, key_secret="s0", iter_time=200)
+    create(peer, "luks", file=file, size=MIB, key_secret="s0", iter_time=20)
     peer.do("blockdev-add", driver="luks", node_name="l", file=file, key_secret="s0")
     amend(peer, "ghost", "qcow2")
     amend(peer, "d0", "qcow2")
@@ -348,8 +353,8 @@ def amend_slots(peer):
     amend(peer, "l", "qcow2")
     amend(peer, "l", "luks", state="active")
     amend(peer, "l", "luks", state="active", new_secret="ghost")
-    amend(peer, "l", "luks", state="active", new_secret="s1", iter_time=200)
-    amend(peer, "l", "luks", state="active", new_secret="s1", keyslot=0)
+    amend(peer, "l", "luks", state="active", new_secret="s1", iter_time=20)
+    amend(peer, "l", "luks", state="active", new_secret="s1", keyslot=0, iter_time=20)
     amend(peer, "l", "luks", state="active", new_secret="s1", keyslot=9)
     amend(peer, "l", "luks", state="inactive")
     amend(peer, "l", "luks", state="inactive", old_secret="s1")
@@ -358,13 +363,107 @@ def amend_slots(peer):
     amend(peer, "l", "luks", state="inactive", old_secret="s1")
     amend(peer, "l", "luks", state="inactive", new_secret="s1")
     amend(peer, "l", "luks", state="inactive", iter_time=3)
-    amend(peer, "l", "luks", state="active", new_secret="s1", secret="s1")
+    amend(peer, "l", "luks", state="active", new_secret="s1", secret="s1", iter_time=20)
 
 
+@pytest.mark.slow  # QEMU measures the processor for a second with each passphrase
 def test_blockdev_amend(compared):
     pytest.importorskip("cryptography")
     secrets = [f"secret,id=s{n},data=geheim{n}" for n in (0, 1)]
     compared(amend_slots, *blockdev("d0"), "--object", secrets[0], "--object", secrets[1])
+
+
+CHAIN = (
+    *blockdev("base", "read-only=on"),
+    *blockdev("mid", "read-only=on", "backing=base"),
+    *blockdev("top", "backing=mid"),
+)
+
+
+def ended(peer, job_id):
+    peer.until("JOB_STATUS_CHANGE", id=job_id, status="null")
+    look(peer)
+
+
+def streams(peer):
+    export(peer, "top")
+    peer.do("block-stream", device="top", job_id="s", base_node="ghost")
+    peer.do("block-stream", device="top", job_id="s", base="base.qcow2", base_node="base")
+    peer.do("block-stream", device="top", job_id="s0", base_node="base")
+    ended(peer, "s0")
+    peer.do("block-stream", device="top", job_id="s1", auto_finalize=False, auto_dismiss=False)
+    peer.until("BLOCK_JOB_PENDING", id="s1")
+    peer.do("job-finalize", id="s1")
+    peer.do("query-jobs")
+    peer.do("job-dismiss", id="s1")
+    look(peer)
+
+
+def commits(peer):
+    export(peer, "top")
+    peer.do("block-commit", device="top", job_id="c", top_node="mid", base_node="ghost")
+    peer.do("block-commit", device="top", job_id="c", top_node="mid", base_node="top")
+    peer.do("block-commit", device="top", job_id="c0", top_node="mid", base_node="base")
+    ended(peer, "c0")
+    peer.do("blockdev-del", node_name="mid")  # QEMU would write to its backing node all the same
+    peer.do("block-commit", device="top", job_id="c1")
+    peer.until("BLOCK_JOB_READY", device="c1")
+    peer.do("job-complete", id="c1")
+    ended(peer, "c1")
+
+
+def mirrors(peer):
+    export(peer, "d0")
+    for name in ("t0", "t1"):
+        peer.do("blockdev-add", driver="qcow2", node_name=name,
+                file={"driver": "file", "filename": f"{name}.qcow2"})  # fmt: skip
+    peer.do("blockdev-mirror", device="d0", target="ghost", sync="full", job_id="m")
+    peer.do("blockdev-mirror", device="d0", target="d0", sync="full", job_id="m")
+    peer.do("blockdev-mirror", device="d0", target="t0", sync="incremental", job_id="m")
+    peer.do("blockdev-mirror", device="d0", target="t0", sync="full", job_id="m0")
+    peer.until("BLOCK_JOB_READY", device="m0")
+    peer.do("block-job-cancel", device="m0")
+    ended(peer, "m0")
+    peer.do("blockdev-mirror", device="d0", target="t1", sync="full", job_id="m1",
+            copy_mode="write-blocking")  # fmt: skip
+    peer.until("BLOCK_JOB_READY", device="m1")
+    peer.do("job-complete", id="m1")
+    ended(peer, "m1")
+
+
+def backups(peer):
+    export(peer, "d0", "d1")
+    for name in ("t0", "t1"):
+        peer.do("blockdev-add", driver="qcow2", node_name=name,
+                file={"driver": "file", "filename": f"{name}.qcow2"})  # fmt: skip
+
+    def backup(number, **data):
+        data = {"device": f"d{number}", "target": f"t{number}", "sync": "full"} | data
+        return act("blockdev-backup", job_id=f"b{number}", **data)
+
+    transact(peer, backup(0), act("abort"))
+    transact(peer, backup(0), backup(1, target="ghost"))
+    transact(peer, backup(0), backup(0))
+    transact(peer, backup(0, sync="incremental"))
+    peer.do("transaction", actions=[backup(0), backup(1), bitmap("add", "d0", "b")])
+    ended(peer, "b0")
+    ended(peer, "b1")
+
+
+def test_streams(compared):
+    compared(streams, *CHAIN)
+
+
+def test_commits(compared):
+    compared(commits, *CHAIN)
+
+
+def test_mirrors(compared):
+    compared(mirrors, *blockdev("d0"))
+
+
+def test_transactions_with_backups(compared):
+    compared(backups, *blockdev("d0"), *blockdev("d1"))
 
 
 def bad_arguments(peer):
