@@ -180,8 +180,11 @@ def _management(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
     _bitmap(command("bitmap", "dirty bitmaps that an image keeps"))
 
-    one = command("amend", "change the version, refcount width or size of a qcow2 image")
+    one = command("amend", "change the version, refcount width, size or passphrases of an image")
     _format(one)
+    one.add_argument("-p", "--progress", action="store_true")
+    one.add_argument("-t", dest="target_cache", help=argparse.SUPPRESS)
+    one.add_argument("--force", action="store_true", help="even the last passphrase")
     one.add_argument("-o", dest="options", action="append", required=True, metavar="KEY=VALUE,...")
     one.add_argument("filename")
 

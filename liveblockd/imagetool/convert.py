@@ -63,12 +63,15 @@ async def run(args: argparse.Namespace) -> int:
             None if isinstance(args.target, OptionText) else args.output_format,
             writable=True,
             no_flush=args.target_cache == "unsafe",
+            secrets={k: str(v) for k, v in options.items() if k.endswith("key-secret")},
         )
         _check_target(args, nodes, target)
         writer = await images.use(target, writable=True)
         if writer.length < source.length:
             raise ToolError("output file is smaller than input file")
         blank = (not args.no_create and not backing) or args.target_is_zero
+        if not args.target_is_zero and target.driver.driver_name == "luks":
+            blank = False  # what a hole decrypts to is noise
         copy = Copy(images.workers, source, writer, sparse=sparse, blank=blank)
         copy.compress = args.compress
         copy.show(args.progress, 0 if args.rate is None else size_of(args.rate, "rate limit"))
@@ -119,20 +122,21 @@ def _options(args: argparse.Namespace) -> Options:
     options = creation.parse_options(args.options, args.output_format)
     for name, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
         if value is not None:
-            if args.output_format == "raw":
-                raise ToolError("Backing file not supported for file format 'raw'")
+            if args.output_format in ("raw", "luks"):
+                name = args.output_format
+                raise ToolError(f"Backing file not supported for file format '{name}'")
             options[name] = value
     if "backing_file" in options and "backing_fmt" not in options:
         raise ToolError("Use of backing file requires explicit backing format")
     if args.compress:
-        if args.output_format == "raw":
+        if args.output_format in ("raw", "luks"):
             raise ToolError("Compression not supported for this file format")
         if options.get("preallocation", "off") != "off":
             raise ToolError("Compression and preallocation not supported at the same time")
         if "data_file" in options:
             raise ToolError("Compression not supported with an external data file")
-    if args.bitmaps and args.output_format == "raw":
-        raise ToolError("Format driver 'raw' does not support bitmaps")
+    if args.bitmaps and args.output_format != "qcow2":
+        raise ToolError(f"Format driver '{args.output_format}' does not support bitmaps")
     return options
 
 

@@ -36,8 +36,10 @@ async def run(args: argparse.Namespace) -> int:
     options = creation.parse_options(args.options, args.format, filename)
     for name, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
         if value is not None:
-            if args.format == "raw":
-                raise ToolError(f"{filename}: Backing file not supported for file format 'raw'")
+            if args.format in ("raw", "luks"):
+                raise ToolError(
+                    f"{filename}: Backing file not supported for file format '{args.format}'"
+                )
             options[name] = value
     if args.size is not None:
         if "size" in options:
@@ -101,8 +103,12 @@ async def create_image(images: Images, filename: str, image_format: str, options
             if name is not None:
                 await data_file.flush()
         else:
+            header: bytes = arguments.get("crypto_header", b"")
+            size += len(header)
             await file.truncate(size)
             await _preallocate(images, file, size, str(options.get("preallocation", "off")))
+            if header:
+                await file.write(0, header)
             await file.flush()
         for node in files:
             await images.close(node)
@@ -117,13 +123,18 @@ async def _arguments(images: Images, image_format: str, options: Options) -> dic
     """What ``create_qcow2`` takes; all that is wrong with it is said before a file is touched."""
     if image_format != "qcow2":
         preallocation = options.get("preallocation", "off")
-        if preallocation == "metadata":
+        if preallocation == "metadata" and image_format == "raw":
             raise BlockError("Unsupported preallocation mode: metadata")
-        if preallocation not in ("off", "falloc", "full"):
+        if preallocation not in ("off", "metadata", "falloc", "full"):
             raise BlockError(f"Invalid parameter '{preallocation}'")
-        return {}
-    arguments = creation.qcow2_arguments(options)
-    if (wanted := creation.encryption(options)) is not None:
+    arguments: dict[str, Any] = {}
+    wanted: creation.Encryption | None = None
+    if image_format == "luks":
+        wanted = creation.luks_encryption(options)
+    elif image_format == "qcow2":
+        arguments = creation.qcow2_arguments(options)
+        wanted = creation.encryption(options)
+    if wanted is not None:
         passphrase = images.graph.environment.secret(wanted.secret)
 
         def make() -> bytes:
@@ -170,5 +181,5 @@ def _make_file(filename: str) -> bool:
 
 async def _preallocate(images: Images, file: Node, size: int, mode: str) -> None:
     host = file.host_file()
-    if mode != "off" and size and host is not None:
+    if mode in ("falloc", "full") and size and host is not None:
         await images.workers.run(os.posix_fallocate, host.fd, 0, size)

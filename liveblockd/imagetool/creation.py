@@ -20,7 +20,9 @@ Value: TypeAlias = "str | int | bool"
 Options: TypeAlias = dict[str, Value]
 
 
-class _Kind(enum.Enum):
+class Kind(enum.Enum):
+    """What an option takes."""
+
     TEXT = enum.auto()
     FLAG = enum.auto()
     SIZE = enum.auto()
@@ -31,34 +33,46 @@ _FLAGS: Final = {
     **dict.fromkeys(("on", "yes", "true", "y"), True),
     **dict.fromkeys(("off", "no", "false", "n"), False),
 }
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-_FILE: Final = {"nocow": _Kind.FLAG, "extent_size_hint": _Kind.SIZE}
+VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_FILE: Final = {"nocow": Kind.FLAG, "extent_size_hint": Kind.SIZE}
 #: in the order in which they are told
 _QCOW2: Final = {
-    "encryption": _Kind.FLAG,
-    "encrypt.format": _Kind.TEXT,
-    "encrypt.key-secret": _Kind.TEXT,
-    "encrypt.cipher-alg": _Kind.TEXT,
-    "encrypt.cipher-mode": _Kind.TEXT,
-    "encrypt.ivgen-alg": _Kind.TEXT,
-    "encrypt.ivgen-hash-alg": _Kind.TEXT,
-    "encrypt.hash-alg": _Kind.TEXT,
-    "encrypt.iter-time": _Kind.NUMBER,
-    "cluster_size": _Kind.SIZE,
-    "extended_l2": _Kind.FLAG,
-    "preallocation": _Kind.TEXT,
-    "compression_type": _Kind.TEXT,
-    "size": _Kind.SIZE,
-    "compat": _Kind.TEXT,
-    "backing_file": _Kind.TEXT,
-    "backing_fmt": _Kind.TEXT,
-    "data_file": _Kind.TEXT,
-    "data_file_raw": _Kind.FLAG,
-    "lazy_refcounts": _Kind.FLAG,
-    "refcount_bits": _Kind.NUMBER,
+    "encryption": Kind.FLAG,
+    "encrypt.format": Kind.TEXT,
+    "encrypt.key-secret": Kind.TEXT,
+    "encrypt.cipher-alg": Kind.TEXT,
+    "encrypt.cipher-mode": Kind.TEXT,
+    "encrypt.ivgen-alg": Kind.TEXT,
+    "encrypt.ivgen-hash-alg": Kind.TEXT,
+    "encrypt.hash-alg": Kind.TEXT,
+    "encrypt.iter-time": Kind.NUMBER,
+    "cluster_size": Kind.SIZE,
+    "extended_l2": Kind.FLAG,
+    "preallocation": Kind.TEXT,
+    "compression_type": Kind.TEXT,
+    "size": Kind.SIZE,
+    "compat": Kind.TEXT,
+    "backing_file": Kind.TEXT,
+    "backing_fmt": Kind.TEXT,
+    "data_file": Kind.TEXT,
+    "data_file_raw": Kind.FLAG,
+    "lazy_refcounts": Kind.FLAG,
+    "refcount_bits": Kind.NUMBER,
     **_FILE,
 }
-_RAW: Final = {"size": _Kind.SIZE, "preallocation": _Kind.TEXT, **_FILE}
+_LUKS: Final = {
+    "size": Kind.SIZE,
+    "key-secret": Kind.TEXT,
+    "cipher-alg": Kind.TEXT,
+    "cipher-mode": Kind.TEXT,
+    "ivgen-alg": Kind.TEXT,
+    "ivgen-hash-alg": Kind.TEXT,
+    "hash-alg": Kind.TEXT,
+    "iter-time": Kind.NUMBER,
+    "preallocation": Kind.TEXT,
+    **_FILE,
+}
+_RAW: Final = {"size": Kind.SIZE, "preallocation": Kind.TEXT, **_FILE}
 _DEFAULTS: Final[dict[str, Options]] = {
     "qcow2": {
         "cluster_size": 65536,
@@ -68,7 +82,9 @@ _DEFAULTS: Final[dict[str, Options]] = {
         "refcount_bits": 16,
     },
     "raw": {},
+    "luks": {},
 }
+_KNOWN: Final[dict[str, Mapping[str, Kind]]] = {"qcow2": _QCOW2, "raw": _RAW, "luks": _LUKS}
 
 
 class Encryption(NamedTuple):
@@ -85,7 +101,7 @@ class Encryption(NamedTuple):
 def parse_options(texts: Sequence[str], image_format: str, filename: str = "") -> Options:
     """``-o key=value,...``, several times; the last of a name counts. ToolError."""
     prefix = f"{filename}: " if filename else ""
-    known = _known(image_format, prefix)
+    known = known_options(image_format, prefix)
     found: Options = {}
     for text in texts:
         for part in split_commas(text):
@@ -93,17 +109,16 @@ def parse_options(texts: Sequence[str], image_format: str, filename: str = "") -
             if name not in known:
                 raise ToolError(f"{prefix}Invalid parameter '{name}'")
             try:
-                found[name] = _value(name, known[name], value if equals else "on")
+                found[name] = option_value(name, known[name], value if equals else "on")
             except BlockError as error:
                 raise ToolError(prefix + error.message) from None
     return found
 
 
-def _known(image_format: str, prefix: str) -> Mapping[str, _Kind]:
-    if image_format == "qcow2":
-        return _QCOW2
-    if image_format == "raw":
-        return _RAW
+def known_options(image_format: str, prefix: str = "") -> Mapping[str, Kind]:
+    """The options of a format; ToolError where there is no such format, or none can be made."""
+    if (known := _KNOWN.get(image_format)) is not None:
+        return known
     try:
         find_driver(image_format)
     except BlockError:
@@ -111,12 +126,13 @@ def _known(image_format: str, prefix: str) -> Mapping[str, _Kind]:
     raise ToolError(f"{prefix}Format driver '{image_format}' does not support image creation")
 
 
-def _value(name: str, kind: _Kind, text: str) -> Value:
-    if kind is _Kind.FLAG:
+def option_value(name: str, kind: Kind, text: str) -> Value:
+    """What the text of an option says; raises BlockError."""
+    if kind is Kind.FLAG:
         if text not in _FLAGS:
             raise BlockError(f"Parameter '{name}' expects 'on' or 'off'")
         return _FLAGS[text]
-    if kind is _Kind.SIZE:
+    if kind is Kind.SIZE:
         size = parse_size(text)
         if size is None:
             raise BlockError(
@@ -125,7 +141,7 @@ def _value(name: str, kind: _Kind, text: str) -> Value:
                 "and exabytes, respectively."
             )
         return size
-    if kind is _Kind.NUMBER:
+    if kind is Kind.NUMBER:
         if not text.isdecimal():
             raise BlockError(f"Parameter '{name}' expects a number")
         return int(text)
@@ -134,7 +150,7 @@ def _value(name: str, kind: _Kind, text: str) -> Value:
 
 def describe(filename: str, image_format: str, options: Options) -> str:
     """The line that tells what is being made; ``size`` is among the options."""
-    known = _known(image_format, "")
+    known = known_options(image_format)
     values = _DEFAULTS[image_format] | options
     parts = [f"{name}={_shown(values[name])}" for name in known if name in values]
     return f"Formatting '{filename}', {' '.join([f'fmt={image_format}', *parts])}"
@@ -150,14 +166,14 @@ def qcow2_arguments(options: Options) -> dict[str, Any]:
     """Arguments of ``create_qcow2`` but for the files, size and encryption; raises BlockError."""
     values = _DEFAULTS["qcow2"] | options
     version = str(values.get("compat", "1.1"))
-    if version not in _VERSIONS:
+    if version not in VERSIONS:
         raise BlockError(f"Invalid compatibility level: '{version}'")
     compression = values["compression_type"]
     if compression not in ("zlib", "zstd"):
         raise BlockError(f"Parameter 'compression-type' does not accept value '{compression}'")
     return {
         "cluster_size": values["cluster_size"],
-        "version": _VERSIONS[version],
+        "version": VERSIONS[version],
         "refcount_bits": values["refcount_bits"],
         "backing_file": values.get("backing_file"),
         "backing_format": values.get("backing_fmt"),
@@ -198,6 +214,11 @@ def encryption(options: Options) -> Encryption | None:
         )
     if kind != "luks":
         raise BlockError(f"Parameter 'format' does not accept value '{kind}'")
+    return luks_encryption(given, prefix="encrypt.")
+
+
+def luks_encryption(given: Mapping[str, Value], prefix: str = "") -> Encryption:
+    """What the options of LUKS say; raises BlockError."""
 
     def choice(name: str, default: str, known: Sequence[str]) -> str:
         value = str(given.get(name, default))
@@ -212,7 +233,7 @@ def encryption(options: Options) -> Encryption | None:
         vectors += ":" + choice("ivgen-hash-alg", "sha256", _HASHES)
     hash_name = choice("hash-alg", "sha256", _HASHES)
     if "key-secret" not in given:
-        raise BlockError("Parameter 'encrypt.key-secret' is required for cipher")
+        raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
     if cipher not in _CIPHERS or mode not in ("xts", "cbc"):
         raise BlockError(f"Algorithm '{cipher}' with mode '{mode}' is not supported", errno=95)
     key_bytes = _CIPHERS[cipher] * (2 if mode == "xts" else 1)

@@ -169,8 +169,12 @@ class Images:
         backing: bool = True,
         force_share: bool = False,
         no_flush: bool = False,
+        secrets: Mapping[str, str] | None = None,
     ) -> Node:
-        """The node of an image, with its chain if ``backing``; ToolError."""
+        """The node of an image, with its chain if ``backing``; ToolError.
+
+        ``secrets``: options like ``encrypt.key-secret`` that unlock it.
+        """
         probed = False
         if image_format is None:
             image_format = await self.format_of(filename, force_share=force_share)
@@ -180,6 +184,9 @@ class Images:
                 filename, image_format, writable, backing=backing, force_share=force_share
             )
             members["cache"] = {"no-flush": no_flush}
+            for name, secret in (secrets or {}).items():
+                outer, _, inner = name.rpartition(".")
+                (members.setdefault(outer, {}) if outer else members)[inner] = secret
             options = parse(BlockdevOptions, members, keyval=isinstance(filename, OptionText))
             return await self.graph.open(options, probed=probed)
         except (BlockError, OSError) as error:

@@ -383,12 +383,22 @@ class Here:
             below = below.below
         other = await open_here(below, read_only=True) if below is not None else None
         old = image.children["backing"]
-        step = image.cluster_size or 0
+        combination = self.image.combination
+        assert combination is not None
+        step = combination.cluster_size // (32 if combination.extended_l2 else 1)
         for offset in range(0, image.length, step):
             length = min(step, image.length - offset)
             wanted = bytes(await _read_of(old, offset, length))
-            if wanted != bytes(await _read_of(other, offset, length)):
+            if wanted == bytes(await _read_of(other, offset, length)):
+                continue
+            if not combination.extended_l2:
                 await image.populate(offset, wanted)
+            elif (await image.map(offset, length))[0].kind is not ExtentKind.UNALLOCATED:
+                continue
+            elif any(wanted):
+                await image.write(offset, wanted)
+            else:
+                await image.write_zeroes(offset, length)
         kind, _, path = text.partition(":")
         await image.change_backing_file(path or None, kind or None)
         image.children.pop("backing")

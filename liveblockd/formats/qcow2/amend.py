@@ -33,6 +33,7 @@ from liveblockd.formats.qcow2.layout import (
     HEADER_LENGTH_V3,
     OFFSET_MASK,
     ZERO,
+    Autoclear,
     Compatible,
     Extension,
 )
@@ -47,12 +48,16 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
-    """What is to be changed; None: as it is. ``size`` in bytes."""
+    """What is to be changed; None: as it is. ``size`` in bytes.
+
+    ``data_file_raw`` can only be given up: what the data file holds by then is not known.
+    """
 
     version: int | None = None
     lazy_refcounts: bool | None = None
     refcount_bits: int | None = None
     size: int | None = None
+    data_file_raw: bool | None = None
 
     def check(self, header: Header) -> tuple[int, int, bool]:
         """(version, refcount order, lazy refcounts) as they will be; raises BlockError."""
@@ -65,6 +70,8 @@ class Amendment:
             if bits & (bits - 1) or not 1 <= bits <= 64:
                 raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
             order = bits.bit_length() - 1
+        if self.data_file_raw and not header.raw_data_file:
+            raise BlockError("data-file-raw cannot be set on existing images")
         lazy = header.lazy_refcounts if self.lazy_refcounts is None else self.lazy_refcounts
         if version == 2:
             if self.lazy_refcounts:
@@ -122,6 +129,10 @@ async def amend(
             await committer.write_header(
                 replace(metadata.header, compatible=others | (bit if lazy else 0))
             )
+    if amendment.data_file_raw is False and metadata.header.raw_data_file:
+        async with committer.lock:
+            others = metadata.header.autoclear & ~int(Autoclear.RAW_DATA_FILE)
+            await committer.write_header(replace(metadata.header, autoclear=others))
     if progress is not None:
         progress(1, 1)
 
