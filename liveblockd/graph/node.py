@@ -80,7 +80,7 @@ _HANDED_ON = (
 class Edge:
     """``parent`` uses ``child`` as its ``role``, does ``used`` and lets others do ``shared``."""
 
-    __slots__ = ("child", "committed", "frozen", "parent", "role", "shared", "used")
+    __slots__ = ("child", "committed", "frozen", "outlived", "parent", "role", "shared", "used")
 
     def __init__(self, parent: Node | Backend, role: str, child: Node) -> None:
         self.parent = parent
@@ -90,6 +90,8 @@ class Edge:
         self.frozen = 0
         #: how many jobs write below this link what is read above it already
         self.committed = 0
+        #: a backup is over whose target is still read by others, through the disk that is written
+        self.outlived = False
         self.used = Permission.NONE
         self.shared = Permission.ALL
 

@@ -9,7 +9,8 @@ Invariant: a backing node lets nobody write to it, whoever uses the overlay: QEM
 but written base data would show through the overlay. Two exceptions: a commit, whose writes are
 hidden by the layer they come from, marks the links above its base (``Edge.committed``), and lets
 nobody read through them but by its filter; after a commit of the active image they stay marked. And
-an overlay that is the target of copy-before-write gets the base's data before they are lost.
+an overlay that is the target of copy-before-write gets the base's data before they are lost: until
+somebody uses it, and while that filter is there, others may write to the base.
 
 Pure. Errors: BlockError with QEMU's words for a conflict or a write to a read-only node.
 """
@@ -59,7 +60,7 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     if role == "backing" and not parent.is_filter:
         used &= Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
-        if _is_kept(parent, child):
+        if edge.outlived or not parent.parents or _is_kept(parent, child):
             shared |= Permission.WRITE
     elif _is_storage(parent):
         used |= Permission.CONSISTENT_READ

@@ -36,7 +36,14 @@ from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.copy_engine import Transfer
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, ExtentKind, HostFile
+from liveblockd.storage.driver import (
+    BlockDriver,
+    BlockIO,
+    Buffer,
+    ExtentKind,
+    HostFile,
+    Permission,
+)
 
 BLOCKER: Final = "block device is in use by block job: backup"
 #: runs that are looked at before the first of them is copied
@@ -166,7 +173,9 @@ class Backup(CopyJob):
         """Copy, or with sync=none let guests' writes do it until the job is cancelled."""
         while self.parameters.sync is MirrorSyncMode.NONE:
             await self.checkpoint()
+            self.busy = False
             await self.wait()
+            self.busy = True
         await super().run()
 
     async def checkpoint(self) -> None:
@@ -371,12 +380,20 @@ class Backup(CopyJob):
             await self.graph.detach(self.user)
             self.user = None
         if self.filter is not None:
+            self._let_target_go()
             await surgery.remove_filter(self.graph, self.filter)
             self.filter = None
         await self.core.idle()
         if self.bitmap is not None:
             self._thaw(self.bitmap)
             self.bitmap = None
+
+    def _let_target_go(self) -> None:
+        """Who reads the target beyond the end of the backup reads the disk, where it is backed."""
+        readers = [e for e in self.target.parents if e.parent is not self.filter]
+        if any(edge.used & Permission.CONSISTENT_READ for edge in readers):
+            for edge in chain.edges_between(self.target, self.source):
+                edge.outlived = True
 
     def _thaw(self, bitmap: DirtyBitmap) -> None:
         mode = self.parameters.bitmap_mode

@@ -11,11 +11,12 @@ words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import surgery
+from liveblockd.graph import chain, surgery
 from liveblockd.graph.before_write import BeforeWrite
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.copy_before_write import CopyBeforeWrite, cluster_size, driver_of
@@ -29,6 +30,7 @@ from liveblockd.jobs.backup import (
     BitmapSyncMode,
 )
 from liveblockd.jobs.mirror_job import MirrorSyncMode
+from liveblockd.jobs.new_target import NewTarget, open_target, remove_target
 from liveblockd.jobs.scheduler import Scheduler, Transaction
 from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.user import JobUser
@@ -43,6 +45,59 @@ async def start_backup(graph: Graph, scheduler: Scheduler, parameters: BackupPar
     A client that goes away meanwhile does not stop it halfway: then it runs.
     """
     return await start_job(scheduler, create_backup(graph, scheduler, parameters))
+
+
+async def start_drive_backup(
+    graph: Graph,
+    scheduler: Scheduler,
+    parameters: BackupParameters,
+    new: NewTarget,
+    console: Callable[[str], None],
+) -> Backup:
+    """The same for drive-backup."""
+    work = create_drive_backup(graph, scheduler, parameters, new, console)
+    return await start_job(scheduler, work)
+
+
+async def create_drive_backup(
+    graph: Graph,
+    scheduler: Scheduler,
+    parameters: BackupParameters,
+    new: NewTarget,
+    console: Callable[[str], None],
+    transaction: Transaction | None = None,
+) -> Backup:
+    """The same to an image that is opened for it, and made; ``console`` takes what QEMU prints.
+
+    With sync=none the source is the backing file of the target, with sync=top the source's is.
+    """
+    async with graph.lock:
+        source = graph.lookup(parameters.device, parameters.device)
+        if any(reason != BLOCKER for reason in source.op_blockers):
+            source.check_operation(Operation.BACKUP_SOURCE)
+        none = parameters.sync is MirrorSyncMode.NONE
+        below = chain.layer_below(source)
+        if parameters.sync is MirrorSyncMode.TOP and below is None:
+            parameters = replace(parameters, sync=MirrorSyncMode.FULL)
+        backing = None
+        if none:
+            backing = source
+        elif parameters.sync is MirrorSyncMode.TOP:
+            backing = below
+        opened = await open_target(
+            graph, source, new, backing=backing, open_backing=not none, console=console
+        )
+        try:
+            # Nobody else can see it, so that it can be named before it has a backing node.
+            if none:
+                await surgery.replace_backing(graph, opened.node, source)
+            named = replace(parameters, target=opened.node.name)
+            return await create_backup(graph, scheduler, named, transaction)
+        except BaseException:
+            await graph.unref(opened.node)
+            if opened.made:
+                await remove_target(graph, new)
+            raise
 
 
 async def create_backup(

@@ -294,6 +294,53 @@ def test_a_full_target_stops_the_backup_and_no_guest(tmp_path):
     assert content(tmp_path, "target", "raw") == before
 
 
+@pytest.mark.parametrize(
+    ("sync", "how", "backing"),
+    [
+        ("full", {}, None),
+        ("full", {"format": "raw"}, None),
+        ("top", {}, "base.img"),
+        ("none", {}, "disk.img"),
+        ("full", {"mode": "existing", "format": "qcow2"}, None),
+    ],
+)
+def test_drive_backup_makes_its_target(tmp_path, sync, how, backing):
+    with daemon(tmp_path, "qcow2", "qcow2") as (qmp, guest):
+        before = bytes(guest.model)
+        if "mode" in how:
+            new_image(tmp_path, "new", "qcow2")
+        actions = [{"type": "drive-backup", "data": {
+            "device": "disk", "target": "new.img", "sync": sync, "job-id": "b", **how
+        }}]  # fmt: skip
+        qmp("transaction", actions=actions, properties={"completion-mode": "grouped"})
+        guest.start()
+        if sync == "none":
+            time.sleep(0.3)
+            qmp("block-job-cancel", device="b")
+        qmp.wait("JOB_STATUS_CHANGE", id="b", status="null")
+        guest.stop()
+        assert not guest.errors
+        kind = how.get("format", "qcow2")
+        info = json.loads(run("qemu-img", "info", "--output=json", "new.img", cwd=tmp_path))
+        assert info["format"] == kind
+        assert info.get("backing-filename") == backing
+        nodes = {n["node-name"] for n in qmp("query-named-block-nodes", flat=True)}
+        assert {n for n in nodes if not n.startswith("#")} == {"disk", "target"}
+        with pytest.raises(QmpError, match="Could not create '/nowhere/x': No such file"):
+            qmp("drive-backup", device="disk", target="/nowhere/x", sync="full", job_id="c")
+        with pytest.raises(QmpError, match="Unknown file format 'x'"):
+            qmp("drive-backup", device="disk", target="x", sync="full", job_id="c", format="x")
+        with pytest.raises(QmpError, match="Invalid job ID ''"):
+            qmp("drive-backup", device="disk", target="gone.img", sync="full")
+        assert not (tmp_path / "gone.img").exists()
+        with pytest.raises(QmpError):
+            qmp("drive-backup", device="disk", target="disk.img", sync="full", job_id="c")
+        assert qmp.daemon.stop() == 0
+    assert content(tmp_path, "disk", "qcow2") == bytes(guest.model)
+    if sync != "none":
+        assert content(tmp_path, "new", kind) == before
+
+
 def test_sigkill_leaves_the_source(tmp_path):
     with daemon(tmp_path, "qcow2", "qcow2") as (qmp, guest):
         guest.ask(3)

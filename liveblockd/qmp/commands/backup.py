@@ -1,4 +1,4 @@
-"""blockdev-backup (qapi/block-core.json).
+"""blockdev-backup and drive-backup (qapi/block-core.json).
 
 Runs on the event loop. Errors: BlockError.
 """
@@ -6,10 +6,12 @@ Runs on the event loop. Errors: BlockError.
 from __future__ import annotations
 
 from liveblockd.graph.before_write import OnCbwError
+from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode
-from liveblockd.jobs.backup_start import start_backup
+from liveblockd.jobs.backup_start import start_backup, start_drive_backup
 from liveblockd.jobs.job import BlockdevOnError
 from liveblockd.jobs.mirror_job import MirrorSyncMode
+from liveblockd.jobs.new_target import NewTarget
 from liveblockd.qapi import QapiModel, Size
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
@@ -83,3 +85,29 @@ async def blockdev_backup(context: Context, arguments: BlockdevBackup) -> None:
     """Copy a node as it is now to another one; a job does it."""
     parameters = parameters_of(context, arguments, arguments.target)
     await start_backup(context.graph, context.scheduler, parameters)
+
+
+class DriveBackup(BackupCommon):
+    """Arguments of drive-backup; ``target`` is a file name."""
+
+    target: str
+    format: str | None = None  # default: that of the source
+    mode: NewImageMode | None = None  # default: absolute-paths
+
+
+def new_target(arguments: DriveBackup) -> NewTarget:
+    """What is to be opened or made."""
+    mode = arguments.mode or NewImageMode.ABSOLUTE_PATHS
+    return NewTarget(arguments.target, arguments.format, mode)
+
+
+@command("drive-backup", args=DriveBackup, features=("deprecated",))
+async def drive_backup(context: Context, arguments: DriveBackup) -> None:
+    """Copy a node as it is now to an image, which is made unless ``mode`` is existing."""
+    await start_drive_backup(
+        context.graph,
+        context.scheduler,
+        parameters_of(context, arguments, ""),
+        new_target(arguments),
+        context.console,
+    )

@@ -14,12 +14,12 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import actions, dirty
 from liveblockd.graph.snapshot import NewImageMode, SnapshotRequest
 from liveblockd.graph.transaction import Action, perform
-from liveblockd.jobs.backup_start import create_backup
+from liveblockd.jobs.backup_start import create_backup, create_drive_backup
 from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Transaction
 from liveblockd.jobs.transaction import JobAction
 from liveblockd.qapi import QapiModel
-from liveblockd.qmp.commands.backup import BlockdevBackup, parameters_of
+from liveblockd.qmp.commands.backup import BlockdevBackup, DriveBackup, new_target, parameters_of
 from liveblockd.qmp.commands.bitmaps import (
     BlockDirtyBitmap,
     BlockDirtyBitmapAdd,
@@ -46,6 +46,7 @@ class TransactionActionKind(enum.StrEnum):
     BLOCK_DIRTY_BITMAP_DISABLE = "block-dirty-bitmap-disable"
     BLOCK_DIRTY_BITMAP_MERGE = "block-dirty-bitmap-merge"
     BLOCKDEV_BACKUP = "blockdev-backup"
+    DRIVE_BACKUP = "drive-backup"
     BLOCKDEV_SNAPSHOT = "blockdev-snapshot"
     BLOCKDEV_SNAPSHOT_INTERNAL_SYNC = "blockdev-snapshot-internal-sync"
     BLOCKDEV_SNAPSHOT_SYNC = "blockdev-snapshot-sync"
@@ -114,6 +115,12 @@ class BackupAction(TransactionAction):
     data: BlockdevBackup
 
 
+class DriveBackupAction(TransactionAction):
+    """drive-backup."""
+
+    data: DriveBackup
+
+
 class SnapshotAction(TransactionAction):
     """blockdev-snapshot."""
 
@@ -169,6 +176,17 @@ def _backup(context: Context, data: BlockdevBackup, group: Transaction | None) -
     return JobAction(context.scheduler, (data.device, data.target), create, group)
 
 
+def _drive_backup(context: Context, data: DriveBackup, group: Transaction | None) -> Action:
+    parameters, new = parameters_of(context, data, ""), new_target(data)
+
+    async def create(group: Transaction | None) -> Job:
+        return await create_drive_backup(
+            context.graph, context.scheduler, parameters, new, context.console, group
+        )
+
+    return JobAction(context.scheduler, (data.device,), create, group)
+
+
 def _add(context: Context, data: BlockDirtyBitmapAdd) -> Action:
     def step() -> dirty.Undo:
         return dirty.add(
@@ -214,6 +232,7 @@ _kinds: dict[TransactionActionKind, _Kind] = {
     _K.BLOCK_DIRTY_BITMAP_DISABLE: _Kind(BitmapAction, _enable(False)),
     _K.BLOCK_DIRTY_BITMAP_MERGE: _Kind(BitmapMergeAction, _merge),
     _K.BLOCKDEV_BACKUP: _Kind(BackupAction, _backup, starts_job=True),
+    _K.DRIVE_BACKUP: _Kind(DriveBackupAction, _drive_backup, starts_job=True),
     _K.BLOCKDEV_SNAPSHOT: _Kind(
         SnapshotAction,
         lambda context, data: actions.Snapshot(context.graph, data.node, data.overlay),
