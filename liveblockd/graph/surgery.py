@@ -303,8 +303,10 @@ async def remove_filter(graph: Graph, above: Node) -> None:
 
 async def replace_nodes(
     graph: Graph, nodes: Iterable[Node], other: Node, *, keep: Iterable[Edge] = ()
-) -> None:
+) -> list[tuple[Edge, Node]]:
     """Put all who use ``nodes``, but ``keep``, on ``other``; BlockError, and nothing changed.
+
+    Returns what was moved, and where it was, for ``put_back``.
 
     What hangs below ``other`` itself stays. The caller has drained all of them and sees to it that
     they read the same, and calls ``unref`` for what is left over.
@@ -325,10 +327,17 @@ async def replace_nodes(
         try:
             await graph.refresh_permissions(other, *nodes)
         except BaseException:
-            for edge, node in moving:
-                graph.redirect(edge, node)
-            await graph.refresh_permissions(other, *nodes)
+            await put_back(graph, moving, other)
             raise
+        return moving
+
+
+async def put_back(graph: Graph, moved: Iterable[tuple[Edge, Node]], other: Node) -> None:
+    """Undo ``replace_nodes``; still drained."""
+    moved = tuple(moved)
+    for edge, node in moved:
+        graph.redirect(edge, node)
+    await graph.refresh_permissions(other, *dict.fromkeys(node for _, node in moved))
 
 
 def _below(node: Node) -> set[object]:

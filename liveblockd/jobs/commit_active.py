@@ -60,7 +60,7 @@ class CommitActive(MirrorCore):
         for node in nodes_between(self.source, self.target)[1:-1]:
             await hold.stand_between(node)
         self.target_user = await hold.stand_on_base()
-        self.track()
+        await self.track()
 
     async def run(self) -> None:
         """Grow the base, then keep it in step."""

@@ -83,8 +83,8 @@ class MirrorCore(Job):
     target) and calls ``track``; ``untrack`` undoes that. ``base`` is the layer of the source's
     chain whose data the target need not get (None: all is copied, and holes are made zeros unless
     ``target_is_zero``); with ``nothing_yet`` only what is written from now on is copied.
-    ``unit`` is the alignment of all copies (a multiple of the granularity): the cluster size of a
-    target that does not stand on its backing node yet.
+    ``unit`` makes all copies whole multiples of it, guests' writes too: the cluster size of a
+    target that is not on its backing node yet, and would fill up a part of a cluster with zeros.
 
     Subclasses define ``pivot`` (the switch: guests stand still, all is durable in the target; may
     fail and then has changed nothing), ``check_completion`` and the rest of the hooks of ``Job``.
@@ -121,9 +121,12 @@ class MirrorCore(Job):
         self.copy_mode = options.copy_mode
         self.bitmap = MirrorBitmap(source.length, options.granularity)
         self.chunks = Chunks(self.bitmap, max(unit or 0, options.granularity))
+        self._whole_units = unit is not None
         self.source_user: JobUser = None  # type: ignore[assignment]
         self.target_user: JobUser = None  # type: ignore[assignment]
         self.filter: Node | None = None
+        #: the target is put on a backing node later, which must not show where zeros belong
+        self.backing_to_come = False
         #: asked to end, with or without a switch
         self.ending = False
         self.switching = False
@@ -150,13 +153,17 @@ class MirrorCore(Job):
         if self.target.length != self.source.length:
             raise BlockError("Source and target image have different sizes")
 
-    def track(self) -> None:
-        """Record writes from now on; ``filter`` is in its place."""
-        self.source.add_bitmap(self.bitmap)
-        self.graph.rebind_above(self.source)
-        if self.filter is not None:
-            assert isinstance(self.filter.driver, MirrorTop)
-            self.filter.driver.mirror = self
+    async def track(self) -> None:
+        """Record writes from now on; ``filter`` is in its place. Holds the graph lock.
+
+        What began before has ended then: it would not be recorded, and perhaps not be seen.
+        """
+        async with self.graph.drained(self.source):
+            self.source.add_bitmap(self.bitmap)
+            self.graph.rebind_above(self.source)
+            if self.filter is not None:
+                assert isinstance(self.filter.driver, MirrorTop)
+                self.filter.driver.mirror = self
 
     def untrack(self) -> None:
         """No longer; twice is harmless."""
@@ -315,12 +322,12 @@ class MirrorCore(Job):
                 raise PieceFailedError("write", error) from error
 
     async def _clear(self, offset: int, length: int) -> None:
-        """Zeros where the target has none yet. No copy and no mirrored write is under way."""
+        """Zeros where the target has none of its own. No copy or mirrored write is under way."""
         position = offset
         todo: list[tuple[int, int]] = []
         async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
             async for run in found:
-                if not run.zero:
+                if self.backing_to_come or not run.zero:
                     todo.append((position, run.length))
                 position += run.length
         for start, count in todo:
@@ -453,16 +460,14 @@ class MirrorCore(Job):
     async def _write_both(
         self, offset: int, length: int, apply: Apply, data: Buffer | None, claim: Claim
     ) -> None:
-        whole = (claim.start, claim.end) == (offset, offset + length)
+        start, end = (claim.start, claim.end) if self._whole_units else (offset, offset + length)
         self.bitmap.look_away()
         self.bitmap.reset(offset, length)
         try:
             await apply()
-            if data is not None and (whole or self.chunks.unit == self.options.granularity):
+            if data is not None and (start, end) == (offset, offset + length):
                 write = self._store(offset, data)
             else:
-                start = claim.start if self.chunks.unit > self.options.granularity else offset
-                end = claim.end if self.chunks.unit > self.options.granularity else offset + length
                 write = self._copy(start, end - start)
             try:
                 await self.target_user.run_now(write)
@@ -491,6 +496,9 @@ class MirrorCore(Job):
         ):
             await self._copy_rest()
             await self.target.flush()
+            if self.nothing_yet:
+                # The target stands on it: flushes of the guest do not come here any more.
+                await self.source.flush()
             self._progress()
             if self.switching:
                 await self.pivot()

@@ -15,7 +15,7 @@ from typing import ClassVar
 from liveblockd.errors import BlockError
 from liveblockd.graph import surgery
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.node import Node, Operation
+from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.jobs.job import JobType
 from liveblockd.jobs.mirror import MirrorCore, MirrorOptions
 from liveblockd.storage.driver import Permission
@@ -46,7 +46,7 @@ class MirrorParameters:
     target_is_zero: bool = False
     granularity: int | None = None
     buf_size: int | None = None
-    #: without ``granularity`` and ``buf_size``
+    #: ``granularity`` and ``buf_size`` are those above
     options: MirrorOptions = field(default_factory=MirrorOptions)
 
 
@@ -65,7 +65,6 @@ class Mirror(MirrorCore):
         *,
         base: Node | None,
         nothing_yet: bool,
-        unit: int | None = None,
     ) -> None:
         super().__init__(
             parameters.job_id,
@@ -76,7 +75,7 @@ class Mirror(MirrorCore):
             base=base,
             nothing_yet=nothing_yet,
             target_is_zero=parameters.target_is_zero,
-            unit=unit,
+            unit=_unit(target),
         )
         self.parameters = parameters
         self.replaced: Node = source
@@ -96,10 +95,6 @@ class Mirror(MirrorCore):
             self.block(node)
         self.replaced = node
 
-    async def prepare(self) -> None:
-        """As the core; then the target stands on what it is to stand on."""
-        await super().prepare()
-
     async def pivot(self) -> None:
         """All users of the source go on with the target."""
         edge = self.target_user.edge
@@ -111,15 +106,18 @@ class Mirror(MirrorCore):
             keep.append(self.filter.children["file"])
             if self.replaced is self.source:
                 old.insert(0, self.filter)
+        moved: list[tuple[Edge, Node]] = []
         try:
-            await surgery.replace_nodes(self.graph, old, self.target, keep=keep)
+            moved = await surgery.replace_nodes(self.graph, old, self.target, keep=keep)
+            await self.finish_target()
         except BaseException:
+            await surgery.put_back(self.graph, moved, self.target)
             edge.used, edge.shared = before
             await self.graph.refresh_permissions(self.target)
             raise
 
     async def finish_target(self) -> None:
-        """Put the target on its backing node."""
+        """Put the target on its backing node; guests stand still, and it is durable."""
         for backing in self.new_backing:
             if self.target.backing is not backing:
                 await surgery.replace_backing(self.graph, self.target, backing)
@@ -155,6 +153,16 @@ class Mirror(MirrorCore):
             node.op_blockers.remove(BLOCKER)
         for node in blocked:
             await self.graph.unref(node)
+
+
+def _unit(target: Node) -> int | None:
+    """Of a target without the backing node that its header names whole clusters are written.
+
+    What is left over of a cluster would be filled with zeros, and not with what is there later.
+    """
+    if target.backing is None and target.driver.backing_file:
+        return target.driver.cluster_size
+    return None
 
 
 def not_supported(sync: MirrorSyncMode) -> BlockError:

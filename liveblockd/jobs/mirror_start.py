@@ -7,7 +7,6 @@ Invariant: a start that fails leaves the graph as it was. Errors: BlockError, in
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Final
 
@@ -26,6 +25,7 @@ from liveblockd.jobs.mirror_job import (
     not_supported,
 )
 from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Permission
 
@@ -38,28 +38,14 @@ async def start_mirror(graph: Graph, scheduler: Scheduler, parameters: MirrorPar
 
     A client that goes away meanwhile does not stop it halfway: then it runs.
     """
-    set_up = asyncio.create_task(_set_up(graph, scheduler, parameters))
-    cancelled = False
-    while not set_up.done():
-        try:
-            await asyncio.shield(set_up)
-        except asyncio.CancelledError:
-            cancelled = True
-        except BlockError:
-            break
-    job = set_up.result()
-    # Nothing waits from here to the return: what the job does comes after the answer.
-    await scheduler.start(job)
-    if cancelled:
-        raise asyncio.CancelledError
-    return job
+    return await start_job(scheduler, _set_up(graph, scheduler, parameters))
 
 
 async def _set_up(graph: Graph, scheduler: Scheduler, parameters: MirrorParameters) -> Mirror:
     async with graph.lock:
         source = find_root(graph, parameters.device)
         target = graph.lookup_any(parameters.target)
-        job = _make(parameters, graph, source, target)
+        job = make_mirror(parameters, graph, source, target)
         return await launch(job, scheduler)
 
 
@@ -74,7 +60,7 @@ async def launch(job: Mirror, scheduler: Scheduler) -> Mirror:
         except BaseException:
             scheduler.refuse(job)
             raise
-        job.track()
+        await job.track()
     except BaseException:
         await job.release()
         await job.unblock()
@@ -90,7 +76,8 @@ def find_root(graph: Graph, name: str) -> Node:
     return node
 
 
-def _make(parameters: MirrorParameters, graph: Graph, source: Node, target: Node) -> Mirror:
+def make_mirror(parameters: MirrorParameters, graph: Graph, source: Node, target: Node) -> Mirror:
+    """The job, if nothing speaks against it; it has taken nothing yet."""
     sync = parameters.sync
     granularity = check_granularity(parameters.granularity, target)
     source.check_operation(Operation.MIRROR_SOURCE)

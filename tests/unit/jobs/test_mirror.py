@@ -478,3 +478,36 @@ async def test_a_write_into_a_hole_that_is_being_made_on_the_target():
     expected = bytes(CLUSTER) + b"new1" * KIB + bytes(6 * CLUSTER)
     assert target.driver.content() == expected
     await bench.close()
+
+
+async def test_a_write_that_waited_for_the_filter_is_copied():
+    """It begins when the filter is in its place: before or after the bitmap is there."""
+    bench = Bench(InlineWorkers())
+    source = await bench.open(driver="memory", node_name="top", size=8 * CLUSTER)
+    target = await bench.open(driver="memory", node_name="target", size=8 * CLUSTER)
+    gates = [asyncio.Event(), asyncio.Event()]
+    waiting = list(gates)
+    source.driver.nowait = False
+    source.driver.hook = lambda operation, offset, length: (
+        waiting.pop(0).wait() if operation == "write" and waiting else None
+    )
+    used = Permission.CONSISTENT_READ | Permission.WRITE
+    drive = await bench.graph.attach(source, used, name="virtio0")
+    first = asyncio.create_task(drive.write(0, b"new1" * KIB))
+    await asyncio.sleep(0.01)
+    starting = asyncio.create_task(Mirrors.mirror(bench))
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(drive.write(CLUSTER, b"new2" * KIB))
+    await asyncio.sleep(0.01)
+    gates[0].set()
+    await first
+    await asyncio.sleep(0.05)
+    gates[1].set()
+    job = await starting
+    await second
+    await bench.end(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert target.driver.content() == b"new1" * KIB + b"new2" * KIB + bytes(6 * CLUSTER)
+    assert drive.node is target
+    await bench.close()

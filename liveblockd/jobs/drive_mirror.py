@@ -1,0 +1,226 @@
+"""drive-mirror: a mirror to an image that is created, or only opened, by its file name.
+
+Specification: qapi/block-core.json (DriveMirror). Runs on the event loop, under ``graph.lock``.
+
+While the job runs the target has no backing node: what it lacks is the source's affair. At the end
+it gets the one that its header names, which is the source's own where that is the same file.
+Invariant: a start that fails leaves no file that was not there before. Errors: BlockError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.create import create_qcow2
+from liveblockd.graph import chain, filenames
+from liveblockd.graph.graph import Graph
+from liveblockd.graph.lock import to_its_end
+from liveblockd.graph.new_file import new_file, remove_file
+from liveblockd.graph.node import Node, Operation
+from liveblockd.graph.opening import Opener
+from liveblockd.graph.snapshot import NewImageMode, backing_string
+from liveblockd.jobs.mirror_job import Mirror, MirrorParameters, MirrorSyncMode, not_supported
+from liveblockd.jobs.mirror_start import (
+    check_granularity,
+    check_replaces,
+    find_root,
+    launch,
+    make_mirror,
+)
+from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.jobs.starting import start_job
+from liveblockd.qapi import parse
+from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.registry import drivers
+
+
+@dataclass(frozen=True, slots=True)
+class DriveMirrorParameters:
+    """What the client asked for; ``mirror.target`` is a file name."""
+
+    mirror: MirrorParameters
+    image_format: str | None = None
+    node_name: str | None = None
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+
+
+async def start_drive_mirror(
+    graph: Graph,
+    scheduler: Scheduler,
+    parameters: DriveMirrorParameters,
+    console: Callable[[str], None],
+) -> Mirror:
+    """Create and open the target, and start; ``console`` takes the line ``Formatting ...``."""
+    return await start_job(scheduler, _set_up(graph, scheduler, parameters, console))
+
+
+async def _set_up(
+    graph: Graph,
+    scheduler: Scheduler,
+    parameters: DriveMirrorParameters,
+    console: Callable[[str], None],
+) -> Mirror:
+    async with graph.lock:
+        mirror = parameters.mirror
+        source = find_root(graph, mirror.device)
+        below = chain.layer_below(source)
+        sync = mirror.sync
+        if below is None and sync is MirrorSyncMode.TOP:
+            sync = MirrorSyncMode.FULL
+        _check(graph, scheduler, parameters, source)
+        stands_on = {MirrorSyncMode.NONE: source, MirrorSyncMode.TOP: below}.get(sync)
+        creating = parameters.mode is NewImageMode.ABSOLUTE_PATHS
+        image_format = parameters.image_format
+        if creating and image_format is None:
+            image_format = source.driver_class.driver_name
+        made = creating and await _create(
+            graph, source, mirror.target, image_format or "", stands_on, console
+        )
+        opened: list[Node] = []
+        try:
+            target = await _open(graph, source, parameters, image_format)
+            opened.append(target)
+            if not creating:
+                stands_on = await _named_backing(graph, source, target)
+                if stands_on is not None:
+                    opened.append(stands_on)
+            job = make_mirror(replace(mirror, target=target.name, sync=sync), graph, source, target)
+            job.new_backing = (stands_on,)
+            job.backing_to_come = stands_on is not None
+            if stands_on is not None:
+                job.block(stands_on)
+            return await launch(job, scheduler)
+        except BaseException:
+            for node in opened:
+                await graph.unref(node)
+            if made:
+                path = filenames.protocol_options(mirror.target)["filename"]
+                await to_its_end(remove_file(graph, path))
+            raise
+
+
+def _check(
+    graph: Graph, scheduler: Scheduler, parameters: DriveMirrorParameters, source: Node
+) -> None:
+    """What can be known before a file is made."""
+    mirror, image_format = parameters.mirror, parameters.image_format
+    source.check_operation(Operation.MIRROR_SOURCE)
+    if image_format is not None and image_format not in drivers():
+        raise BlockError(f"Unknown file format '{image_format}'")
+    if mirror.replaces is not None:
+        if parameters.node_name is None:
+            raise BlockError(
+                "a node-name must be provided when replacing a named node of the graph"
+            )
+        check_replaces(graph, source, mirror.replaces)
+    if parameters.node_name is not None:
+        graph.check_new_name(parameters.node_name)
+    if mirror.sync in (MirrorSyncMode.INCREMENTAL, MirrorSyncMode.BITMAP):
+        raise not_supported(mirror.sync)
+    check_granularity(mirror.granularity, source)
+    scheduler.check_id(mirror.job_id)
+
+
+async def _create(
+    graph: Graph,
+    source: Node,
+    filename: str,
+    image_format: str,
+    backing: Node | None,
+    console: Callable[[str], None],
+) -> bool:
+    """An empty image as large as the source, durable; whether its file is new."""
+    named: str | None = None
+    if backing is not None:
+        if "backing" not in drivers()[image_format].child_roles:
+            raise BlockError(f"Backing file not supported for file format '{image_format}'")
+        named = backing_string(backing, filename)
+        if filename == backing.filename:
+            raise BlockError(
+                "Error: Trying to create an image with the same filename as the backing file"
+            )
+    if image_format not in ("qcow2", "raw"):
+        raise BlockError(f"Format driver '{image_format}' does not support image creation")
+    options = filenames.protocol_options(filename)
+    if (driver := options.get("driver", "json")) != "file":
+        raise BlockError(f"Protocol driver '{driver}' does not support image creation")
+    size = source.driver.virtual_size
+    backing_format = None if backing is None else backing.driver_class.driver_name
+    console(_formatting(filename, image_format, size, named, backing_format))
+    try:
+        async with new_file(graph, options["filename"], filename) as new:
+            if image_format == "raw":
+                await new.node.truncate(size)
+            else:
+                await create_qcow2(
+                    new.node, size=size, backing_file=named, backing_format=backing_format
+                )
+            await new.node.flush()
+    except OSError as error:
+        raise BlockError.from_os_error(f"Could not create '{filename}'", error) from error
+    return new.made
+
+
+def _formatting(
+    filename: str, image_format: str, size: int, backing: str | None, backing_format: str | None
+) -> str:
+    line = f"Formatting '{filename}', fmt={image_format}"
+    if image_format == "raw":
+        return f"{line} size={size}"
+    behind = "" if backing is None else f" backing_file={backing} backing_fmt={backing_format}"
+    return (
+        f"{line} cluster_size=65536 extended_l2=off compression_type=zlib size={size}{behind}"
+        " lazy_refcounts=off refcount_bits=16"
+    )
+
+
+async def _open(
+    graph: Graph, source: Node, parameters: DriveMirrorParameters, image_format: str | None
+) -> Node:
+    """The target, without its backing node, cached and unmapping as the source."""
+    file = filenames.protocol_options(parameters.mirror.target)
+    if "driver" not in file:
+        raise BlockError(f"The target '{parameters.mirror.target}' has no driver")
+    probed = False
+    if image_format is None:
+        image_format = await Opener(graph).probe(file)
+        probed = image_format == "raw"
+    members: dict[str, Any] = {"driver": image_format, "file": file, "read-only": False}
+    if parameters.node_name is not None:
+        members["node-name"] = parameters.node_name
+    if "backing" in drivers()[image_format].child_roles:
+        members["backing"] = None
+    if source.options.cache is not None:
+        members["cache"] = source.options.cache.to_qmp()
+    if source.options.discard is not None:
+        members["discard"] = str(source.options.discard)
+    return await graph.open(parse(BlockdevOptions, members), monitor_owned=False, probed=probed)
+
+
+async def _named_backing(graph: Graph, source: Node, target: Node) -> Node | None:
+    """What the header of an existing target names: a node of the source's chain, or a new one."""
+    written = target.driver.backing_file
+    if not written:
+        return None
+    name = filenames.full_backing_filename(target, written)
+    for node in chain.chain(source):
+        if _is_called(node, name):
+            return node
+    file = filenames.protocol_options(name)
+    driver = target.driver.backing_format or await Opener(graph).probe(file)
+    members = {"driver": driver, "file": file, "read-only": True}
+    try:
+        return await graph.open(parse(BlockdevOptions, members), monitor_owned=False)
+    except BlockError as error:
+        raise BlockError(
+            f"Could not open backing file: {error.message}", errno=error.errno
+        ) from error
+
+
+def _is_called(node: Node, name: str) -> bool:
+    plain = filenames.exact_filename(node)
+    return plain is not None and os.path.realpath(plain) == os.path.realpath(name)
