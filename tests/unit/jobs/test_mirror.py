@@ -491,6 +491,11 @@ async def test_a_write_that_waited_for_the_filter_is_copied():
     source.driver.hook = lambda operation, offset, length: (
         waiting.pop(0).wait() if operation == "write" and waiting else None
     )
+
+    async def slow(used, shared):
+        await asyncio.sleep(0.02)  # as a file is locked by a worker
+
+    target.driver.set_permissions = slow
     used = Permission.CONSISTENT_READ | Permission.WRITE
     drive = await bench.graph.attach(source, used, name="virtio0")
     first = asyncio.create_task(drive.write(0, b"new1" * KIB))
