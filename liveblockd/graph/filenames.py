@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from liveblockd.errors import BlockError
 from liveblockd.nbd import url as nbd_url
-from liveblockd.qapi import members, to_qmp
+from liveblockd.qapi import QapiModel, members, to_qmp
 
 if TYPE_CHECKING:
     from liveblockd.graph.node import Node
@@ -46,25 +46,40 @@ _COMMON: Final = frozenset(
         "detect-zeroes",
     )
 )
-#: beside these, an option of blkdebug does not hinder the plain form of its name
-_BLKDEBUG_PLAIN: Final = frozenset(("config", "inject-error", "set-state"))
+#: the options of blkdebug that change no requests
+_BLKDEBUG_WEAK: Final = frozenset(("take-child-perms", "unshare-child-perms"))
 
 
 def strong_options(node: Node) -> dict[str, Any]:
     """The options that were given and make a difference, children left out."""
     driver = node.driver_class
     wanted = _STRONG.get(driver.driver_name)
-    found = {}
+    found: dict[str, Any] = {}
     for member in members(type(node.given)):
         if member.attribute not in node.given.model_fields_set or member.name in _COMMON:
             continue
         if member.name in driver.child_roles and member.name != "data-file":
             continue
+        if driver.driver_name == "blkdebug" and member.name in _BLKDEBUG_WEAK:
+            continue
         if wanted is None or member.name in wanted:
             value = getattr(node.given, member.attribute)
             if value is not None:
-                found[member.name] = to_qmp(value)
+                found |= _flat(member.name, value)
     return found
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """A list of objects by dotted names, as QEMU shows it (``inject-error.0.event``)."""
+    if not isinstance(value, list):
+        return {name: to_qmp(value)}
+    items: list[QapiModel] = value
+    return {
+        f"{name}.{number}.{member.name}": to_qmp(getattr(item, member.attribute))
+        for number, item in enumerate(items)
+        for member in members(type(item))
+        if member.attribute in item.model_fields_set
+    }
 
 
 #: names worked out already: a name may depend on all that is below, so a query of a whole chain
@@ -115,7 +130,7 @@ def exact_filename(node: Node, known: Known | None = None) -> str | None:
         return None if options or not isinstance(plain, str) else plain
     if name == "blkdebug":
         below = exact_filename(file)
-        if below is None or not _BLKDEBUG_PLAIN.issuperset(options):
+        if below is None or options.keys() - {"config"}:
             return None
         return f"blkdebug:{options.get('config', '')}:{below}"
     if name == "blkverify":
@@ -180,7 +195,7 @@ def protocol_options(name: str) -> dict[str, Any]:
                 value = None
             if not isinstance(value, dict):
                 raise BlockError(f"Could not parse the JSON options of '{name}'")
-            return with_drivers(nested(value))
+            return with_drivers(lists(nested(value)))
         case "null-co" | "null-aio":
             return {"driver": protocol}
         case "nbd" | "nbd+tcp" | "nbd+unix":
@@ -230,6 +245,18 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             raise BlockError(f"Parameter '{key}' is given twice")
         else:
             place[last] = new
+    return found
+
+
+def lists(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Members in which what has the keys 0, 1, ... is a list."""
+    found: dict[str, Any] = {}
+    for key, value in members.items():
+        if isinstance(value, Mapping):
+            value = lists(value)
+            if value and list(value) == [str(n) for n in range(len(value))]:
+                value = list(value.values())
+        found[key] = value
     return found
 
 
