@@ -30,9 +30,10 @@ from liveblockd.jobs.commit_hold import CommitHold, nodes_between
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import plan_stretch
+from liveblockd.jobs.planning import copyable, plan_stretch
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.driver import ExtentKind, Permission
+from liveblockd.storage.driver import BlockDriver, ExtentKind, Permission
+from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,35 @@ class Commit(CopyJob):
             except OSError as error:
                 raise PieceFailedError("write", error) from error
             return
+        if piece.kind is ExtentKind.DATA and await self._copy(piece):
+            return
         for part in split(piece, max(READ_CHUNK // self.granularity, 1) * self.granularity):
             await self._read_and_store(part)
+
+    async def _copy(self, piece: Run) -> bool:
+        """Let a worker copy what the base has nothing of yet; whether that was done.
+
+        Nobody else writes to the base, so that it has nothing there until this is over.
+        """
+        base, driver = self.base, self.base.driver
+        source = copyable(piece)
+        if (
+            source is None
+            or base.is_filter
+            or base.write_threshold
+            or type(driver).populate_from is BlockDriver.populate_from
+            or base.detect_zeroes is not BlockdevDetectZeroesOptions.OFF
+        ):
+            return False
+        try:
+            held = await driver.map(piece.offset, piece.length)
+            if held[0].kind is not ExtentKind.UNALLOCATED or held[0].length < piece.length:
+                return False
+            await driver.populate_from(piece.offset, piece.length, source, piece.host_offset)
+        except OSError:
+            return False  # reading and writing it by turns tells which side failed
+        base.record(piece.offset, piece.length)
+        return True
 
     async def _read_and_store(self, piece: Run) -> None:
         assert self.writer is not None

@@ -14,10 +14,12 @@ from typing import Final
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.jobs.pieces import Planner, Run
-from liveblockd.storage.driver import ExtentKind
+from liveblockd.storage.driver import ExtentKind, HostFile
 
 #: bytes; below this, reading through the chain is cheaper than a worker's copy
 LEAST_COPY: Final = 128 << 10
+#: O_DIRECT wants blocks; no block is larger
+DIRECT_ALIGNMENT: Final = 4096
 #: runs that are looked at before the first of them is copied
 LOOK_AHEAD: Final = 512
 
@@ -60,3 +62,13 @@ async def plan_stretch(
             pieces.extend(planner.feed(run if run.end <= end else run.part(run.offset, end)))
     pieces.extend(planner.finish())
     return pieces, end
+
+
+def copyable(piece: Run) -> HostFile | None:
+    """The host file that a worker can copy a piece of DATA from, if it can."""
+    source = chain.host_file(piece.layer)
+    if source is None:
+        return None
+    if source.direct and piece.host_offset % DIRECT_ALIGNMENT:
+        return None
+    return source

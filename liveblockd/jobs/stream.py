@@ -29,12 +29,9 @@ from liveblockd.jobs.backing_link import backing_format, backing_string
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import plan_stretch
+from liveblockd.jobs.planning import copyable, plan_stretch
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.driver import ExtentKind, HostFile, Source
-
-#: O_DIRECT wants blocks; no block is larger
-DIRECT_ALIGNMENT = 4096
+from liveblockd.storage.driver import ExtentKind, Source
 
 BLOCKER = "block device is in use by block job: stream"
 
@@ -128,7 +125,7 @@ class Stream(CopyJob):
         """Pieces that a worker can copy, where the driver takes many at a time."""
         if piece.kind is not ExtentKind.DATA or not self.top.driver.gathers:
             return False
-        return _copyable(piece) is not None
+        return copyable(piece) is not None
 
     async def move_together(self, pieces: list[Run]) -> None:
         """Copy several pieces from wherever they are."""
@@ -138,7 +135,7 @@ class Stream(CopyJob):
     async def _move_together(self, pieces: list[Run]) -> None:
         sources = []
         for piece in pieces:
-            file = _copyable(piece)
+            file = copyable(piece)
             if file is None:  # the graph has changed
                 raise OSError(ENOTSUP, os.strerror(ENOTSUP))
             sources.append(Source(piece.offset, piece.length, file, piece.host_offset))
@@ -152,7 +149,7 @@ class Stream(CopyJob):
             except OSError as error:
                 raise PieceFailedError("write", error) from error
             return
-        if piece.kind is ExtentKind.DATA and (source := _copyable(piece)) is not None:
+        if piece.kind is ExtentKind.DATA and (source := copyable(piece)) is not None:
             try:
                 await driver.populate_from(piece.offset, piece.length, source, piece.host_offset)
             except OSError:
@@ -248,13 +245,3 @@ class Stream(CopyJob):
             node.op_blockers.remove(BLOCKER)
         for node in blocked:
             await self.graph.unref(node)
-
-
-def _copyable(piece: Run) -> HostFile | None:
-    """The host file that a worker can copy ``piece`` from, if it can."""
-    source = chain.host_file(piece.layer)
-    if source is None:
-        return None
-    if source.direct and piece.host_offset % DIRECT_ALIGNMENT:
-        return None
-    return source
