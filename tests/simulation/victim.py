@@ -1,8 +1,11 @@
-"""A process that streams under writes until it is killed: ``python -m tests.simulation.victim``.
+"""A process that streams, or commits, under writes until it is killed.
+
+``python -m tests.simulation.victim IMAGE SEED stream|commit``.
 
 It tells on stdout what it does, a line at a time and at once: ``ready``; ``w INDEX OFFSET LENGTH``
 when a write begins and ``d INDEX`` when it is done; ``f COUNT`` when a flush is done that began
-after COUNT writes were; ``completed`` when BLOCK_JOB_COMPLETED is published.
+after COUNT writes were; ``completed`` when BLOCK_JOB_COMPLETED is published; ``active PATH`` when
+the guest goes on with another image, before anything is written to that.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Victim:
         self.rng = rng
         self.done = 0
 
-    async def run(self, path: str) -> None:
+    async def run(self, path: str, mode: str) -> None:
         bench = self.bench
         node = await bench.open(
             driver="qcow2",
@@ -58,7 +61,17 @@ class Victim:
         )
         bench.publisher.subscribe(self._note)
         tell("ready")
-        await asyncio.gather(self._write(), self._flush(), self._stream())
+        self.active = node
+        self.backend.on_change.append(self._changed)
+        work = {"stream": self._stream, "commit": self._commit}[mode]
+        await asyncio.gather(self._write(), self._flush(), work())
+
+    def _changed(self) -> None:
+        node = chain.skip_filters(self.backend.node)
+        if node is not None and node is not self.active:  # None: a filter is on its way in
+            self.active = node
+            assert node.file is not None
+            tell(f"active {node.file.filename}")
 
     def _note(self, event: object) -> None:
         if getattr(event, "name", "") == "BLOCK_JOB_COMPLETED" and not event.error:  # type: ignore[attr-defined]
@@ -106,8 +119,35 @@ class Victim:
             while job.status != "null":  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
+    async def _commit(self) -> None:
+        """Intermediate images, and the active one into images that are no longer."""
+        rng, number = self.rng, 0
+        while True:
+            await asyncio.sleep(0.005)
+            layers = chain.chain(self.backend.node)
+            pairs = [(t, b) for t in range(len(layers)) for b in range(t + 1, len(layers))]
+            pairs = [(t, b) for t, b in pairs if t or layers[b].length <= layers[0].length]
+            if not pairs:
+                continue
+            top, base = (layers[n] for n in rng.choice(pairs))
+            speed = rng.choice((0, 8 * KIB * KIB))
+            number += 1
+            try:
+                job = await self.bench.commit(
+                    "vda", f"c{number}", speed=speed, top_node=top.name, base_node=base.name
+                )
+            except BlockError as error:
+                tell(f"error {error}")
+                return
+            while job.status not in ("ready", "null"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            if job.status == "ready":
+                self.bench.scheduler.complete(job)
+            while job.status != "null":  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
-def main(path: str, seed: int) -> None:
+
+def main(path: str, seed: int, mode: str) -> None:
     """Until killed."""
     rng = random.Random(seed)
     pool = JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.005)))
@@ -122,10 +162,10 @@ def main(path: str, seed: int) -> None:
     ):
 
         async def run() -> None:
-            await Victim(Bench(pool), rng).run(path)
+            await Victim(Bench(pool), rng).run(path, mode)
 
         asyncio.run(run())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
