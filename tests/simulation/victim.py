@@ -145,6 +145,8 @@ class Victim:
                 self.bench.scheduler.complete(job)
             while job.status != "null":  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+            if "top" in self.bench.graph.nodes and self.active.name != "top":
+                await self.bench.graph.delete("top")  # what is left over of a pivot
 
 
 def main(path: str, seed: int, mode: str) -> None:
