@@ -30,6 +30,8 @@ class Abort(Action):
 class SnapshotSync(Action):
     """blockdev-snapshot-sync."""
 
+    flushes = True
+
     def __init__(
         self, graph: Graph, request: SnapshotRequest, console: Callable[[str], None]
     ) -> None:
@@ -84,6 +86,8 @@ class SnapshotSync(Action):
 class Snapshot(Action):
     """blockdev-snapshot."""
 
+    flushes = True
+
     def __init__(self, graph: Graph, node: str, overlay: str) -> None:
         self._graph = graph
         self._node = node
@@ -117,6 +121,8 @@ class Snapshot(Action):
 
 class InternalSnapshot(Action):
     """blockdev-snapshot-internal-sync."""
+
+    flushes = True
 
     def __init__(self, graph: Graph, device: str, name: str) -> None:
         self._graph = graph

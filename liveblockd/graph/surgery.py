@@ -11,6 +11,7 @@ Errors: BlockError in QEMU's words; OSError from a flush.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -117,14 +118,25 @@ async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
 
     All that was written to ``node`` is durable, and it is read-only, when this returns.
     """
-    async with graph.lock, graph.drained(node, overlay):
-        placed = await place_overlay(graph, node, overlay)
-        try:
-            await placed.seal()
-        except BaseException:
-            await placed.undo()
-            raise
-        placed.announce()
+    async with graph.lock:
+        await flush_ahead([node])
+        async with graph.drained(node, overlay):
+            placed = await place_overlay(graph, node, overlay)
+            try:
+                await placed.seal()
+            except BaseException:
+                await placed.undo()
+                raise
+            placed.announce()
+
+
+async def flush_ahead(nodes: Iterable[Node]) -> None:
+    """Make durable what there is while requests go on, so that they wait for little of it later.
+
+    All nodes at the same time; one that cannot be flushed says so again when it counts.
+    """
+    work = [node.driver.flush() for node in nodes if not node.read_only]
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 def _check_no_users_beyond(node: Node, overlay: Node) -> None:

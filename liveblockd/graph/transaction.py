@@ -5,7 +5,8 @@ the next one sees that), ``seal`` (the last step that may fail) and ``commit``. 
 that were begun are undone, the last one first. All of it happens while no request of any user of
 the nodes concerned is in flight, so that what is kept of several disks is of one moment.
 
-Overlays that the first actions need are created and opened before that, for that takes longest.
+Overlays that the first actions need are created and opened before that, and images are flushed, for
+that takes longest.
 
 Runs on the event loop, in a task of its own: who asked for it may go away, it comes to its end.
 Errors: BlockError, OSError of the action that failed; ``undo`` and ``commit`` raise nothing.
@@ -21,6 +22,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
+from liveblockd.graph.surgery import flush_ahead
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ class Action:
 
     #: it went ahead, and an action before it failed: set before ``undo``
     too_early = False
+    #: it makes its nodes durable: most of that is done before requests have to wait
+    flushes = False
 
     def names(self) -> Iterable[str]:
         """The nodes and drives whose users have to stand still; unknown ones are left out."""
@@ -70,6 +74,7 @@ async def _perform(graph: Graph, actions: Sequence[Action]) -> None:
         async with graph.lock, AsyncExitStack() as stack:
             try:
                 await _go_ahead(graph, actions, begun)
+                await flush_ahead(_nodes(graph, [a for a in actions if a.flushes]))
                 await stack.enter_async_context(graph.drained(*_nodes(graph, actions)))
                 await _prepare(actions, begun)
                 for action in actions:
