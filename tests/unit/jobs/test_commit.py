@@ -1,5 +1,6 @@
 """block-commit of intermediate images over images in memory: what it copies, refuses, leaves."""
 
+import asyncio
 import random
 from errno import EIO, ENOSPC
 
@@ -326,4 +327,28 @@ async def test_guests_write_meanwhile():
         assert await guest.read(0, SIZE) == model
     assert await guest.read(0, SIZE) == model and backing(bench, "act") == "base"
     assert guest.node is act
+    await bench.close()
+
+
+@pytest.mark.parametrize("active", [False, True])
+async def test_a_client_that_vanishes_during_the_start(active):
+    large = 1024 * KIB
+    layers = ("base", "mid", "top", "act")
+    bench = await Chain().make(*((name, large, 64 * KIB) for name in layers))
+    await bench.graph.set_read_only(bench.graph.nodes["base"], True)
+    before = await bench.content("act")
+    where = {} if active else {"top_node": "top"}
+    for turns in range(40):
+        start = asyncio.create_task(bench.commit("act", f"c{turns}", speed=1, **where))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        start.cancel()
+        await asyncio.wait([start])
+        assert [job.status for job in bench.scheduler.jobs.values()] in ([], ["running"]), turns
+        await bench.scheduler.cancel_all()
+        is_free(bench)
+        assert names(bench) == ["act", "base", "mid", "top"]
+        assert bench.graph.nodes["base"].read_only
+        assert await bench.content("act") == before
+    assert bench.course("c39")[-3:] == ["CANCELLED", "concluded", "null"]
     await bench.close()
