@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from errno import ENOTSUP
+from functools import partial
 from typing import Any, Final
 
 from liveblockd.formats.ciphers import SECTOR, SectorCipher
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import BlockIO, Buffer, Done, Extent, HostFile
-from liveblockd.storage.serialise import Serialiser
+from liveblockd.storage.serialise import Section, Serialiser
 
 #: bytes up to which the loop does it: 64 KiB take about 100 us
 INLINE: Final = 64 << 10
@@ -74,9 +75,27 @@ class EncryptedStore:
         return self._file.write_nowait(self._base + offset, secret)
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
-        """See ``BlockDriver``: never, ciphers are a coroutine's job."""
-        del offset, data, done
-        return False
+        """See ``BlockDriver``: whole sectors, encrypted here."""
+        length = len(data)
+        # Who writes a part of a sector, or waits for that, goes first.
+        if self._partial or (offset | length) % SECTOR or length > INLINE:
+            return False
+        section = self._serialiser.enter_now(offset, offset + length)
+        if section is None:
+            return False
+        begun = False
+        try:
+            secret = self._cipher.encrypt(offset // SECTOR, data)
+            ended = partial(self._begun_ended, section, done)
+            begun = self._file.begin_write(self._base + offset, secret, ended)
+        finally:
+            if not begun:
+                self._serialiser.leave(section)
+        return begun
+
+    def _begun_ended(self, section: Section, done: Done, error: OSError | None) -> None:
+        self._serialiser.leave(section)
+        done(error)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """See ``BlockDriver``."""
@@ -97,19 +116,19 @@ class EncryptedStore:
     async def write(self, offset: int, data: Buffer) -> None:
         """See ``BlockDriver``."""
         start, end = offset // SECTOR * SECTOR, -(-(offset + len(data)) // SECTOR) * SECTOR
-        partial = end - start != len(data)
-        self._partial += partial
+        in_part = end - start != len(data)
+        self._partial += in_part
         try:
-            section = await self._serialiser.enter(start, end, exclusive=partial)
+            section = await self._serialiser.enter(start, end, exclusive=in_part)
             try:
-                if partial:
+                if in_part:
                     data = await self._whole(start, end, offset, data)
                 secret = await self._run(self._cipher.encrypt, start, data)
                 await self._file.write(self._base + start, secret)
             finally:
                 self._serialiser.leave(section)
         finally:
-            self._partial -= partial
+            self._partial -= in_part
 
     async def _whole(self, start: int, end: int, offset: int, data: Buffer) -> Buffer:
         """``data`` within the sectors around it."""

@@ -19,7 +19,15 @@ from liveblockd.formats.ciphers import SECTOR, SectorCipher
 from liveblockd.formats.encrypted_store import EncryptedStore
 from liveblockd.formats.luks import HEADER_BYTES, MAX_BYTES, LuksHeader, parse_luks, unlock
 from liveblockd.formats.luks_slots import LuksAmendment, amend_luks
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind, HostFile
+from liveblockd.storage.driver import (
+    BlockDriver,
+    BlockIO,
+    Buffer,
+    Done,
+    Extent,
+    ExtentKind,
+    HostFile,
+)
 from liveblockd.storage.options import BlockdevOptions, BlockdevRef
 from liveblockd.storage.registry import Environment, register_driver
 
@@ -107,6 +115,10 @@ class Luks(BlockDriver):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """See ``BlockDriver``."""
         return not self.read_only and self._plain.write_nowait(offset, data)
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """See ``BlockDriver``."""
+        return not self.read_only and self._plain.begin_write(offset, data, done)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """See ``BlockDriver``."""

@@ -31,11 +31,19 @@ class Serialiser:
 
     async def enter(self, start: int, end: int, *, exclusive: bool) -> Section:
         """Wait until no overlapping request is in the way; give the result to ``leave``."""
-        while (blocker := self._blocker(start, end, exclusive)) is not None:
+        while (blocker := self._blocker(start, end, exclusive=exclusive)) is not None:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             blocker.waiters.append(waiter)
             await waiter
         section = Section(start, end, exclusive)
+        self._inside.append(section)
+        return section
+
+    def enter_now(self, start: int, end: int) -> Section | None:
+        """``enter``, not exclusive, if nobody is in the way; else None."""
+        if self._blocker(start, end, exclusive=False) is not None:
+            return None
+        section = Section(start, end, exclusive=False)
         self._inside.append(section)
         return section
 
@@ -46,7 +54,7 @@ class Serialiser:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _blocker(self, start: int, end: int, exclusive: bool) -> Section | None:
+    def _blocker(self, start: int, end: int, *, exclusive: bool) -> Section | None:
         for other in self._inside:
             if (exclusive or other.exclusive) and other.start < end and start < other.end:
                 return other

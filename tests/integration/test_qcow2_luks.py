@@ -16,8 +16,9 @@ from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.qapi import parse
 from liveblockd.storage.registry import Environment
+from tests.support.begun import begin, write_as_export
 from tests.support.daemon import DaemonProcess, QmpError
-from tests.support.memory import MemoryDriver
+from tests.support.memory import Gate, MemoryDriver
 from tests.support.qcow2_images import check as check_plain
 from tests.support.qcow2_images import needs, new_qcow2, run
 from tests.support.workers import InlineWorkers
@@ -94,8 +95,7 @@ async def use(image: Qcow2, disk: bytearray, rng: random.Random, count: int = 40
             length = min(size - offset, length)
         if what in ("write", "aligned"):
             data = rng.randbytes(length)
-            if not image.write_nowait(offset, data):
-                await image.write(offset, data)
+            await write_as_export(image, offset, data)
             disk[offset : offset + length] = data
         elif what == "zero":
             await image.write_zeroes(offset, length, may_unmap=rng.random() < 0.5)
@@ -230,6 +230,31 @@ async def test_parts_of_one_sector_at_the_same_time() -> None:
     file.hook, file.nowait = None, True
     expected = b"".join(bytes([n + 1]) * 50 for n in range(40))
     assert bytes(await image.read(0, 2000)) == expected
+    await image.close()
+
+
+async def test_whole_sectors_are_begun_and_parts_of_them_wait() -> None:
+    file = await new_qcow2(size=64 * K, crypto_header=new_luks(b"swordfish", iter_time=1))
+    image = await open_luks(file)
+    await image.write(0, bytes(64 * K))
+    file.nowait, file.begins = False, True
+    assert not await begin(image, 100, b"x" * 512), "a part of a sector"
+    gate = file.hook = Gate("write")
+    begun = asyncio.create_task(begin(image, 4096, b"a" * 1024))
+    await asyncio.sleep(0.01)
+    part = asyncio.create_task(image.write(4096 + 100, b"b" * 50))
+    await asyncio.sleep(0.01)
+    assert gate.waiting == 1, "the other one reads the sector after the first one has written it"
+    assert not await begin(image, 8192, b"c" * 512), "parts of sectors go first"
+    gate.open()
+    assert await begun
+    await part
+    expected = bytearray(b"a" * 1024)
+    expected[100:150] = b"b" * 50
+    assert bytes(await image.read(4096, 1024)) == expected
+    assert await begin(image, 8192, b"c" * 512)
+    assert file.begun == 2
+    assert b"c" * 64 not in file.content() and b"a" * 64 not in file.content()
     await image.close()
 
 

@@ -23,7 +23,7 @@ from liveblockd.formats.luks import MAX_BYTES, LuksHeader, parse_luks, unlock
 from liveblockd.formats.qcow2.header import Header
 from liveblockd.formats.qcow2.layout import Crypt, Extension
 from liveblockd.formats.qcow2.metadata import read_bytes
-from liveblockd.storage.driver import BlockIO, Buffer
+from liveblockd.storage.driver import BlockIO, Buffer, Done
 from liveblockd.storage.registry import Environment
 
 #: bytes of the key of legacy AES
@@ -41,6 +41,11 @@ class LegacyAesStore(EncryptedStore):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Never."""
         del offset, data
+        return False
+
+    def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
+        """Never."""
+        del offset, data, done
         return False
 
     async def read_guest(self, guest_offset: int, host_offset: int, length: int) -> Buffer:
