@@ -90,8 +90,10 @@ class CommitHold:
         return user
 
     async def stand_between(self, node: Node) -> JobUser:
-        """Use a node above the base that nobody may read by itself."""
+        """Use a node above the base that nobody may read by itself; filters of the base may be."""
         shared = Permission.WRITE | Permission.WRITE_UNCHANGED
+        if chain.skip_filters(node) is chain.skip_filters(self.base):
+            shared |= _READ | Permission.RESIZE
         return await self.stand(node, Permission.NONE, shared, "intermediate node")
 
     async def stand_on_base(self) -> JobUser:
