@@ -100,12 +100,12 @@ def backing_overridden(node: Node, known: Known | None = None) -> bool:
     return written != filename(backing, known)
 
 
-#: filters of jobs that go by the name of what they filter
-_AS_THE_CHILD = ("commit_top", "mirror_top")
+#: nodes that go by the name of what they stand on
+_AS_THE_CHILD = ("commit_top", "mirror_top", "copy-before-write", "snapshot-access")
 
 
 def _described(node: Node) -> Node:
-    """The node whose options are shown for ``node``: a filter of a job is called as its child."""
+    """The node whose options are shown for ``node``: some are called as their child."""
     while (node := node.asked_for).driver_class.driver_name in _AS_THE_CHILD and node.file:
         node = node.file
     return node

@@ -215,13 +215,18 @@ async def _take(job: Backup, bitmap: DirtyBitmap | None) -> None:
     source = job.source
     # Between these two there is no request: nothing is written that neither of them sees.
     async with job.graph.drained(source):
+        if (name := job.parameters.filter_node_name) is not None:
+            try:
+                job.graph.check_new_name(name)
+            except BlockError as error:
+                raise BlockError(f"Could not create node: {error.message}") from error
         job.filter = await surgery.insert_driver(
             job.graph,
             source,
             lambda node: CopyBeforeWrite(
                 {"file": node, "target": job.target}, job.core, read_only=source.read_only
             ),
-            job.parameters.filter_node_name,
+            name,
             beside={"target": job.target},
             keep=_staying(source),
         )
