@@ -12,17 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph import chain, filenames
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
-from liveblockd.graph.new_file import new_file, remove_file
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import Opener
-from liveblockd.graph.snapshot import NewImageMode, backing_string
+from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.jobs.mirror_job import Mirror, MirrorParameters, MirrorSyncMode, not_supported
 from liveblockd.jobs.mirror_start import (
     check_granularity,
@@ -31,6 +28,7 @@ from liveblockd.jobs.mirror_start import (
     launch,
     make_mirror,
 )
+from liveblockd.jobs.new_target import NewTarget, open_target, remove_target
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.starting import start_job
 from liveblockd.qapi import parse
@@ -73,18 +71,21 @@ async def _set_up(
             sync = MirrorSyncMode.FULL
         _check(graph, scheduler, parameters, source)
         stands_on = {MirrorSyncMode.NONE: source, MirrorSyncMode.TOP: below}.get(sync)
-        creating = parameters.mode is NewImageMode.ABSOLUTE_PATHS
-        image_format = parameters.image_format
-        if creating and image_format is None:
-            image_format = source.driver_class.driver_name
-        made = creating and await _create(
-            graph, source, mirror.target, image_format or "", stands_on, console
+        discard = source.options.discard
+        new = NewTarget(
+            mirror.target,
+            parameters.image_format,
+            parameters.mode,
+            node_name=parameters.node_name,
+            discard=None if discard is None else str(discard),
         )
-        opened: list[Node] = []
+        found = await open_target(
+            graph, source, new, backing=stands_on, open_backing=False, console=console
+        )
+        target = found.node
+        opened = [target]
         try:
-            target = await _open(graph, source, parameters, image_format)
-            opened.append(target)
-            if not creating:
+            if parameters.mode is NewImageMode.EXISTING:
                 stands_on = await _named_backing(graph, source, target)
                 if stands_on is not None:
                     opened.append(stands_on)
@@ -97,9 +98,8 @@ async def _set_up(
         except BaseException:
             for node in opened:
                 await graph.unref(node)
-            if made:
-                path = filenames.protocol_options(mirror.target)["filename"]
-                await to_its_end(remove_file(graph, path))
+            if found.made:
+                await to_its_end(remove_target(graph, new))
             raise
 
 
@@ -123,82 +123,6 @@ def _check(
         raise not_supported(mirror.sync)
     check_granularity(mirror.granularity, source)
     scheduler.check_id(mirror.job_id)
-
-
-async def _create(
-    graph: Graph,
-    source: Node,
-    filename: str,
-    image_format: str,
-    backing: Node | None,
-    console: Callable[[str], None],
-) -> bool:
-    """An empty image as large as the source, durable; whether its file is new."""
-    named: str | None = None
-    if backing is not None:
-        if "backing" not in drivers()[image_format].child_roles:
-            raise BlockError(f"Backing file not supported for file format '{image_format}'")
-        named = backing_string(backing, filename)
-        if filename == backing.filename:
-            raise BlockError(
-                "Error: Trying to create an image with the same filename as the backing file"
-            )
-    if image_format not in ("qcow2", "raw"):
-        raise BlockError(f"Format driver '{image_format}' does not support image creation")
-    options = filenames.protocol_options(filename)
-    if (driver := options.get("driver", "json")) != "file":
-        raise BlockError(f"Protocol driver '{driver}' does not support image creation")
-    size = source.driver.virtual_size
-    backing_format = None if backing is None else backing.driver_class.driver_name
-    console(_formatting(filename, image_format, size, named, backing_format))
-    try:
-        async with new_file(graph, options["filename"], filename) as new:
-            if image_format == "raw":
-                await new.node.truncate(size)
-            else:
-                await create_qcow2(
-                    new.node, size=size, backing_file=named, backing_format=backing_format
-                )
-            await new.node.flush()
-    except OSError as error:
-        raise BlockError.from_os_error(f"Could not create '{filename}'", error) from error
-    return new.made
-
-
-def _formatting(
-    filename: str, image_format: str, size: int, backing: str | None, backing_format: str | None
-) -> str:
-    line = f"Formatting '{filename}', fmt={image_format}"
-    if image_format == "raw":
-        return f"{line} size={size}"
-    behind = "" if backing is None else f" backing_file={backing} backing_fmt={backing_format}"
-    return (
-        f"{line} cluster_size=65536 extended_l2=off compression_type=zlib size={size}{behind}"
-        " lazy_refcounts=off refcount_bits=16"
-    )
-
-
-async def _open(
-    graph: Graph, source: Node, parameters: DriveMirrorParameters, image_format: str | None
-) -> Node:
-    """The target, without its backing node, cached and unmapping as the source."""
-    file = filenames.protocol_options(parameters.mirror.target)
-    if "driver" not in file:
-        raise BlockError(f"The target '{parameters.mirror.target}' has no driver")
-    probed = False
-    if image_format is None:
-        image_format = await Opener(graph).probe(file)
-        probed = image_format == "raw"
-    members: dict[str, Any] = {"driver": image_format, "file": file, "read-only": False}
-    if parameters.node_name is not None:
-        members["node-name"] = parameters.node_name
-    if "backing" in drivers()[image_format].child_roles:
-        members["backing"] = None
-    if source.options.cache is not None:
-        members["cache"] = source.options.cache.to_qmp()
-    if source.options.discard is not None:
-        members["discard"] = str(source.options.discard)
-    return await graph.open(parse(BlockdevOptions, members), monitor_owned=False, probed=probed)
 
 
 async def _named_backing(graph: Graph, source: Node, target: Node) -> Node | None:

@@ -1,6 +1,6 @@
-"""The target that a job opens by its file name, and makes if it is asked to (drive-backup).
+"""The target that a job opens by its file name, and makes if it is asked to.
 
-Specification: qapi/block-core.json (DriveBackup: format, mode). Runs on the event loop, under
+Specification: qapi/block-core.json (DriveBackup, DriveMirror). Runs on the event loop, under
 ``graph.lock``. Invariant: a file that was made and cannot be used is removed; one that was there
 stays. Errors: BlockError in QEMU's words.
 """
@@ -31,6 +31,9 @@ class NewTarget:
     filename: str
     image_format: str | None = None
     mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+    node_name: str | None = None
+    #: as blockdev-add has it; None: the default
+    discard: str | None = "unmap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +63,27 @@ async def open_target(
         image_format = source.driver_class.driver_name
     if image_format is not None and image_format not in drivers():
         raise BlockError(f"Unknown file format '{image_format}'")
-    made = False
+    made = probed = False
     if not existing:
         assert image_format is not None
         made = await _make(graph, source, new.filename, image_format, backing, console)
     try:
         options = filenames.protocol_options(new.filename)
+        if "driver" not in options:
+            raise BlockError(f"The target '{new.filename}' has no driver")
         if image_format is None:
             image_format = await Opener(graph).probe(options)
-        members: dict[str, Any] = {
-            "driver": image_format,
-            "file": options,
-            "read-only": False,
-            "discard": "unmap",
-        }
+            probed = image_format == "raw"
+        members: dict[str, Any] = {"driver": image_format, "file": options, "read-only": False}
+        if new.node_name is not None:
+            members["node-name"] = new.node_name
+        if new.discard is not None:
+            members["discard"] = new.discard
         if source.options.cache is not None:
             members["cache"] = source.options.cache.to_qmp()
         if not open_backing and "backing" in drivers()[image_format].child_roles:
             members["backing"] = None
-        node = await graph.open(parse(BlockdevOptions, members), monitor_owned=False)
+        node = await graph.open(parse(BlockdevOptions, members), monitor_owned=False, probed=probed)
     except BaseException:
         if made:
             await remove_target(graph, new)
@@ -112,10 +117,10 @@ async def _make(
     if image_format not in ("raw", "qcow2"):
         raise BlockError(f"Format driver '{image_format}' does not support image creation")
     backing_format = None if backing is None else backing.driver_class.driver_name
-    console(_formatting(filename, image_format, size, name, backing_format))
     options = filenames.protocol_options(filename)
-    if options["driver"] != "file":
-        raise BlockError(f"Could not create '{filename}': Operation not supported", errno=95)
+    if (driver := options.get("driver", "json")) != "file":
+        raise BlockError(f"Protocol driver '{driver}' does not support image creation")
+    console(_formatting(filename, image_format, size, name, backing_format))
     try:
         async with new_file(graph, options["filename"], filename) as new:
             if image_format == "raw":
