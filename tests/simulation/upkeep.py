@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -160,6 +160,30 @@ class Upkeep:
         async with self.guest.halted(), self._calm():
             if not machine.injected:
                 await self._sync_and_restart(change)
+
+    async def _do_check(self) -> None:
+        """Leaks, which are on the disk, are given back while the guest goes on."""
+        image, graph = self._node.driver, self.bench.graph
+        assert isinstance(image, Qcow2)
+        for _ in range(self.random.randrange(1, 4)):
+            await image._metadata.allocate(self.random.randrange(1, 9))  # and forgotten
+        await image.flush()
+
+        @asynccontextmanager
+        async def quiesced() -> AsyncIterator[None]:
+            async with graph.lock, graph.drained(self._node):
+                yield
+
+        check = image.live_check(quiesced, fix_leaks=True)
+        async with aclosing(check.scan()) as pieces:
+            async for _ in pieces:
+                await self._wait(0.01)
+        result = check.result
+        assert self.machine.injected or not result.corruptions, result.messages
+        self.story.append(f"  leaks given back: {result.leaks_fixed}")
+        if not self.machine.injected:
+            assert result.leaks_fixed and not result.leaks
+        await image.flush()
 
     async def _forget_bitmap(self, image: Qcow2) -> None:
         """Without a graph nobody keeps the bitmap true: it would be inconsistent from now on."""

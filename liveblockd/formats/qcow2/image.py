@@ -99,7 +99,7 @@ class Qcow2(InPlace, Management, Layered, Described):
         self._lazy_refcounts = options.lazy_refcounts
         self._tasks: set[asyncio.Task[None]] = set()
         self.below = FlatMap(children)
-        self._damaged = self._closed = self.being_checked = False
+        self._damaged = self._closed = self.being_checked = self._shows_snapshot = False
         self._begun = 0
         self._settling: asyncio.Future[None] | None = None
         self._assemble(opened)

@@ -64,6 +64,8 @@ class Management:
 
         #: by ``live_check``
         being_checked: bool
+        #: what is read is not the disk
+        _shows_snapshot: bool
 
         def _check_writable(self) -> None: ...
         async def _settle(self) -> None: ...
@@ -126,6 +128,10 @@ class Management:
     def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
         """See ``BlockDriver``."""
         image = cast("Qcow2", self)
+        if self._shows_snapshot:  # its tables would be counted as those of the disk
+            raise BlockError(
+                "The image shows one of its internal snapshots and cannot be checked", errno=ENOTSUP
+            )
         if fix_leaks:
             self._check_writable()
         return LiveCheck(image, quiesced, fix_leaks=fix_leaks)
@@ -149,6 +155,7 @@ class Management:
         self._assemble(
             await open_image(self._options, self.children, read_only=True, snapshot_id=snapshot_id)
         )
+        self._shows_snapshot = True
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """See ``BlockDriver``."""

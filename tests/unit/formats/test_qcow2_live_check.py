@@ -261,3 +261,25 @@ async def test_nothing_is_given_back_while_the_header_is_uncertain() -> None:
     assert (await check(image, fix=True)).leaks_fixed == 2
     await image.close()
     assert isinstance(file, MemoryDriver) and (await check_image(file)).clean
+
+
+async def test_an_image_that_shows_an_internal_snapshot() -> None:
+    """Its L1 table is the snapshot's: the check would take the disk's clusters for leaks."""
+    disk = await new_qcow2(size=SIZE, cluster_size=4 * K)
+    image = await open_qcow2(disk)
+    await image.write(0, b"a" * 64 * K)
+    await image.create_snapshot("one", date_nsec=0)
+    await image.write(0, b"b" * 64 * K)
+    await image.close()
+    image = await open_qcow2(disk, read_only=True)
+    result = await check(image)
+    assert (result.corruptions, result.leaks) == (0, 0)
+    await image.load_snapshot("1")
+    assert bytes(await image.read(0, 1)) == b"a"
+    with pytest.raises(BlockError, match="shows one of its internal snapshots"):
+        image.live_check(contextlib.asynccontextmanager(_quiet))
+    await image.close()
+
+
+async def _quiet() -> AsyncIterator[None]:
+    yield
