@@ -8,6 +8,8 @@ Why nothing is lost:
 * What is copied goes *below* the guest's writes (``driver.populate``): a guest write wins, whenever
   it comes, and waits for nothing.
 * The intermediate images cannot change: their links are frozen, the nodes blocked.
+* Internal snapshots of the image lose what they had from the images that go, as in QEMU; a warning
+  says so when the job begins (``docs/durability.md``).
 * ``prepare`` drops the intermediate images from the header only after all that was copied is
   durable, and from the graph only after the header is. Before that a crash, an error or a cancel
   leaves the old chain, which reads the same with or without the copied clusters.
@@ -17,11 +19,14 @@ Errors: those of ``CopyJob``; BlockError and OSError from ``prepare``.
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENOTSUP
 from typing import ClassVar
 
+from liveblockd.errors import BlockError
 from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
@@ -34,6 +39,8 @@ from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, Source
 
 BLOCKER = "block device is in use by block job: stream"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,16 @@ class Stream(CopyJob):
             await self.top.driver.populate(piece.offset, data)
         except OSError as error:
             raise PieceFailedError("write", error) from error
+
+    def warn_of_snapshots(self) -> None:
+        """Say it if internal snapshots will read zeros where they rely on what goes."""
+        with suppress(BlockError):  # no such thing in this format
+            if names := [snapshot.name for snapshot in self.top.driver.list_snapshots()]:
+                log.warning(
+                    "stream '%s': the internal snapshots of node '%s' (%s) lose what they have "
+                    "from the backing images that it drops",
+                    self.id, self.top.name, ", ".join(names),
+                )  # fmt: skip
 
     # -- the end
 

@@ -48,6 +48,8 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
             await job.release()
             await job.unblock()
             raise
+    if not job.immediate:
+        job.warn_of_snapshots()
     return job
 
 

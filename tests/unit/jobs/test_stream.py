@@ -9,7 +9,7 @@ import pytest
 from liveblockd.errors import BlockError
 from liveblockd.graph import surgery
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.storage.driver import Permission
+from liveblockd.storage.driver import Permission, SnapshotInfo
 from tests.simulation.bench import Bench
 from tests.simulation.overlay import ZERO
 from tests.support.workers import InlineWorkers
@@ -118,6 +118,16 @@ async def test_sizes_of_all_kinds(seed):
     assert backing(bench, order[top]) == base, seed
     for name in order:
         assert await bench.content(name) == before[name], (seed, name)
+    await bench.close()
+
+
+async def test_internal_snapshots_are_warned_of(monkeypatch, caplog):
+    bench = await usual()
+    info = SnapshotInfo("1", "before", 0, 0, 0, 0, None, SIZE)
+    driver = bench.graph.nodes["top"].driver
+    monkeypatch.setattr(driver, "list_snapshots", lambda: [info], raising=False)
+    await bench.end(await bench.stream("top"))
+    assert "internal snapshots of node 'top' (before) lose" in caplog.text
     await bench.close()
 
 
