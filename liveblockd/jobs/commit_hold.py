@@ -66,12 +66,22 @@ class CommitHold:
         return self.filter
 
     async def take_links(self) -> None:
-        """Freeze the links from top to base, and let writes into the base through them."""
+        """Freeze the links from top to base, and let writes into the base through them.
+
+        An overlay of the base that nobody reads, as an earlier job may have left over, is in
+        nobody's way either; whoever wants to read it is, from now on.
+        """
         assert self.filter is not None
         self._frozen = chain.freeze(self.top, self.base)
-        self._committed = list(self._frozen)
+        unread = [
+            edge
+            for edge in self.base.parents
+            if isinstance(edge.parent, Node) and not edge.used & _READ and edge not in self._frozen
+        ]
+        self._committed = [*self._frozen, *unread]
         chain.commit_through(self._committed, True)
-        await self.graph.refresh_permissions(self.filter)
+        overlays = [edge.parent for edge in unread if isinstance(edge.parent, Node)]
+        await self.graph.refresh_permissions(self.filter, *overlays)
 
     async def stand(
         self, node: Node, used: Permission, shared: Permission, role: str = "root"
@@ -116,7 +126,10 @@ class CommitHold:
         committed, self._committed = self._committed, []
         if committed and not switched:
             chain.commit_through(committed, False)
-            await self.graph.refresh_permissions(self.top)
+            parents = [edge.parent for edge in committed if isinstance(edge.parent, Node)]
+            await self.graph.refresh_permissions(
+                *(n for n in parents if n.name in self.graph.nodes)
+            )
 
     async def uncover(self) -> None:
         """Take the filter out."""

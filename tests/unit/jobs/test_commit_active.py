@@ -231,3 +231,22 @@ async def test_names_that_are_taken():
     is_free(bench)
     assert names(bench) == ["base", "mid", "top"]
     await bench.close()
+
+
+async def test_what_earlier_jobs_left_over_is_in_nobodys_way():
+    layers = ("base", "mid", "top", "act")
+    bench = await Commits().prepared(*((name, SIZE, 4 * KIB) for name in layers))
+    await bench.end(await bench.commit("virtio0", top_node="top"))
+    assert backing(bench, "act") == "base" and backing(bench, "mid") == "base"
+    for switch in (False, True):
+        job = await bench.commit("virtio0")
+        await bench.end(job, "ready")
+        await bench.guest(3)
+        with pytest.raises(BlockError, match="Permission conflict on node 'base'"):
+            await bench.graph.attach(bench.graph.nodes["top"], Permission.CONSISTENT_READ)
+        (bench.scheduler.complete if switch else bench.scheduler.cancel)(job)
+        await bench.end(job)
+        assert bench.completion("c").get("error") is None
+    assert bench.drive.node is bench.graph.nodes["base"]
+    assert await bench.drive.read(0, SIZE) == bench.model
+    await bench.close()
