@@ -32,7 +32,7 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.mirror_top import Apply, MirrorTop
 from liveblockd.graph.node import Node
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap
-from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, PieceFailedError
+from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, Job
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Buffer
@@ -314,12 +314,15 @@ class MirrorCore(Job):
             await self.source_user.run(ask)
         except OSError as error:
             raise PieceFailedError("read", error) from error
-        for start, count in holes:
-            await self.checkpoint()
-            try:
-                await self.target_user.run(lambda s=start, n=count: self._clear(s, n))  # type: ignore[misc]
-            except OSError as error:
-                raise PieceFailedError("write", error) from error
+        for first, count in holes:
+            # In pieces, for there are targets that can only write zeros.
+            for start in range(first, first + count, ZERO_CHUNK):
+                await self.checkpoint()
+                length = min(ZERO_CHUNK, first + count - start)
+                try:
+                    await self.target_user.run(lambda s=start, n=length: self._clear(s, n))  # type: ignore[misc]
+                except OSError as error:
+                    raise PieceFailedError("write", error) from error
 
     async def _clear(self, offset: int, length: int) -> None:
         """Zeros where the target has none of its own. No copy or mirrored write is under way."""
@@ -490,6 +493,7 @@ class MirrorCore(Job):
 
     async def prepare(self) -> None:
         """Stop the guests, copy the rest, make it durable, and switch if asked to."""
+        await self._catch_up()
         async with (
             self.graph.lock,
             self.graph.drained(self.source, self.target),
@@ -503,6 +507,25 @@ class MirrorCore(Job):
             if self.switching:
                 await self.pivot()
             self._over = True
+
+    async def _catch_up(self) -> None:
+        """A job that waited for its client for long may have much to do: the guests go on with it.
+
+        Three passes at most; who writes faster than that is stopped for the rest.
+        """
+        self._failures.clear()
+        last = self.chunks.passes + 3
+        while not self._nearly_done() and self.chunks.passes < last and not self._failures:
+            if (claim := self.chunks.take(self._chunk())) is not None:
+                self._begin(claim)
+            if claim is None or len(self._copies) >= self.parallel:
+                if not self._copies:
+                    break
+                await asyncio.wait(self._copies, return_when=asyncio.FIRST_COMPLETED)
+        await self.settle()
+        if self._failures:
+            raise self._failures[0].error
+        await self.target_user.run(self.target_user.node.flush)
 
     async def _copy_rest(self) -> None:
         """Nobody else is there: no user of the nodes has anything in flight."""

@@ -19,7 +19,7 @@ from tests.simulation.overlay import ZERO
 from tests.support import memory
 from tests.support.workers import InlineWorkers
 
-KIB = 1024
+KIB, MIB = 1024, 1024 * 1024
 CLUSTER = 4 * KIB
 SIZE = 64 * CLUSTER + 512
 assert memory.MemoryDriver.driver_name  # registers it
@@ -265,6 +265,30 @@ async def test_pending_for_long_loses_nothing():
     await bench.end(job)
     assert await bench.content("target") == bytes(bench.model)
     assert bench.drive.node.name == "target"
+    await bench.close()
+
+
+async def test_what_piled_up_while_pending_does_not_stop_the_guest():
+    bench = await Mirrors().make(size=1024 * CLUSTER)
+    job = await bench.mirror(auto_finalize=False)
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.until(job, JobStatus.PENDING)
+    data = b"new1" * (256 * KIB)
+    for offset in range(0, 1024 * CLUSTER, len(data)):
+        await bench.drive.write(offset, data)
+        bench.model[offset : offset + len(data)] = data
+    rests = []
+    copy_rest = job._copy_rest
+
+    async def watched():
+        rests.append(job.chunks.rest)
+        await copy_rest()
+
+    job._copy_rest = watched
+    await bench.scheduler.finalize(job)
+    assert await bench.content("target") == bytes(bench.model)
+    assert rests and rests[0] <= MIB, "the guest stands still for this"
     await bench.close()
 
 
