@@ -446,7 +446,7 @@ def backups(peer):
     transact(peer, backup(0), backup(0))
     transact(peer, backup(0, sync="incremental"))
     peer.do("transaction", actions=[backup(0), backup(1), bitmap("add", "d0", "b")])
-    ended(peer, "b0")
+    peer.until("JOB_STATUS_CHANGE", id="b0", status="null")
     ended(peer, "b1")
 
 
