@@ -126,10 +126,9 @@ class CommitHold:
         committed, self._committed = self._committed, []
         if committed and not switched:
             chain.commit_through(committed, False)
-            parents = [edge.parent for edge in committed if isinstance(edge.parent, Node)]
-            await self.graph.refresh_permissions(
-                *(n for n in parents if n.name in self.graph.nodes)
-            )
+            nodes = self.graph.nodes  # some may have been closed meanwhile
+            parents = [e.parent for e in committed if nodes.get(e.parent.name) is e.parent]
+            await self.graph.refresh_permissions(*(p for p in parents if isinstance(p, Node)))
 
     async def uncover(self) -> None:
         """Take the filter out."""
