@@ -254,6 +254,25 @@ async def test_space_in_large_steps(world):
     check(str(path))
 
 
+async def test_a_read_only_file_is_cut_off(world):
+    path = world.directory / "disk"
+    await world.image("disk")
+    await world.graph.delete("disk")
+    file = {"driver": "file", "filename": str(path)}
+    node = await world.add("disk", "qcow2", file={"driver": "preallocate", "file": file})
+    disk = await world.use(node)
+    await disk.write(0, b"a" * CLUSTER)
+    assert path.stat().st_size > 128 << 20
+    await world.graph.detach(disk)
+    await world.graph.set_read_only(node, True)
+    assert path.stat().st_size == node.file.length < 1 << 20
+    check(str(path))
+    await world.graph.set_read_only(node, False)
+    disk = await world.use(node)
+    await disk.write(CLUSTER, b"b" * CLUSTER)
+    assert bytes(await disk.read(0, 2 * CLUSTER)) == b"a" * CLUSTER + b"b" * CLUSTER
+
+
 async def test_nothing_is_preallocated_for_who_cannot_resize(world):
     path = world.directory / "raw"
     path.write_bytes(bytes(4096))

@@ -105,6 +105,12 @@ class Preallocate(FilterDriver):
         else:
             await self._cut_off()
 
+    async def set_read_only(self, read_only: bool) -> None:
+        """Read-only: cut off while the file below can be written yet."""
+        if read_only:
+            await self._cut_off()
+        await super().set_read_only(read_only)
+
     async def _cut_off(self) -> None:
         end, self._data_end = self._data_end, None
         if end is None or self.child.length <= end:
