@@ -439,15 +439,17 @@ def backups(peer):
 
     def backup(number, **data):
         data = {"device": f"d{number}", "target": f"t{number}", "sync": "full"} | data
-        return act("blockdev-backup", job_id=f"b{number}", **data)
+        return act("blockdev-backup", **{"job_id": f"b{number}"} | data)
 
     transact(peer, backup(0), act("abort"))
     transact(peer, backup(0), backup(1, target="ghost"))
     transact(peer, backup(0), backup(0))
     transact(peer, backup(0, sync="incremental"))
-    peer.do("transaction", actions=[backup(0), backup(1), bitmap("add", "d0", "b")])
-    peer.until("JOB_STATUS_CHANGE", id="b0", status="null")
-    ended(peer, "b1")
+    peer.do("transaction", actions=[
+        backup(0, job_id="x0"), backup(1, job_id="x1"), bitmap("add", "d0", "b"),
+    ])  # fmt: skip
+    peer.until("JOB_STATUS_CHANGE", id="x0", status="null")
+    ended(peer, "x1")
 
 
 def test_streams(compared):
