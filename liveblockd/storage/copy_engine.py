@@ -43,6 +43,8 @@ WRITEBACK_PIECE = 8 << 20
 Zeroes = npt.NDArray[np.bool_]
 
 _NEVER = (EXDEV, EOPNOTSUPP, ENOSYS, ENOTTY)
+#: of these the target alone is the reason
+_NEVER_TO = (EOPNOTSUPP, ENOSYS, ENOTTY)
 
 
 class CopyMethod(enum.Enum):
@@ -55,6 +57,8 @@ class CopyMethod(enum.Enum):
 
 #: pairs of devices between which a method fails for good; set operations are atomic
 _unsupported: set[tuple[int, int, CopyMethod]] = set()
+#: devices to which nothing can be cloned
+_no_clones: set[int] = set()
 
 
 class _Local(threading.local):
@@ -135,7 +139,7 @@ def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: in
     if (src_offset | dst_offset | length) % CLONE_ALIGNMENT:
         return False
     pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev, CopyMethod.CLONE)
-    if pair in _unsupported:
+    if pair in _unsupported or pair[1] in _no_clones:
         return False
     request = _CLONE_RANGE.pack(src_fd, src_offset, length, dst_offset)
     try:
@@ -144,6 +148,8 @@ def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: in
         # Whatever the reason, a plain copy finds out whether it matters.
         if error.errno in _NEVER:
             _unsupported.add(pair)
+        if error.errno in _NEVER_TO:
+            _no_clones.add(pair[1])
         return False
     return True
 
@@ -168,11 +174,11 @@ def copy_segments(
     """
     total = sum(segment.length for segment in segments) // cluster_size
     gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
-    clones = {source: _may_clone(source, fd) for source in {s.source_fd for s in segments}}
+    clones = _clonable({segment.source_fd for segment in segments}, fd)
     cloned = number = 0
     for segment in segments:
         count = segment.length // cluster_size
-        if segment.length < PIECE and not clones[segment.source_fd]:
+        if segment.length < PIECE and segment.source_fd not in clones:
             gathering.add(segment, number)
         else:
             gathering.write()  # the plain copy has the same buffer
@@ -249,9 +255,14 @@ class _Gathering:
         self._filled = 0
 
 
-def _may_clone(src_fd: int, fd: int) -> bool:
-    source, target = os.fstat(src_fd).st_dev, os.fstat(fd).st_dev
-    return (source, target, CopyMethod.CLONE) not in _unsupported
+def _clonable(sources: set[int], fd: int) -> set[int]:
+    """Which of them may share their extents with ``fd``, as far as is known."""
+    target = os.fstat(fd).st_dev
+    if target in _no_clones:  # most batches come from many files, and each look takes the GIL
+        return set()
+    return {
+        s for s in sources if (os.fstat(s).st_dev, target, CopyMethod.CLONE) not in _unsupported
+    }
 
 
 def copy_extent(

@@ -276,7 +276,7 @@ class FlatMap:
         known = np.zeros(length >> bits, np.int64)
         for layer in self.layers:
             driver = layer.driver
-            if driver is None or known.all():
+            if driver is None or (layer.index and known.all()):
                 if driver is None:
                     known[known == 0] = ASK_CELL + (layer.index << LAYER_SHIFT)
                 break
@@ -287,8 +287,10 @@ class FlatMap:
                 cells = np.full(length >> bits, ASK_CELL, np.int64)
             if build.void:
                 return None
-            if cells is not None:
+            if cells is not None and layer.index:
                 add_layer(known, cells, layer.index)
+            elif cells is not None:
+                known = cells
         return known
 
     # -- reads that do not wait

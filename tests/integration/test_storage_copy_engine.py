@@ -26,8 +26,10 @@ CLUSTER = 65536
 @pytest.fixture(autouse=True)
 def forget():
     copy_engine._unsupported.clear()
+    copy_engine._no_clones.clear()
     yield
     copy_engine._unsupported.clear()
+    copy_engine._no_clones.clear()
 
 
 @pytest.fixture

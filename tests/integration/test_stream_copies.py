@@ -23,8 +23,10 @@ SIZE = 16 * MIB + 5 * CLUSTER + 3 * 512
 @pytest.fixture(autouse=True)
 def forget():
     copy_engine._unsupported.clear()
+    copy_engine._no_clones.clear()
     yield
     copy_engine._unsupported.clear()
+    copy_engine._no_clones.clear()
 
 
 @pytest.fixture
