@@ -110,6 +110,26 @@ async def test_other_images(tmp_path: Path, host: Host, options: dict[str, objec
     await pair.judge(image)
 
 
+async def test_a_batch_keeps_few_tables(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an image with large tables not more than a part of its cache, however large a piece."""
+    pair = Pair(host, tmp_path, 9)
+    image = await pair.image("many.qcow2", cluster_size=512)
+    image._metadata.max_tables = 80
+    used = []
+    plain = gather._match
+
+    def match(pieces: list[gather._Piece], *rest: object) -> object:
+        used.append(len({piece.table.l1_index for piece in pieces}))
+        return plain(pieces, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gather, "_match", match)
+    await image.populate_many(pair.sources())
+    assert max(used) == 10
+    await pair.judge(image)
+
+
 async def test_what_the_guest_wrote_stays(
     tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,8 +28,9 @@ from liveblockd.storage import copy_engine
 from liveblockd.storage.copy_engine import Copied, Segment
 from liveblockd.storage.driver import HostFile, Source
 
-#: L2 tables that a batch keeps in memory
+#: L2 tables that a batch keeps in memory, and which part of what the image may have there
 MAX_TABLES = 64
+TABLES_SHARE = 8
 
 
 class _Piece(NamedTuple):
@@ -90,14 +91,8 @@ class Gatherer:
             for source in sources:
                 if target is None or not self._is_plain(source, target):
                     left.append(source)
-                    continue
-                await self._collect(source, pieces, left)
-                if pieces:
-                    tables.add(pieces[-1].table.l1_index)
-                if len(tables) >= MAX_TABLES:
-                    assert target is not None
-                    await self._copy(pieces, target, left)
-                    tables.clear()
+                else:
+                    await self._collect(source, target, pieces, tables, left)
             if target is not None:
                 await self._copy(pieces, target, left)
         finally:
@@ -113,16 +108,30 @@ class Gatherer:
         blocks = (source.source_offset | size) % copy_engine.CLONE_ALIGNMENT == 0
         return blocks or not (source.file.direct or target.direct)
 
-    async def _collect(self, source: Source, pieces: list[_Piece], left: list[Source]) -> None:
-        """Put what is unallocated into ``pieces``, its table pinned; anything else is ``left``."""
+    async def _collect(
+        self,
+        source: Source,
+        target: HostFile,
+        pieces: list[_Piece],
+        tables: set[int],
+        left: list[Source],
+    ) -> None:
+        """Put what is unallocated into ``pieces``, its table pinned; anything else is ``left``.
+
+        ``tables`` are those of the pieces; when they are enough these are copied first.
+        """
         metadata = self._metadata
         bits, entries = metadata.geometry.cluster_bits, metadata.geometry.l2_entries
+        most = max(1, min(MAX_TABLES, metadata.max_tables // TABLES_SHARE))
         offset, end = source.offset, source.offset + source.length
         while offset < end:
             cluster = offset >> bits
             index = cluster & (entries - 1)
             count = min(end - offset >> bits, entries - index)
             at = source.source_offset + offset - source.offset
+            if len(tables) >= most and cluster // entries not in tables:
+                await self._copy(pieces, target, left)
+                tables.clear()
             table = await metadata.writable(cluster // entries)
             if (
                 table.bad
@@ -132,6 +141,7 @@ class Gatherer:
                 left.append(Source(offset, count << bits, source.file, at))
             else:
                 table.pins += 1
+                tables.add(table.l1_index)
                 pieces.append(_Piece(table, index, count, source.file, at))
             offset += count << bits
 
