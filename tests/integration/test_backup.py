@@ -309,6 +309,7 @@ def test_drive_backup_makes_its_target(tmp_path, sync, how, backing):
         before = bytes(guest.model)
         if "mode" in how:
             new_image(tmp_path, "new", "qcow2")
+            run("qemu-io", "-f", "qcow2", "-c", f"write -P 0xee 0 {SIZE}", "new.img", cwd=tmp_path)
         actions = [{"type": "drive-backup", "data": {
             "device": "disk", "target": "new.img", "sync": sync, "job-id": "b", **how
         }}]  # fmt: skip
