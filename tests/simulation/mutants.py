@@ -307,6 +307,17 @@ def _zeroes_in_version_2(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(amend._Expansion, "run", mutated))
 
 
+def _zeroes_in_clear(stack: ExitStack) -> None:
+    """A downgrade writes the zeros of an encrypted image past the cipher."""
+
+    async def mutated(self: Switch) -> int:
+        host_offset = await self._allocate(1)
+        await self._metadata.file.write(host_offset, bytes(self.geometry.cluster_size))
+        return host_offset
+
+    stack.enter_context(mock.patch.object(Switch, "write_data", mutated))
+
+
 def _zeroes_by_first_byte(stack: ExitStack) -> None:
     """detect-zeroes takes for zeros what only begins so."""
     stack.enter_context(mock.patch.object(backend, "is_zero", lambda data: not data[0]))
@@ -334,6 +345,7 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "apply-gives-up-too-much": _apply_keeps_clusters_of_nobody,
     "bitmaps-not-in-use": _bitmaps_not_in_use,
     "zeroes-in-version-2": _zeroes_in_version_2,
+    "zeroes-in-clear": _zeroes_in_clear,
     "zeroes-by-first-byte": _zeroes_by_first_byte,
 }
 #: members of ``machine.Plan`` for defects of something that few machines have
@@ -351,6 +363,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "apply-gives-up-too-much": {"depth": 1, "steps": ("internal_apply", "rest")},
     "bitmaps-not-in-use": {"bitmap": True, "steps": ("rest", "restart", "rest")},
     "zeroes-in-version-2": {"cluster_size": 4096, "steps": ("amend", "amend", "amend")},
+    "zeroes-in-clear": {
+        "kind": "encrypt",
+        "cluster_size": 4096,
+        "depth": 2,
+        "steps": ("amend", "amend", "amend"),
+    },
 }
 
 

@@ -49,6 +49,21 @@ def test_snapshots_read_as_they_did() -> None:
     assert_nothing_lost(figures)
 
 
+def test_encrypted_images_change_their_version() -> None:
+    """In version 2 their zeros are data: encrypted, in the disk and in its internal snapshots."""
+    pytest.importorskip("cryptography")
+    figures = Figures()
+    for seed in range(80, 88):
+        steps = ("internal", "amend", "internal", "amend", "restart", "amend")
+        figures.add(
+            run_seed(
+                seed, 15, kind="encrypt", cluster_size=4096, depth=2, steps=steps, faults=False
+            )
+        )
+    assert figures.snapshots > 60
+    assert_nothing_lost(figures)
+
+
 def test_leaks_given_back_to_an_image_in_use() -> None:
     """Cuts in the middle of it: nothing that is used is ever free."""
     figures = Figures()

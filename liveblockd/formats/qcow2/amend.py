@@ -179,6 +179,9 @@ class _Expansion:
         self._metadata = metadata
         self._snapshots = snapshots
         self._switch = Switch(metadata, committer)
+        # What was opened below it may be so again, whatever the header says.
+        backing = metadata.children.get("backing")
+        self._has_below = backing is not None or bool(metadata.header.backing_file)
         self._progress = progress
         self._total = len(metadata.l1) + sum(s.l1_size for s in snapshots.snapshots)
         self._done = 0
@@ -227,7 +230,7 @@ class _Expansion:
             return False
         hosts = entries[indices] & _U(OFFSET_MASK)
         await self._switch.drop(hosts[hosts != 0] >> _U(self._switch.geometry.cluster_bits))
-        if self._metadata.header.backing_file is None:
+        if not self._has_below:
             entries[indices] = 0
             return True
         # Below there is something: zeros must be there.

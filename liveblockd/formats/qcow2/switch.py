@@ -124,9 +124,10 @@ class Switch:
         return host_offset
 
     async def write_data(self) -> int:
-        """A cluster of zeros for the disk; its host offset."""
+        """A cluster that reads as zeros, for the disk; its host offset."""
         host_offset = await self._allocate(1)
-        await self._metadata.file.write(host_offset, bytes(self.geometry.cluster_size))
+        # Data, no table: of an encrypted image zeros in the file would be noise decrypted.
+        await self._metadata.data.write(host_offset, bytes(self.geometry.cluster_size))
         return host_offset
 
     async def recount(self, order: int) -> None:

@@ -11,10 +11,13 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.amend import Amendment
 from liveblockd.formats.qcow2.header import parse
 from liveblockd.formats.qcow2.preallocate import Preallocation
+from tests.simulation import forms
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import check, needs, new_qcow2, open_qcow2, run
 from tests.support.qcow2_oracle import Oracle
 from tests.unit.formats.test_qcow2_snapshots import SIZE, Recorder, a_disk, cut, do, scribble
+
+UNLOCKED = {"secret": forms.secret, **forms.unlocking(encrypted=True)}
 
 
 async def prepared(rng, **options):
@@ -110,6 +113,77 @@ async def test_zero_clusters_above_a_backing_file_are_written_out():
     assert (oracle.errors, oracle.leaks) == ([], [])
     assert oracle.read(b"b" * 65536) == expected
     assert oracle.backing == "below"
+
+
+async def encrypted_above(below):
+    """An encrypted image with zero clusters, some of them in an internal snapshot too."""
+    pytest.importorskip("cryptography")
+    disk = Recorder()
+    header = forms.crypto_header(random.Random(1))
+    await new_qcow2(
+        disk, size=len(below), cluster_size=4096, backing_file="below", backing_format="raw",
+        crypto_header=header,
+    )  # fmt: skip
+    image = await open_qcow2(disk, MemoryDriver.of(below), **UNLOCKED)
+    await image.write(8192, b"x" * 4096)
+    await image.write_zeroes(4096, 12288)  # never written; with a cluster; never written
+    await image.create_snapshot("s", date_nsec=0)
+    await image.write_zeroes(28672, 4096)
+    return disk, image
+
+
+async def test_zero_clusters_of_an_encrypted_image_are_written_as_who_decrypts_will_read_them():
+    below = b"b" * 65536
+    disk, image = await encrypted_above(below)
+    then = below[:4096] + bytes(12288) + below[16384:]
+    now = then[:28672] + bytes(4096) + then[32768:]
+    assert await image.read(0, 65536) == now
+    await image.amend(Amendment(version=2))
+    await image.close()
+    for snapshot, expected in ((None, now), ("1", then)):
+        read_only = snapshot is not None
+        image = await open_qcow2(disk, MemoryDriver.of(below), read_only=read_only, **UNLOCKED)
+        assert image.format_specific()["data"]["compat"] == "0.10"
+        if snapshot is not None:
+            await image.load_snapshot(snapshot)
+        assert await image.read(0, 65536) == expected, snapshot
+        await image.close()
+
+
+@needs("qemu-img", "qemu-io")
+async def test_qemu_reads_zeros_in_an_encrypted_image_of_version_2(tmp_path):
+    disk, image = await encrypted_above(b"b" * 65536)
+    await image.amend(Amendment(version=2))
+    await image.close()
+    path, below = tmp_path / "disk.qcow2", tmp_path / "below"
+    path.write_bytes(disk.content())
+    below.write_bytes(b"b" * 65536)
+    secret = f"secret,id={forms.SECRET},data={forms.PASSPHRASE.decode()}"
+    node = (
+        f"driver=qcow2,encrypt.key-secret={forms.SECRET},file.filename={path},"
+        f"backing.driver=raw,backing.file.driver=file,backing.file.filename={below}"
+    )
+    for offset in (4096, 8192, 12288, 28672):
+        told = run("qemu-io", "--object", secret, "-r", "--image-opts", node,
+                   "-c", f"read -P 0 {offset} 4096")  # fmt: skip
+        assert "read 4096/4096" in told and "Pattern verification failed" not in told, offset
+    assert not json.loads(
+        run("qemu-img", "check", "--output=json", "--object", secret, "--image-opts", node)
+    ).get("corruptions")
+
+
+async def test_zeros_stay_above_what_was_opened_below_though_the_header_names_nothing():
+    below = MemoryDriver.of(b"b" * 65536)
+    disk = Recorder()
+    await new_qcow2(disk, size=65536, cluster_size=4096)
+    image = await open_qcow2(disk, below)
+    await image.write_zeroes(4096, 8192)
+    await image.amend(Amendment(version=2))
+    await image.close()
+    expected = b"b" * 4096 + bytes(8192) + b"b" * (65536 - 12288)
+    image = await open_qcow2(disk, below)
+    assert await image.read(0, 65536) == expected
+    await image.close()
 
 
 @pytest.mark.parametrize(
