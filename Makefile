@@ -14,7 +14,7 @@ DIRECTORY ?=
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all bench demo test test-all stress powercut matrix check lint coverage peers clean
+.PHONY: all bench chaos demo test test-all stress powercut matrix check lint coverage peers clean
 
 all: $(VENV)/.run
 
@@ -43,6 +43,10 @@ test-all: $(VENV)/.dev peers
 
 stress: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.stress --seeds $(SEEDS)
+
+# Every kind of job at once, by QMP, on several drives in use.
+chaos: $(VENV)/.dev peers
+	$(BIN)/python -m tests.simulation.chaos --seeds $(SEEDS)
 
 # Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
 powercut: $(VENV)/.dev peers

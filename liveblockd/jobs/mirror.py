@@ -178,6 +178,8 @@ class MirrorCore(Job):
 
     def complete(self) -> None:
         """Switch over as soon as the target has everything."""
+        if self.ending and not self.switching:
+            raise BlockError(f"The active block job '{self.id}' cannot be completed")
         self.check_completion()
         self.ending = self.switching = True
 
@@ -206,6 +208,8 @@ class MirrorCore(Job):
 
     async def run(self) -> None:
         """Copy until asked to end, and nearly everything is in the target."""
+        for user in (self.source_user, self.target_user):
+            user.on_change.append(self.wake)
         try:
             self.check_sizes()
             if not self.nothing_yet:
@@ -237,6 +241,8 @@ class MirrorCore(Job):
                 await self.wait()
             elif (delay := self._delay()) > 0:
                 await self.wait(delay)
+            elif self._quiesced():
+                await self.wait(SLICE)  # or until it ends: that wakes the job
             elif (claim := self.chunks.take(self._chunk())) is not None:
                 self._begin(claim)
             else:
@@ -350,8 +356,20 @@ class MirrorCore(Job):
         self._copies.discard(task)
         self.wake()
 
+    def _quiesced(self) -> bool:
+        return self.source_user.quiesced or self.target_user.quiesced
+
     async def _carry(self, claim: Claim) -> None:
+        """Copy a chunk, unless it would have to wait for the end of a drain.
+
+        For the drain may wait for a guest's write, and that for this claim.
+        """
         length = claim.end - claim.start
+        if self._quiesced():
+            self.bitmap.set(claim.start, length)
+            self._under_way -= length
+            self.chunks.leave(claim)
+            return
         began = self.scheduler.clock.monotonic()
         try:
             await JobUser.run_on_both(

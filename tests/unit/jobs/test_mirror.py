@@ -118,6 +118,14 @@ class Mirrors(Bench):
             await self.drive.write(offset, data)
             self.model[offset : offset + length] = data
 
+    async def drain(self, name):
+        async with self.graph.drained(self.graph.nodes[name]):
+            pass
+
+    async def turns(self):
+        for _ in range(20):
+            await asyncio.sleep(0)
+
     async def until(self, job, status):
         await self.end(job, status)
 
@@ -539,4 +547,42 @@ async def test_a_write_that_waited_for_the_filter_is_copied():
     await bench.end(job)
     assert target.driver.content() == b"new1" * KIB + b"new2" * KIB + bytes(6 * CLUSTER)
     assert drive.node is target
+    await bench.close()
+
+
+async def test_a_drain_ends_although_copies_wait_for_its_end():
+    """A guest's write in flight waits for the claim of a copy: that must not wait for the drain."""
+    bench = await Mirrors().make()
+    job = await bench.mirror(copy_mode=ACTIVE, granularity=CLUSTER)
+    await bench.until(job, JobStatus.READY)
+    first = await job.chunks.enter(0, CLUSTER)
+    data = b"w" * (2 * CLUSTER)
+    write = asyncio.create_task(bench.drive.write(0, data))
+    await bench.turns()
+    drain = asyncio.create_task(bench.drain("top"))
+    await bench.turns()
+    job.bitmap.set(CLUSTER, 1)
+    job.wake()
+    await bench.turns()
+    job.chunks.leave(first)
+    async with asyncio.timeout(5):
+        await drain
+        await write
+    bench.model[: len(data)] = data
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert await bench.content("target") == bench.model
+    await bench.close()
+
+
+async def test_a_mirror_told_to_end_as_a_copy_does_not_switch_any_more():
+    bench = await Mirrors().make()
+    job = await bench.mirror()
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.cancel(job)
+    with pytest.raises(BlockError, match="The active block job 'm' cannot be completed"):
+        bench.scheduler.complete(job)
+    await bench.end(job)
+    assert bench.drive.node.name == "top"
+    assert job.error is None
     await bench.close()

@@ -1,0 +1,557 @@
+"""One seed: every kind of job, snapshots, bitmaps and guests on several drives, all at once.
+
+``scenario`` disturbs streams; here two operators a drive do whatever QMP offers, by its commands,
+without asking what the other does: what does not go together is refused, and that is part of it.
+
+What must hold: every read of a guest is right at any time; a backup holds what the disk held when
+it was begun, also as the sum of a full one and its increments; a mirror that ends is a copy; at the
+end the whole disk is right, QEMU reads the same bytes and finds nothing wrong with any image.
+
+``python -m tests.simulation.chaos --seeds 200`` runs many, until one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+from unittest import mock
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain
+from liveblockd.graph.node import Node
+from liveblockd.jobs import copying, planning, stream
+from liveblockd.jobs.job import Job
+from liveblockd.qapi import parse, to_qmp
+from liveblockd.qmp import registry
+from liveblockd.qmp.context import Context
+from liveblockd.storage.driver import Permission
+from tests.simulation import images
+from tests.simulation.bench import Bench
+from tests.simulation.guest import Guest
+from tests.simulation.jitter import JitterPool
+
+KIB, MIB = 1024, 1024 * 1024
+
+registry.load()
+
+Span = tuple[int, int]
+
+
+class Watched(Guest):
+    """A guest whose writes can be looked at for a while."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.watchers: dict[int, list[Span]] = {}
+
+    def _take(self, writing: bool) -> Span | None:
+        place = super()._take(writing)
+        if place is not None and writing:
+            for watcher in self.watchers.values():
+                watcher.append((place[0], sum(place)))
+        return place
+
+    def unfinished(self) -> list[Span]:
+        """Where writes are under way."""
+        return [(start, end) for start, end, writing in self._busy if writing]
+
+
+class Moment:
+    """What the disk holds at an instant within the block, and where that is not known."""
+
+    def __init__(self, guest: Watched) -> None:
+        self.guest = guest
+        self.unknown: list[Span] = []
+        self.data = b""
+
+    def begin(self) -> None:
+        """The instant is not before this, or begins anew."""
+        self.unknown = self.guest.unfinished()
+        self.guest.watchers[id(self)] = self.unknown
+
+    def end(self) -> None:
+        """It has passed."""
+        del self.guest.watchers[id(self)]
+        self.data = bytes(self.guest.model)
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def compare(self, found: bytes, what: str) -> None:
+        """Everything but what is not known; raises AssertionError."""
+        one, other = bytearray(self.data), bytearray(found[: len(self.data)])
+        assert len(one) == len(other), f"{what}: {len(other)} bytes, not {len(one)}"
+        for start, end in self.unknown:
+            one[start:end] = other[start:end] = bytes(len(one[start:end]))
+        if one != other:
+            wrong = [i for i in range(0, len(one), 512) if one[i : i + 512] != other[i : i + 512]]
+            raise AssertionError(f"{what}: {len(wrong)} wrong sectors from {wrong[0]:#x} on")
+
+
+def path_of(node: Node) -> str:
+    """Of the image file."""
+    assert node.file is not None
+    return node.file.filename
+
+
+def _make_raw(path: str, size: int) -> None:
+    with open(path, "wb") as file:
+        file.truncate(size)
+
+
+def _content(path: str) -> bytes:
+    if not path.endswith("raw"):
+        return images.content(path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _grown(job: Job) -> bool:
+    """Whether the other operator was quicker with the size of the disk."""
+    return "different sizes" in str(job.error)
+
+
+class Drive:
+    """A drive, its guest and its two operators."""
+
+    def __init__(self, bench: Bench, rng: random.Random, directory: str, name: str) -> None:
+        self.bench = bench
+        self.rng = rng
+        self.directory = directory
+        self.name = name
+        self.paths: list[tuple[str, str]] = []
+        self.log: list[str] = []
+        self.done: Counter[str] = Counter()
+        self._numbers = 0
+        #: the backup that increments build on, and how many there are
+        self._backup: str | None = None
+        self.context = Context(
+            graph=bench.graph,
+            scheduler=bench.scheduler,
+            exports=None,  # type: ignore[arg-type]
+            workers=bench.workers,
+            publisher=bench.publisher,
+            on_quit=lambda _: None,
+            console=lambda _: None,
+        )
+
+    async def build(self, lock: asyncio.Lock) -> None:
+        """Make the chain, open it and start the guest."""
+        self.context.command_lock = lock
+        paths, contents = await images.make_chain(self.bench, self.rng, self.directory, self.name)
+        self.paths = [(path, "qcow2") for path in paths]
+        node = await self.bench.open(
+            driver="qcow2",
+            node_name=f"{self.name}-node",
+            discard="unmap",
+            file={"driver": "file", "filename": paths[-1]},
+        )
+        self.backend = await self.bench.graph.attach(
+            node,
+            Permission.CONSISTENT_READ | Permission.WRITE,
+            Permission.ALL,
+            name=self.name,
+        )
+        node.monitor_owned = False
+        self.guest = Watched(self.backend, bytearray(contents[-1]), self.rng, self.name)
+
+    async def qmp(self, name: str, /, **arguments: Any) -> Any:
+        """One command, as a client would give it; raises BlockError."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        command = registry.find(name)
+        async with self.context.command_lock:
+            self.log.append(f"{name} {given}")
+            try:
+                answer = await command.function(self.context, parse(command.args, given))
+            except BlockError as error:
+                self.log.append(f"  refused: {error.message}")
+                raise
+        return to_qmp(answer)
+
+    def number(self) -> int:
+        """Another one at each call."""
+        self._numbers += 1
+        return self._numbers
+
+    def layers(self) -> list[Node]:
+        """The images, the top first."""
+        return chain.chain(self.backend.node)
+
+    # -- operators
+
+    async def run(self) -> None:
+        """Two operators; the guest ends with them."""
+        await asyncio.gather(self.operate(), self.operate())
+        self.guest.stop.set()
+
+    async def operate(self) -> None:
+        """Do a few things, whatever is refused."""
+        kinds: dict[Callable[[], Awaitable[None]], int] = {
+            self.stream: 3,
+            self.snapshot: 4,
+            self.commit: 4,
+            self.mirror: 3,
+            self.backup: 4,
+            self.grow: 1,
+            self.bitmaps: 2,
+            self.internal: 1,
+        }
+        for _ in range(self.rng.randrange(3, 9)):
+            await asyncio.sleep(self.rng.random() * 0.02)
+            kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
+            try:
+                await kind()
+            except BlockError:
+                self.done["refused"] += 1
+            else:
+                self.done[kind.__name__] += 1  # type: ignore[attr-defined]
+
+    async def stream(self) -> None:
+        """Into the top or any other image."""
+        layers = self.layers()
+        top = self.rng.randrange(len(layers))
+        more: dict[str, Any] = {}
+        if top + 1 < len(layers) and self.rng.random() < 0.6:
+            more["base_node"] = self.rng.choice(layers[top + 1 :]).name
+        device = self.name if top == 0 else layers[top].name
+        await self._job("block-stream", device=device, **more)
+
+    async def snapshot(self) -> None:
+        """A new overlay below the running guest."""
+        path = f"{self.directory}/{self.name}s{self.number()}.qcow2"
+        await self.qmp("blockdev-snapshot-sync", device=self.name, snapshot_file=path)
+        self.paths.append((path, "qcow2"))
+
+    async def commit(self) -> None:
+        """Any image into any below it."""
+        layers = self.layers()
+        if len(layers) < 2:
+            return
+        top = 0 if self.rng.random() < 0.5 else self.rng.randrange(len(layers) - 1)
+        base = self.rng.choice(layers[top + 1 :])
+        await self._job(
+            "block-commit", device=self.name, top_node=layers[top].name, base_node=base.name
+        )
+
+    async def mirror(self) -> None:
+        """To a new image; ended as a copy, or the guest goes over to it."""
+        layers = self.layers()
+        sync = "top" if len(layers) > 1 and self.rng.random() < 0.3 else "full"
+        below = layers[1] if sync == "top" else None
+        target, path = await self._target(below and path_of(below), below and below.name)
+        with Moment(self.guest) as moment:
+            job = await self._begin(
+                "blockdev-mirror",
+                give_up=target,
+                device=self.name,
+                target=target,
+                sync=sync,
+                copy_mode=self.rng.choice(("background", "write-blocking")),
+                granularity=self.rng.choice((4, 64)) * KIB,
+            )
+            if below is not None and self.layers()[1:2] != [below]:
+                self.bench.scheduler.cancel(job, force=True)  # the other operator was quicker
+            await self._steer(job, moment.begin)
+            assert job.error is None or job.cancelled or _grown(job), f"{job.id}: {job.error}"
+        switched = self.backend.node.name == target
+        if not switched:
+            await self.qmp("blockdev-del", node_name=target)
+            if job.error is None and not job.cancelled:
+                moment.compare(await self._content(path), "a mirror")
+                self.done["mirror compared"] += 1
+        else:
+            self.done["pivot"] += 1
+
+    async def backup(self) -> None:
+        """Full, or an increment if there is one to build on."""
+        if self._backup is None or self.rng.random() < 0.3:
+            await self._full_backup()
+            return
+        target, path = await self._target(self._backup)
+        with Moment(self.guest) as moment:
+            job = await self._begin(
+                "blockdev-backup",
+                give_up=target,
+                device=self.name,
+                target=target,
+                sync="incremental",
+                bitmap="backup",
+            )
+        await self._end_backup(job, target, path, moment, "an increment")
+
+    async def _full_backup(self) -> None:
+        target, path = await self._target(None)
+        more: dict[str, Any] = {"compress": True} if self.rng.random() < 0.2 else {}
+        node = self.layers()[0].name
+        job_id = f"{self.name}-job{self.number()}"
+        backup = {"job-id": job_id, "device": self.name, "target": target, "sync": "full", **more}
+        actions: list[dict[str, Any]] = [{"type": "blockdev-backup", "data": backup}]
+        old = self._backup is not None and self.layers()[0].find_bitmap("backup") is not None
+        bitmap = {"node": node, "name": "backup"}
+        kind = "block-dirty-bitmap-clear" if old else "block-dirty-bitmap-add"
+        actions.insert(self.rng.randrange(2), {"type": kind, "data": bitmap})
+        try:
+            with Moment(self.guest) as moment:
+                await self.qmp("transaction", actions=actions)
+        except BlockError:
+            await self.qmp("blockdev-del", node_name=target)
+            raise
+        self._backup = None
+        job = self.bench.scheduler.find(job_id)
+        if job is None:  # it is over already
+            await self.qmp("blockdev-del", node_name=target)
+            return
+        if not await self._end_backup(job, target, path, moment, "a backup"):
+            with_bitmap = self.bench.graph.nodes.get(node)
+            if with_bitmap is not None and with_bitmap.find_bitmap("backup") is not None:
+                await self._quietly("block-dirty-bitmap-remove", node=node, name="backup")
+
+    async def _end_backup(
+        self, job: Job, target: str, path: str, moment: Moment, what: str
+    ) -> bool:
+        await self._steer(job)
+        await self.qmp("blockdev-del", node_name=target)
+        if job.error is not None or job.cancelled:
+            assert job.cancelled or _grown(job), f"{job.id}: {job.error}"
+            return False
+        moment.compare(await self._content(path), what)
+        self._backup = path if path.endswith("qcow2") else None
+        self.done[what] += 1
+        return True
+
+    async def grow(self) -> None:
+        """The guest learns of it at once."""
+        old = self.backend.length
+        size = old + self.rng.randrange(1, 300) * KIB
+        await self.qmp("block_resize", device=self.name, size=size)
+        if old == len(self.guest.model):
+            self.guest.model.extend(bytes(size - old))
+        self._backup = None
+
+    async def bitmaps(self) -> None:
+        """Add, merge and remove some that nobody needs."""
+        node = self.layers()[0].name
+        one, two = f"a{self.number()}", f"b{self.number()}"
+        await self.qmp("block-dirty-bitmap-add", node=node, name=one, granularity=4096)
+        await asyncio.sleep(self.rng.random() * 0.01)
+        await self.qmp("block-dirty-bitmap-add", node=node, name=two, disabled=True)
+        await self.qmp("block-dirty-bitmap-merge", node=node, target=two, bitmaps=[one])
+        for name in (one, two):
+            await self.qmp("block-dirty-bitmap-remove", node=node, name=name)
+
+    async def internal(self) -> None:
+        """Take an internal snapshot, and forget it."""
+        name = f"s{self.number()}"
+        await self.qmp("blockdev-snapshot-internal-sync", device=self.name, name=name)
+        await asyncio.sleep(self.rng.random() * 0.01)
+        await self._quietly("blockdev-snapshot-delete-internal-sync", device=self.name, name=name)
+
+    async def _quietly(self, command: str, /, **arguments: Any) -> None:
+        """What somebody else may have made impossible meanwhile."""
+        try:
+            await self.qmp(command, **arguments)
+        except BlockError:
+            self.done["refused"] += 1
+
+    # -- jobs
+
+    async def _target(self, below: str | None, backing: str | None = None) -> tuple[str, str]:
+        """A new image as large as the disk, named ``below``, and its node on ``backing``."""
+        rng, number = self.rng, self.number()
+        raw = below is None and rng.random() < 0.25
+        path = f"{self.directory}/{self.name}t{number}.{'raw' if raw else 'qcow2'}"
+        size = self.backend.length
+        node: dict[str, Any] = {
+            "driver": "raw" if raw else "qcow2",
+            "node-name": f"{self.name}t{number}",
+        }
+        node["file"] = {"driver": "file", "filename": path}
+        node["discard"] = "unmap"
+        if raw:
+            await asyncio.to_thread(_make_raw, path, size)
+        else:
+            await images.create(
+                self.bench,
+                path,
+                size=size,
+                cluster_size=rng.choice((4 * KIB, 64 * KIB)),
+                backing_file=below,
+                backing_format=None if below is None else self._format(below),
+            )
+            if below is not None:
+                node["backing"] = backing
+        await self.qmp("blockdev-add", **node)
+        self.paths.append((path, node["driver"]))
+        return node["node-name"], path
+
+    def _format(self, path: str) -> str:
+        return dict(self.paths)[path]
+
+    async def _begin(self, command: str, /, *, give_up: str | None = None, **arguments: Any) -> Job:
+        """Start a job; ``give_up`` is a node that nobody needs if it is refused."""
+        job_id = f"{self.name}-job{self.number()}"
+        speed = self.rng.choice((0, 0, 0, 4 * MIB, 32 * MIB))
+        try:
+            await self.qmp(command, job_id=job_id, speed=speed, **arguments)
+        except BlockError:
+            if give_up is not None:
+                await self.qmp("blockdev-del", node_name=give_up)
+            raise
+        job = self.bench.scheduler.find(job_id)
+        if job is None:
+            raise BlockError("over already")
+        return job
+
+    async def _job(self, command: str, /, **arguments: Any) -> None:
+        job = await self._begin(command, **arguments)
+        await self._steer(job)
+        assert job.error is None or job.cancelled, f"{job.id}: {job.error}"
+
+    async def _steer(self, job: Job, at_end: Callable[[], object] | None = None) -> None:
+        """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there."""
+        scheduler, rng = self.bench.scheduler, self.rng
+        may_cancel = rng.random() < 0.2
+        deadline = asyncio.get_running_loop().time() + rng.random() * 0.3
+        async with asyncio.timeout(20):
+            while job.status != "null":
+                await asyncio.sleep(rng.choice((0, 0.001, 0.01)))
+                late = asyncio.get_running_loop().time() > deadline
+                verb = rng.choice(("pause", "resume", "resume", "speed", "cancel", "end", "end"))
+                if late:
+                    may_cancel = False
+                    verb = rng.choice(("resume", "no limit", "end"))
+                if verb == "end" and job.status == "ready":
+                    if at_end is not None:
+                        at_end()
+                        at_end = None
+                    verb = rng.choice(("complete", "complete", "stop here"))
+                try:
+                    match verb:
+                        case "pause":
+                            scheduler.pause(job)
+                        case "resume":
+                            scheduler.resume(job)
+                        case "speed":
+                            scheduler.set_speed(job, rng.choice((0, MIB, 30 * MIB)))
+                        case "no limit":
+                            scheduler.set_speed(job, 0)
+                        case "complete":
+                            scheduler.complete(job)
+                        case "stop here":
+                            scheduler.cancel(job)
+                        case "cancel" if may_cancel:
+                            scheduler.cancel(job, force=True)
+                        case _:
+                            continue
+                    self.log.append(f"  {job.id}: {verb} at {job.offset}/{job.length}")
+                except BlockError:
+                    pass  # out of turn
+
+    # -- judgement
+
+    async def _content(self, path: str) -> bytes:
+        """What QEMU reads from an image that nobody uses."""
+        return await asyncio.to_thread(_content, path)
+
+    def judge(self, active: str) -> None:
+        """By qemu-img, after all is closed."""
+        for path, image_format in self.paths:
+            if image_format == "qcow2":
+                images.check(path)
+        # A commit into a longer image makes the disk as long as that.
+        found = _content(active)[: len(self.guest.model)]
+        assert found == self.guest.model, "qemu-img reads something else"
+
+
+async def run_seed(seed: int, directory: str) -> str:
+    """Raises AssertionError (or whatever went wrong); a line about what was done else."""
+    rng = random.Random(seed)
+    unseen: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    bench = Bench(JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.004))))
+    drives = [
+        Drive(bench, random.Random(rng.random()), directory, name)
+        for name in ("vda", "vdb")[: rng.choice((1, 1, 2))]
+    ]
+    lock = asyncio.Lock()
+    small = rng.choice((4 * KIB, 64 * KIB, 64 * KIB, 512 * KIB))
+    with (
+        mock.patch.multiple(
+            copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
+        ),
+        mock.patch.multiple(stream, READ_CHUNK=small),
+        mock.patch.multiple(
+            planning,
+            LEAST_COPY=rng.choice((4 * KIB, 64 * KIB, 128 * KIB)),
+            LOOK_AHEAD=rng.choice((1, 7, 2048)),
+        ),
+    ):
+        try:
+            for drive in drives:
+                await drive.build(lock)
+            async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+                for drive in drives:
+                    group.create_task(drive.guest.run(rng.choice((2, 5))))
+                    group.create_task(drive.run())
+            for drive in drives:
+                await drive.guest.compare_all()
+            active = [path_of(drive.layers()[0]) for drive in drives]
+            await bench.close()
+            await asyncio.sleep(0)
+            gc.collect()  # a task that died unseen says so when it goes
+            assert not unseen, unseen
+            for drive, path in zip(drives, active, strict=True):
+                drive.judge(path)
+        except BaseException:
+            story = [f"seed {seed} failed", *(line for drive in drives for line in drive.log)]
+            sys.stdout.write("\n  ".join(story) + "\n")
+            raise
+    done = sum((drive.done for drive in drives), Counter())
+    requests = sum(drive.guest.requests for drive in drives)
+    return f"seed {seed}: {len(drives)} drives, {requests} requests, {dict(done)}"
+
+
+def main() -> int:
+    """Exit status 1, with the seed, at the first failure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=200, help="how many")
+    parser.add_argument("--start", type=int, default=0, help="the first seed")
+    parser.add_argument("--keep", action="store_true", help="leave the images of a failed seed")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    for seed in range(arguments.start, arguments.start + arguments.seeds):
+        directory = tempfile.mkdtemp(prefix="liveblockd-chaos-")
+        try:
+            line = asyncio.run(run_seed(seed, directory))
+        except BaseException as error:
+            sys.stdout.write(
+                f"FAILED: seed {seed}: {error!r}\n"
+                f"again: python -m tests.simulation.chaos --start {seed} --seeds 1\n"
+            )
+            if arguments.keep:
+                sys.stdout.write(f"images: {directory}\n")
+            else:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        shutil.rmtree(directory, ignore_errors=True)
+    sys.stdout.write(f"{arguments.seeds} seeds in {time.monotonic() - started:.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
