@@ -48,7 +48,7 @@ def add(
     persistent: bool = False,
     enabled: bool = True,
 ) -> Undo:
-    """A new, clean bitmap; ``granularity`` in bytes."""
+    """A new, clean bitmap; ``granularity`` in bytes. Writes in flight may escape it."""
     node = graph.lookup_any(node_name)
     if not name:
         raise BlockError("Bitmap name cannot be empty")
@@ -72,6 +72,31 @@ def add(
         graph.rebind_above(node)
 
     return undo
+
+
+async def add_between_writes(
+    graph: Graph,
+    node_name: str,
+    name: str,
+    *,
+    granularity: int | None = None,
+    persistent: bool = False,
+    enabled: bool = True,
+) -> None:
+    """As ``add``, while no request is in flight.
+
+    A write that began without a bitmap is not recorded when it ends, and whoever copied the disk
+    after the bitmap was there, and before that end, would never copy it again.
+    """
+    async with graph.lock, graph.drained(graph.lookup_any(node_name)):
+        add(
+            graph,
+            node_name,
+            name,
+            granularity=granularity,
+            persistent=persistent,
+            enabled=enabled,
+        )
 
 
 def _check_storable(node: Node, name: str, granularity: int) -> None:

@@ -56,7 +56,7 @@ def sources(arguments: BlockDirtyBitmapMerge) -> list[tuple[str, str]]:
 @command("block-dirty-bitmap-add", args=BlockDirtyBitmapAdd)
 async def block_dirty_bitmap_add(context: Context, arguments: BlockDirtyBitmapAdd) -> None:
     """Record writes from now on."""
-    dirty.add(
+    await dirty.add_between_writes(
         context.graph,
         arguments.node,
         arguments.name,

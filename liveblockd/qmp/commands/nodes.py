@@ -99,7 +99,7 @@ async def blockdev_reopen(context: Context, arguments: BlockdevReopen) -> None:
     await reopen(context.graph, arguments.options)
 
 
-@command("x-blockdev-change", args=BlockdevChange)
+@command("x-blockdev-change", args=BlockdevChange, features=("unstable",))
 async def blockdev_change(context: Context, arguments: BlockdevChange) -> None:
     """One child more of a quorum, or one less."""
     graph = context.graph
