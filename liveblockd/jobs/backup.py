@@ -373,6 +373,8 @@ class Backup(CopyJob):
         """Take the filter out and give the bitmap back, whichever way it ended."""
         async with self.graph.lock:
             await self.release()
+            # Who hears of the end may open the target, or delete the nodes, before `null`.
+            await self.unblock()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
@@ -402,11 +404,6 @@ class Backup(CopyJob):
             bitmap.thaw(keep=False, undone=self.core.todo)
         else:
             bitmap.thaw(keep=not (self._succeeded and mode is BitmapSyncMode.ON_SUCCESS))
-
-    async def free(self) -> None:
-        """Let go of the nodes; those that nobody uses any more are closed."""
-        async with self.graph.lock:
-            await self.unblock()
 
     def block(self, node: Node) -> None:
         """Keep ``node`` and let nobody else work on it."""

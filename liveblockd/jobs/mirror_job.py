@@ -126,6 +126,8 @@ class Mirror(MirrorCore):
         """Take the filter out and leave the nodes, whichever way it ended."""
         async with self.graph.lock:
             await self.release()
+            # Who hears of the end may open the target, or delete the nodes, before `null`.
+            await self.unblock()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
@@ -135,11 +137,6 @@ class Mirror(MirrorCore):
                 await self.graph.detach(user)
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
-
-    async def free(self) -> None:
-        """Let go of the nodes; those that nobody uses any more are closed."""
-        async with self.graph.lock:
-            await self.unblock()
 
     def block(self, node: Node) -> None:
         """Keep ``node`` and let nobody else work on it."""

@@ -231,3 +231,17 @@ def test_one_job_a_device(disk):
     assert "Error: " in disk.say("drive_backup -f d0 other.qcow2")
     assert disk.say("block_job_cancel -f d0") == ""
     disk.client.wait("BLOCK_JOB_CANCELLED", device="d0")
+
+
+@pytest.mark.parametrize("kind", ["drive-mirror", "drive-backup"])
+def test_the_copy_is_free_although_the_job_is_still_shown(disk, kind):
+    disk.client(kind, job_id="j", device="d0", target="copy.qcow2", sync="full", auto_dismiss=False)
+    if kind == "drive-mirror":
+        disk.client.wait("BLOCK_JOB_READY", device="j")
+        disk.client("block-job-cancel", device="j")
+    disk.client.wait("BLOCK_JOB_COMPLETED", device="j")
+    same(disk.directory, "copy.qcow2")
+    assert not any(node["file"].endswith("copy.qcow2")
+                   for node in disk.client("query-named-block-nodes"))  # fmt: skip
+    assert [job["status"] for job in disk.client("query-jobs")] == ["concluded"]
+    disk.client("job-dismiss", id="j")
