@@ -9,11 +9,13 @@ from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, info
+from liveblockd.graph.backend import Backend
 from liveblockd.graph.children import add_child, remove_child
 from liveblockd.graph.node import Operation
 from liveblockd.graph.reopen import reopen
-from liveblockd.qapi import QapiModel, UInt64
+from liveblockd.qapi import QapiModel, StrOrNull, UInt64
 from liveblockd.qmp.block_info import BlockDeviceInfo, BlockInfo, BlockStats, XDbgBlockGraph
+from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import NoArguments, command
 from liveblockd.storage.options import BlockdevOptions
@@ -44,6 +46,14 @@ class BlockdevChange(QapiModel):
     parent: str
     child: str | None = None
     node: str | None = None
+
+
+class BlockdevSetIothread(QapiModel):
+    """Arguments of x-blockdev-set-iothread."""
+
+    node_name: str
+    iothread: StrOrNull
+    force: bool = False
 
 
 class Flat(QapiModel):
@@ -115,6 +125,20 @@ async def blockdev_change(context: Context, arguments: BlockdevChange) -> None:
         await add_child(graph, parent, node)
     else:
         raise BlockError("Either child or node must be specified")
+
+
+@command("x-blockdev-set-iothread", args=BlockdevSetIothread, features=("unstable",))
+async def blockdev_set_iothread(context: Context, arguments: BlockdevSetIothread) -> None:
+    """Checked as by QEMU, and without effect: one event loop serves all nodes."""
+    node = context.graph.find(arguments.node_name)
+    if not arguments.force and any(isinstance(edge.parent, Backend) for edge in node.parents):
+        raise BlockError(
+            f"Node {node.name} is associated with a BlockBackend and could be in use "
+            "(use force=true to override this check)"
+        )
+    name = arguments.iothread
+    if name is not None and object_registry(context).get(name, "iothread") is None:
+        raise BlockError(f"Cannot find iothread {name}")
 
 
 @command("blockdev-set-active", args=BlockdevSetActive)

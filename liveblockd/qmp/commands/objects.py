@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Final, Literal
 
 from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.qapi import QapiModel, members, parse, to_qmp
+from liveblockd.qapi.models import Member
+from liveblockd.qapi.scalars import Boolean, String
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
@@ -153,6 +155,7 @@ class AuthzSimple(ObjectOptions):
 _VARIANTS: Final[Mapping[str, type[QapiModel]]] = {
     "authz-list": AuthzList,
     "authz-list-file": AuthzListFile,
+    "authz-listfile": AuthzListFile,  # so spelt in QEMU's schema
     "authz-simple": AuthzSimple,
     "iothread": Iothread,
     "main-loop": MainLoop,
@@ -161,6 +164,16 @@ _VARIANTS: Final[Mapping[str, type[QapiModel]]] = {
     "tls-creds-anon": TlsCreds,
     "tls-creds-psk": TlsCredsPsk,
     "tls-creds-x509": TlsCredsX509,
+}
+
+
+#: the types that are no plain ones, by the property that has them
+_TYPE_NAMES: Final = {
+    "endpoint": "QCryptoTLSCredsEndpoint",
+    "format": "QCryptoSecretFormat",
+    "limits": "ThrottleLimits",
+    "policy": "QAuthZListPolicy",
+    "rules": "QAuthZListRule",
 }
 
 
@@ -185,6 +198,8 @@ class ObjectRegistry:
             self._secrets[options.id] = load_secret(options, self.secret)
         if isinstance(options, ThrottleGroup):
             self._throttle_groups[options.id] = GroupOfDisks(limits_of(options))
+        if isinstance(options, AuthzListFile):
+            options = options.model_copy(update={"qom_type": "authz-list-file"})
         self._objects[options.id] = options
 
     def remove(self, name: str) -> None:
@@ -281,6 +296,7 @@ class ObjectPropertyInfo(QapiModel):
     name: str
     type: str
     description: str | None = None
+    default_value: Any = None
 
 
 @command("object-add", args=ObjectOptions)
@@ -305,9 +321,7 @@ async def qom_list(context: Context, arguments: QomPath) -> list[ObjectPropertyI
         below = [_property(o.id, f"child<{o.qom_type}>") for o in object_registry(context).all()]
         return [_property("type", "string"), *below]
     found = _object_at(context, arguments.path)
-    names = [m.name for m in members(type(found)) if m.name not in ("qom-type", "id")]
-    kind = _throttle_type if isinstance(found, ThrottleGroup) else lambda _: "any"
-    return [_property("type", "string"), *(_property(name, kind(name)) for name in names)]
+    return properties_of(type(found))
 
 
 @command("qom-get", args=QomProperty, returns=Any, query=True)
@@ -355,8 +369,16 @@ def _object_at(context: Context, path: str) -> ObjectOptions:
     raise BlockError(f"Device '{path}' not found", error_class=ErrorClass.DEVICE_NOT_FOUND)
 
 
-def _throttle_type(name: str) -> str:
-    return "ThrottleLimits" if name == "limits" else "int"
+def properties_of(model: type[QapiModel]) -> list[ObjectPropertyInfo]:
+    """What objects of this type have, with the names that QEMU has for the types."""
+    found = [m for m in members(model) if m.name not in ("qom-type", "id")]
+    return [_property("type", "string"), *(_property(m.name, _type_name(m)) for m in found)]
+
+
+def _type_name(member: Member) -> str:
+    if (known := _TYPE_NAMES.get(member.name)) is not None:
+        return known
+    return {String: "string", Boolean: "bool"}.get(type(member.type), "int")
 
 
 def _property(name: str, kind: str) -> ObjectPropertyInfo:
