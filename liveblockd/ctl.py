@@ -17,41 +17,28 @@ import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from liveblockd import __version__
+from liveblockd.ctl_jobs import (
+    INTERRUPTED,
+    NO_CONNECTION,
+    REFUSED,
+    USAGE,
+    ControlError,
+    Handler,
+    ask,
+    connection_broken,
+    human,
+    job_verbs,
+    show,
+    wait,
+)
 
 DEFAULT_SOCKET: Final = "/run/liveblockd/qmp.sock"
-REFUSED, USAGE, NO_CONNECTION, CANCELLED, INTERRUPTED = 1, 2, 3, 4, 130
-
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_JOB_EVENTS: Final = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "JOB_STATUS_CHANGE")
-
-Handler: TypeAlias = "Callable[[QMPClient, argparse.Namespace], Awaitable[int]]"
-
-
-class ControlError(Exception):
-    """Something to say on stderr, and the exit status."""
-
-    def __init__(self, message: str, status: int = REFUSED) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-# -- words for people
-
-
-def human(size: float) -> str:
-    """Bytes as people read them."""
-    unit = 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size /= 1024
-        unit += 1
-    return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
 
 
 def parse_size(text: str) -> int:
@@ -75,56 +62,6 @@ def table(rows: Sequence[Sequence[object]], heading: Sequence[str]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
-
-
-def show(args: argparse.Namespace, value: Any, text: str) -> None:
-    """``value`` as JSON with ``--json``, else ``text``."""
-    print(json.dumps(value, indent=2) if args.json else text)
-
-
-class Progress:
-    """One line on a terminal: bar, rate of the last seconds, time to go."""
-
-    def __init__(self, job: str) -> None:
-        self._job = job
-        self._samples: list[tuple[float, int]] = []
-        self._shown = False
-        self._live = sys.stderr.isatty()
-
-    def update(self, offset: int, length: int, state: str = "") -> None:
-        """Show that ``offset`` of ``length`` bytes are done."""
-        now = time.monotonic()
-        self._samples = [s for s in self._samples if now - s[0] < 5][-50:]
-        self._samples.append((now, offset))
-        if self._live:
-            sys.stderr.write(f"\r{self.line(offset, length, state)}\x1b[K")
-            sys.stderr.flush()
-            self._shown = True
-
-    def line(self, offset: int, length: int, state: str = "") -> str:
-        """The text of the line."""
-        done = offset / length if length else 1.0
-        bar = "#" * int(done * 24)
-        (start, first), (end, last) = self._samples[0], self._samples[-1]
-        rate = (last - first) / (end - start) if end > start else 0.0
-        text = f"{self._job}  [{bar:<24}] {done:4.0%}  {human(offset)} of {human(length)}"
-        if state == "paused":
-            return f"{text}  paused"
-        if rate > 0:
-            seconds = int((length - offset) / rate)
-            text += f"  {human(rate)}/s  ETA {seconds // 60}:{seconds % 60:02}"
-        return text
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._shown:
-            sys.stderr.write("\n")
-            self._shown = False
-
-
-async def ask(qmp: QMPClient, name: str, arguments: dict[str, Any] | None = None) -> Any:
-    """What the daemon returns for a command."""
-    return await qmp.execute(name, arguments)
 
 
 # -- commands
@@ -198,90 +135,6 @@ def _jobs_table(found: list[dict[str, Any]]) -> str:
         state = job["status"] if job["io-status"] == "ok" else f"{job['status']} {job['io-status']}"
         rows.append((job["device"], job["type"], state, f"{done:.0%}", human(job["len"]), speed))
     return table(rows, ("JOB", "TYPE", "STATUS", "DONE", "LENGTH", "LIMIT"))
-
-
-async def stream(qmp: QMPClient, args: argparse.Namespace) -> int:
-    """``stream``: start, and wait if asked."""
-    job = args.job_id or _job_id(args.device)
-    given = {
-        "job-id": job,
-        "device": args.device,
-        "base": args.base,
-        "base-node": args.base_node,
-        "speed": args.speed,
-        "on-error": args.on_error,
-    }
-    arguments = {k: v for k, v in given.items() if v is not None}
-    with qmp.listener(_JOB_EVENTS) as listener:
-        await ask(qmp, "block-stream", arguments)
-        if args.wait:
-            return await _follow(qmp, args, listener, job)
-    show(args, {"job": job}, f"job {job} started")
-    return 0
-
-
-def _job_id(device: str) -> str:
-    """The name of the device; generated node names are no job ids."""
-    return device if device[:1].isalpha() else f"stream-{device.lstrip('#')}"
-
-
-async def wait(qmp: QMPClient, args: argparse.Namespace) -> int:
-    """``wait``: until a job is over."""
-    with qmp.listener(_JOB_EVENTS) as listener:
-        if await _job(qmp, args.job) is None:
-            raise ControlError(f"Job '{args.job}' not found")
-        return await _follow(qmp, args, listener, args.job)
-
-
-async def _job(qmp: QMPClient, name: str) -> dict[str, Any] | None:
-    found: list[dict[str, Any]] = await ask(qmp, "query-block-jobs")
-    return next((job for job in found if job["device"] == name), None)
-
-
-async def _follow(
-    qmp: QMPClient, args: argparse.Namespace, listener: EventListener, job: str
-) -> int:
-    """Show the progress of ``job`` until its last event; what became of it is the status."""
-    progress = Progress(job)
-    ended = asyncio.create_task(_end(listener, job))
-    broken = asyncio.create_task(_broken(qmp))
-    try:
-        while not ended.done():
-            if (state := await _job(qmp, job)) is not None:
-                progress.update(state["offset"], state["len"], state["status"])
-            await asyncio.wait((ended, broken), timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
-            if broken.done() and not ended.done():
-                raise ControlError("the connection broke; the job may still run", NO_CONNECTION)
-        event = ended.result()
-        data = event["data"]
-        if event["event"] == "BLOCK_JOB_COMPLETED" and "error" not in data:
-            progress.update(data["offset"], data["len"])
-    finally:
-        ended.cancel()
-        broken.cancel()
-        progress.end()
-    if event["event"] == "BLOCK_JOB_CANCELLED":
-        raise ControlError(f"job {job} was cancelled", CANCELLED)
-    if "error" in data:
-        raise ControlError(f"job {job} failed: {data['error']}")
-    show(args, data, f"job {job} completed: {human(data['len'])}")
-    return 0
-
-
-async def _end(listener: EventListener, job: str) -> dict[str, Any]:
-    async for event in listener:
-        data: Any = event["data"]
-        if event["event"] == "JOB_STATUS_CHANGE":
-            if data["id"] == job and data["status"] == "null":
-                return {"event": "gone", "data": {"error": "it went away", "len": 0}}
-        elif data["device"] == job:
-            return {"event": event["event"], "data": data}
-    raise AssertionError("a listener never ends")
-
-
-async def _broken(qmp: QMPClient) -> None:
-    while qmp.runstate.name == "RUNNING":
-        await qmp.runstate_changed()
 
 
 async def snapshot(qmp: QMPClient, args: argparse.Namespace) -> int:
@@ -410,7 +263,7 @@ async def hmp(qmp: QMPClient, args: argparse.Namespace) -> int:
 async def events(qmp: QMPClient, args: argparse.Namespace) -> int:
     """``events``: one JSON line each, until the daemon ends or ``--count`` are seen."""
     with qmp.listener(args.names or None) as listener:
-        broken = asyncio.create_task(_broken(qmp))
+        broken = asyncio.create_task(connection_broken(qmp))
         seen = 0
         while args.count is None or seen < args.count:
             event = asyncio.create_task(listener.get())
@@ -462,14 +315,7 @@ def parser() -> argparse.ArgumentParser:
     verb("nodes", nodes, "all block nodes")
     verb("jobs", jobs, "running jobs")
 
-    one = verb("stream", stream, "copy the backing chain (above a base) into the active image")
-    one.add_argument("device", help="drive or node")
-    one.add_argument("--base", help="file name of the image to keep as backing file")
-    one.add_argument("--base-node", help="the same, as a node name")
-    one.add_argument("--speed", type=_size, help="limit in bytes per second (10M)")
-    one.add_argument("--job-id", help="default: the name of the device")
-    one.add_argument("--on-error", choices=("report", "ignore", "enospc", "stop"))
-    one.add_argument("--wait", action="store_true", help="show progress until it is done")
+    job_verbs(verb, _size)
 
     one = verb("wait", wait, "show the progress of a job until it is over")
     one.add_argument("job")

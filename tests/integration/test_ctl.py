@@ -105,6 +105,47 @@ def test_a_job_is_steered(daemon):
     assert ctl(daemon, "wait", "nosuch", status=1) == "liveblockctl: Job 'nosuch' not found\n"
 
 
+def test_commit_of_images_below_and_of_the_active_one(daemon):
+    said = ctl(daemon, "commit", "virtio0", "--base", "A", "--top", "C", "--wait")
+    assert said.startswith("job virtio0 completed")
+    assert backing(daemon) == ("D", "A")
+    assert "is ready" in ctl(daemon, "commit", "virtio0", "--wait")
+    client = daemon.qmp()
+    client("block-job-cancel", device="virtio0")
+    client.wait("JOB_STATUS_CHANGE", id="virtio0", status="null")
+    assert ctl(daemon, "commit", "virtio0", "--pivot").startswith("job virtio0 completed")
+    assert backing(daemon)[0] == "A"
+    compare(daemon, "A")
+
+
+def test_mirror_goes_over_or_leaves_a_copy(daemon):
+    assert ctl(daemon, "mirror", "virtio0", "copy", "--copy").startswith("job virtio0 completed")
+    assert backing(daemon)[0] == "D"
+    same = ["qemu-img", "compare", "-U", "copy", "D.orig"]
+    subprocess.run(same, cwd=daemon.directory, check=True, timeout=20)
+    assert "completed" in ctl(daemon, "mirror", "virtio0", "new", "--pivot", "--job-id", "m")
+    assert Path(backing(daemon)[0]).name == "new"
+    ctl(daemon, "mirror", "virtio0", "x", "--pivot", "--copy", status=2)
+    compare(daemon, "new")
+
+
+def test_full_and_incremental_backup(daemon):
+    bitmap = ("node=d", "name=b0")
+    ctl(daemon, "qmp", "block-dirty-bitmap-add", *bitmap)
+    assert "completed" in ctl(daemon, "backup", "virtio0", "full", "--wait", "--compress")
+    ctl(daemon, "hmp", "qemu-io", "virtio0", '"write -P 7 6M 64k"')
+    assert ctl(daemon, "create", "inc", "8M", "--backing", "full").endswith("created: 8.0 MiB\n")
+    said = ctl(daemon, "backup", "virtio0", "inc", "--bitmap", "b0", "--existing", "--wait")
+    assert said == "job virtio0 completed: 64.0 KiB\n"
+    assert "Could not create" in ctl(daemon, "create", "no/such", "8M", status=1)
+    assert json.loads(ctl(daemon, "qmp", "query-jobs")) == []
+    assert [n for n in ctl(daemon, "nodes").split() if n.startswith("liveblockctl")] == []
+    compare(daemon, "full")
+    check = ["qemu-io", "-r", "-c", "read -P 7 6M 64k", "-c", "read -P 4 4M 64k", "inc"]
+    read = subprocess.run(check, cwd=daemon.directory, check=True, timeout=20, capture_output=True)
+    assert b"Pattern" not in read.stdout
+
+
 def test_waiting_for_a_job_that_is_cancelled(daemon):
     with subprocess.Popen(
         [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "stream", "virtio0", "--speed",

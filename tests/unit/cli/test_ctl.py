@@ -2,7 +2,7 @@
 
 import pytest
 
-from liveblockd import ctl
+from liveblockd import ctl, ctl_jobs
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_members():
 
 
 def test_progress_line():
-    progress = ctl.Progress("j")
+    progress = ctl_jobs.Progress("j")
     progress._samples = [(10.0, 0), (12.0, 4 << 20)]
     assert progress.line(4 << 20, 12 << 20) == (
         "j  [########                ]  33%  4.0 MiB of 12.0 MiB  2.0 MiB/s  ETA 0:04"
@@ -40,8 +40,8 @@ def test_progress_line():
 
 
 def test_job_ids():
-    assert ctl._job_id("virtio0") == "virtio0"
-    assert ctl._job_id("#block123") == "stream-block123"
+    assert ctl_jobs._job_id("stream", "virtio0") == "virtio0"
+    assert ctl_jobs._job_id("stream", "#block123") == "stream-block123"
 
 
 def test_addresses():
