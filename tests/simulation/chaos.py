@@ -138,6 +138,8 @@ class Drive:
         self._numbers = 0
         #: the backup that increments build on, and how many there are
         self._backup: str | None = None
+        #: one operator at a time, so that none makes it smaller
+        self._sizing = asyncio.Lock()
         self.context = Context(
             graph=bench.graph,
             scheduler=bench.scheduler,
@@ -334,11 +336,12 @@ class Drive:
 
     async def grow(self) -> None:
         """The guest learns of it at once."""
-        old = self.backend.length
-        size = old + self.rng.randrange(1, 300) * KIB
-        await self.qmp("block_resize", device=self.name, size=size)
-        if old == len(self.guest.model):
-            self.guest.model.extend(bytes(size - old))
+        async with self._sizing:
+            old = self.backend.length
+            size = old + self.rng.randrange(1, 300) * KIB
+            await self.qmp("block_resize", device=self.name, size=size)
+            if old == len(self.guest.model):
+                self.guest.model.extend(bytes(size - old))
         self._backup = None
 
     async def bitmaps(self) -> None:
