@@ -169,6 +169,14 @@ class Backup(CopyJob):
 
     # -- the work
 
+    @property
+    def disk(self) -> Node:
+        """What is read: ``source``, or what is below it where that was the filter of another job.
+
+        Such a filter goes when its job ends; the own filter stands on what is left.
+        """
+        return self.source if self.filter is None else self.filter.children["file"].child
+
     async def run(self) -> None:
         """Copy, or with sync=none let guests' writes do it until the job is cancelled."""
         while self.parameters.sync is MirrorSyncMode.NONE:
@@ -236,9 +244,9 @@ class Backup(CopyJob):
     async def _look(self, start: int, limit: int) -> AsyncGenerator[Run, None]:
         """What the source holds; UNALLOCATED stands for what need not be copied."""
         top = self.parameters.sync is MirrorSyncMode.TOP
-        base = chain.layer_below(self.source) if top else None
+        base = chain.layer_below(self.disk) if top else None
         position = start
-        async with aclosing(chain.resolve(self.source, base, start, limit - start)) as found:
+        async with aclosing(chain.resolve(self.disk, base, start, limit - start)) as found:
             async for run in found:
                 if run.kind is ExtentKind.DATA:
                     yield Run(position, run.length, run.kind, run.layer, run.host_offset)
@@ -278,7 +286,7 @@ class Backup(CopyJob):
                 self.core.done(offset, length)
                 if self.parameters.discard_source:
                     with suppress(OSError):
-                        await self.source.discard(offset, length)
+                        await self.disk.discard(offset, length)
 
     async def _copy(self, piece: Run) -> None:
         if piece.kind is ExtentKind.ZERO:
@@ -304,7 +312,7 @@ class Backup(CopyJob):
 
     async def _read_and_write(self, piece: Run) -> None:
         try:
-            data = await self.source.read(piece.offset, piece.length)
+            data = await self.disk.read(piece.offset, piece.length)
         except OSError as error:
             raise PieceFailedError("read", error) from error
         try:

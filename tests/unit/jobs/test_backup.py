@@ -397,3 +397,24 @@ async def test_the_source_keeps_its_size_meanwhile():
     with pytest.raises(BlockError):
         await bench.graph.resize(bench.graph.nodes["disk"], 2 * SIZE)
     await bench.close()
+
+
+async def test_one_that_stands_on_the_filter_of_another_outlives_it():
+    """So a drive's second backup begins; the first one takes its filter away while it reads."""
+    bench = await Disks().make()
+    await bench.image("other")
+    before = await bench.content("disk")
+    first = await bench.backup("b", speed=4 * KIB)
+    name = first.filter.name
+    parameters = BackupParameters("c", name, "other", MirrorSyncMode(FULL), speed=4 * KIB)
+    second = await start_backup(bench.graph, bench.scheduler, parameters)
+    for _ in range(5):
+        await bench.write()
+    bench.scheduler.cancel(first, force=True)
+    await bench.write_until(first)
+    bench.scheduler.set_speed(second, 0)
+    await bench.write_until(second)
+    assert second.error is None
+    assert await bench.content("other") == before
+    assert sorted(bench.graph.nodes) == ["base", "disk", "other", "target"]
+    await bench.close()
