@@ -7,6 +7,8 @@ import io
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from liveblockd import ctl
 
 #: exit status, stdout, stderr without the name of the program
@@ -32,6 +34,8 @@ def qemu(*words: str | Path) -> Answer:
         )
         if "Unable to get accurate CPU usage" not in done.stderr:
             break
+    else:
+        pytest.skip("qemu-img could not measure the processor: the machine is too busy")
     return done.returncode, done.stdout, done.stderr.replace("qemu-img: ", "")
 
 
