@@ -238,6 +238,9 @@ class Committer:
         # Room for other tables is made only where not all of them fit.
         if len(metadata.dirty_tables) * 2 > metadata.max_tables < len(metadata.l1_view):
             self._wake_for_commit()
+        self._start_timer()
+
+    def _start_timer(self) -> None:
         if self._timer is None and not (self._autosync is None or self._ended or self._committing):
             loop = asyncio.get_running_loop()
             pause = min(self._took * AUTOSYNC_PAUSE, LONGEST_AUTOSYNC)
@@ -323,10 +326,14 @@ class Committer:
                     # What became dirty meanwhile waits as long as this commit makes it wait.
                     self._committing = False
                     if self.is_dirty:
-                        self._on_dirty()
+                        self._start_timer()
+                if self.is_dirty:
+                    self._on_dirty()
         except OSError as error:
             if not self.damaged:
-                self._on_dirty()  # the timer tries again
+                # However many tables are dirty: at once it would fail again, and again.
+                self._wanted = False
+                self._start_timer()
             return error
         return None
 

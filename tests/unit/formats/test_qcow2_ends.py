@@ -59,6 +59,49 @@ async def test_a_slow_read_does_not_wake_a_closed_image() -> None:
     assert not late
 
 
+@pytest.mark.parametrize("operation", ["flush", "write"])
+async def test_a_commit_that_failed_is_not_tried_again_at_once(operation: str) -> None:
+    """More tables are dirty than memory has room for, and the disk takes nothing any more."""
+    span = CLUSTER * CLUSTER // 8
+    disk = await new_qcow2(size=64 * span, cluster_size=CLUSTER)
+    image = await open_qcow2(disk, l2_cache_size=4 * CLUSTER, autosync=0.02)
+    committer, failed = image._committer, 0
+    for number in range(16):
+        await image.write(number * span, b"x" * CLUSTER)
+    await image.flush()
+
+    def fail(kind: str, *_: object) -> None:
+        nonlocal failed
+        if kind == operation:
+            failed += 1
+            if failed < 100:  # else nobody would see how it goes on
+                raise OSError(ENOSPC, "no space")
+
+    disk.hook = fail
+    for number in range(4):
+        await image.discard(number * span, CLUSTER)
+    await until(lambda: committer.is_idle)
+    assert 1 <= failed < 12
+    assert len(image._metadata.dirty_tables) * 2 > image._metadata.max_tables
+    with pytest.raises(OSError, match="no space"):
+        await image.flush()
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert failed < 12
+    await until(lambda: committer.is_idle)
+    disk.hook = None
+    for _ in range(500):  # the timer tries again
+        if not image._metadata.dirty_tables:
+            break
+        await asyncio.sleep(0.01)
+    assert not image._metadata.dirty_tables
+    with contextlib.suppress(OSError):
+        await image.flush()  # it may be told of a flush of the timer that failed
+    await image.close()
+    oracle = Oracle(disk.content())
+    assert oracle.errors == []
+
+
 @pytest.mark.parametrize("contiguous", [True, False])
 async def test_a_flush_does_not_wait_for_all_that_was_discarded(contiguous: bool) -> None:
     clusters = 2000
