@@ -3,7 +3,7 @@
 Specification: QEMU's manual, ``commit``. Runs on the event loop; the guest waits until it is done,
 which is why ``block-commit`` is what everybody should use.
 
-Invariants: the base is durable before anything is taken from the image; what fails or is cancelled
+Invariants: the base is durable before anything is taken from the image; what fails
 before leaves the disk as it reads. Bitmaps of the base record what it is given.
 Errors: BlockError with an errno; OSError.
 """
@@ -29,7 +29,14 @@ _CHUNK: Final = 2 << 20
 
 
 async def commit(graph: Graph, node: Node) -> None:
-    """Write what ``node`` holds into its backing image, then empty it."""
+    """Write what ``node`` holds into its backing image, then empty it.
+
+    A client that vanishes meanwhile does not cut it short: what was taken is given back at its end.
+    """
+    await to_its_end(_commit(graph, node))
+
+
+async def _commit(graph: Graph, node: Node) -> None:
     async with graph.lock:
         base = chain.layer_below(node)
         if base is None:
@@ -45,7 +52,7 @@ async def commit(graph: Graph, node: Node) -> None:
                 await hold.cover(None, CommitTop)
                 await hold.take_links()
                 await _fill(graph, node, base, await hold.stand_on_base())
-                await to_its_end(node.driver.make_empty())
+                await node.driver.make_empty()
             finally:
                 await hold.let_go()
                 await hold.uncover()

@@ -472,7 +472,8 @@ class MirrorCore(Job):
             if self.pause_count or self._over or self.target_user.quiesced:
                 await apply()
                 return
-            await self._write_both(offset, length, apply, data, claim)
+            # In flight on the target from here on: a drain of it alone waits for this as well.
+            await self.target_user.run_now(self._write_both(offset, length, apply, data, claim))
         finally:
             self._under_way -= length
             self.chunks.leave(claim)
@@ -491,7 +492,7 @@ class MirrorCore(Job):
             else:
                 write = self._copy(start, end - start)
             try:
-                await self.target_user.run_now(write)
+                await write
             except PieceFailedError as failure:
                 self.bitmap.set(offset, length)
                 self._failures.append(failure)

@@ -425,8 +425,10 @@ async def reopen(disk: Disk, words: Words) -> None:
             if words.has("w") and not disk.own:
                 edge.used |= Permission.WRITE
             await graph.refresh_permissions(disk.backend.node)
-        except (BlockError, OSError) as error:
+        except BaseException as error:
             edge.used = used
+            if not isinstance(error, BlockError | OSError):
+                raise
             message = error.message if isinstance(error, BlockError) else error.strerror
             raise IoRefusedError(f"qemu-io: {message}") from None
         disk.backend.rebind()

@@ -586,3 +586,23 @@ async def test_a_mirror_told_to_end_as_a_copy_does_not_switch_any_more():
     assert bench.drive.node.name == "top"
     assert job.error is None
     await bench.close()
+
+
+async def test_a_drain_of_the_target_waits_for_a_guests_write_that_will_reach_it():
+    """Or it would be missing in a bitmap that is added to the target meanwhile."""
+    bench = await Mirrors().make()
+    job = await bench.mirror(copy_mode=ACTIVE)
+    await bench.until(job, JobStatus.READY)
+    go_on = asyncio.Event()
+    data = b"w" * CLUSTER
+    write = asyncio.create_task(job.mirror_write(0, CLUSTER, go_on.wait, data))
+    await bench.turns()
+    drain = asyncio.create_task(bench.drain("target"))
+    await bench.turns()
+    assert not drain.done()
+    go_on.set()
+    await asyncio.wait_for(asyncio.gather(drain, write), 5)
+    assert (await bench.content("target"))[:CLUSTER] == data
+    bench.scheduler.cancel(job, force=True)
+    await bench.end(job)
+    await bench.close()
