@@ -18,7 +18,7 @@ from liveblockd.storage.registry import Environment
 DEFAULT_ITER_TIME: Final = 2000
 
 
-class QCryptoCipherAlg(enum.StrEnum):
+class QCryptoCipherAlgo(enum.StrEnum):
     """Ciphers; not all of them are known here."""
 
     AES_128 = "aes-128"
@@ -45,7 +45,7 @@ class QCryptoCipherMode(enum.StrEnum):
     CTR = "ctr"
 
 
-class QCryptoIVGenAlg(enum.StrEnum):
+class QCryptoIVGenAlgo(enum.StrEnum):
     """Where the first vector comes from."""
 
     PLAIN = "plain"
@@ -53,7 +53,7 @@ class QCryptoIVGenAlg(enum.StrEnum):
     ESSIV = "essiv"
 
 
-class QCryptoHashAlg(enum.StrEnum):
+class QCryptoHashAlgo(enum.StrEnum):
     """Hashes."""
 
     MD5 = "md5"
@@ -70,18 +70,18 @@ class LuksCreateOptions(QapiModel):
     """Members of a new header; ``iter-time`` in milliseconds."""
 
     key_secret: str | None = None
-    cipher_alg: QCryptoCipherAlg | None = None
+    cipher_alg: QCryptoCipherAlgo | None = None
     cipher_mode: QCryptoCipherMode | None = None
-    ivgen_alg: QCryptoIVGenAlg | None = None
-    ivgen_hash_alg: QCryptoHashAlg | None = None
-    hash_alg: QCryptoHashAlg | None = None
+    ivgen_alg: QCryptoIVGenAlgo | None = None
+    ivgen_hash_alg: QCryptoHashAlgo | None = None
+    hash_alg: QCryptoHashAlgo | None = None
     iter_time: Int64 | None = None
 
 
 _KEY_BYTES: Final = {
-    QCryptoCipherAlg.AES_128: 16,
-    QCryptoCipherAlg.AES_192: 24,
-    QCryptoCipherAlg.AES_256: 32,
+    QCryptoCipherAlgo.AES_128: 16,
+    QCryptoCipherAlgo.AES_192: 24,
+    QCryptoCipherAlgo.AES_256: 32,
 }
 
 
@@ -92,16 +92,16 @@ async def new_luks_header(
     if options.key_secret is None:
         raise BlockError(f"Parameter '{prefix}key-secret' is required for cipher")
     passphrase = environment.secret(options.key_secret)
-    cipher = options.cipher_alg or QCryptoCipherAlg.AES_256
+    cipher = options.cipher_alg or QCryptoCipherAlgo.AES_256
     mode = options.cipher_mode or QCryptoCipherMode.XTS
-    vectors = str(options.ivgen_alg or QCryptoIVGenAlg.PLAIN64)
-    hash_name = options.hash_alg or QCryptoHashAlg.SHA256
-    if vectors == QCryptoIVGenAlg.ESSIV:
-        vectors += f":{options.ivgen_hash_alg or QCryptoHashAlg.SHA256}"
+    vectors = str(options.ivgen_alg or QCryptoIVGenAlgo.PLAIN64)
+    hash_name = options.hash_alg or QCryptoHashAlgo.SHA256
+    if vectors == QCryptoIVGenAlgo.ESSIV:
+        vectors += f":{options.ivgen_hash_alg or QCryptoHashAlgo.SHA256}"
     known_mode = mode in (QCryptoCipherMode.XTS, QCryptoCipherMode.CBC)
     if cipher not in _KEY_BYTES or not known_mode:
         raise BlockError(f"Algorithm '{cipher}' with mode '{mode}' is not supported", errno=95)
-    if QCryptoHashAlg.SM3 in (hash_name, options.ivgen_hash_alg):
+    if QCryptoHashAlgo.SM3 in (hash_name, options.ivgen_hash_alg):
         raise BlockError("Hash algorithm 'sm3' is not supported", errno=95)
     key_bytes = _KEY_BYTES[cipher] * (2 if mode is QCryptoCipherMode.XTS else 1)
     iter_time = DEFAULT_ITER_TIME if options.iter_time is None else options.iter_time

@@ -18,6 +18,7 @@ from liveblockd.jobs.creating import PreallocMode
 from liveblockd.jobs.step import Amend, Create, OneStep
 from liveblockd.qapi import Int64, QapiModel, Size
 from liveblockd.qmp.block_drivers import BlockdevDriver
+from liveblockd.qmp.block_info import Qcow2CompressionType
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.storage.options import BlockdevRef
@@ -28,13 +29,6 @@ class BlockdevQcow2Version(enum.StrEnum):
 
     V2 = "v2"
     V3 = "v3"
-
-
-class Qcow2CompressionType(enum.StrEnum):
-    """How clusters are compressed."""
-
-    ZLIB = "zlib"
-    ZSTD = "zstd"
 
 
 class QCryptoBlockFormat(enum.StrEnum):
