@@ -14,7 +14,7 @@ DIRECTORY ?=
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all bench chaos demo test test-all stress powercut matrix check lint coverage peers clean
+.PHONY: all bench chaos demo guest test test-all stress powercut matrix check lint coverage peers clean
 
 all: $(VENV)/.run
 
@@ -51,6 +51,12 @@ chaos: $(VENV)/.dev peers
 # Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
 powercut: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.powercut --seeds $(SEEDS) --cuts $(CUTS)
+
+# Live operations under a Linux guest that works on its file system. Two minutes.
+guest: $(VENV)/.dev peers
+	@tools/debian-packages --optional qemu-system-x86 busybox-static e2fsprogs
+	@tools/guest-kernel .guest
+	$(BIN)/python -m pytest -n 0 -rs tests/guest
 
 # QEMU's tools and this engine on twins of images of every kind.
 matrix: $(VENV)/.dev peers
