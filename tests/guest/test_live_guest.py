@@ -89,7 +89,7 @@ class Host:
         self.let_go(guest, "job")
         if complete:
             self.qmp.wait("BLOCK_JOB_READY", device="job")
-            guest.wait(2)
+            guest.wait(12)
             self.qmp("block-job-complete", device="job")
         self.completed("job")
         guest.wait(2)
