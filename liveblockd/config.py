@@ -43,6 +43,7 @@ class Configuration(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     pidfile: str | None = None
+    jobs: Table | None = None
     object_: list[Table] = Field(default=[], alias="object")
     blockdev: list[Table] = []
     drive: list[Table] = []

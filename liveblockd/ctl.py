@@ -123,16 +123,21 @@ def _node_row(node: dict[str, Any] | None) -> tuple[object, ...]:
 async def jobs(qmp: QMPClient, args: argparse.Namespace) -> int:
     """``jobs``."""
     found = await ask(qmp, "query-block-jobs")
-    show(args, found, _jobs_table(found) if found else "No active jobs")
+    waiting: list[str] = []
+    with contextlib.suppress(ExecuteError):  # QEMU has no such limits
+        waiting = (await ask(qmp, "x-liveblock-query-job-limits"))["waiting"]
+    show(args, found, _jobs_table(found, waiting) if found else "No active jobs")
     return 0
 
 
-def _jobs_table(found: list[dict[str, Any]]) -> str:
+def _jobs_table(found: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
     rows = []
     for job in found:
         done = job["offset"] / job["len"] if job["len"] else 1.0
         speed = f"{human(job['speed'])}/s" if job["speed"] else "-"
         state = job["status"] if job["io-status"] == "ok" else f"{job['status']} {job['io-status']}"
+        if job["device"] in waiting:
+            state += " (waits for its turn)"
         rows.append((job["device"], job["type"], state, f"{done:.0%}", human(job["len"]), speed))
     return table(rows, ("JOB", "TYPE", "STATUS", "DONE", "LENGTH", "LIMIT"))
 

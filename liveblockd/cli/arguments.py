@@ -46,7 +46,7 @@ _OBJECTS: Final = {
     "object": "qom-type",
 }
 #: flat ones, where a switch may lack its ``=on``
-_FLAT: Final = {"chardev": "backend", "monitor": "chardev"}
+_FLAT: Final = {"chardev": "backend", "monitor": "chardev", "jobs": None}
 _VALUED: Final = {*_OBJECTS, *_FLAT, "drive", "qmp", "config", "pidfile", "trace"}
 _NAMES: Final = sorted({*_SWITCHES, *_VALUED})
 
@@ -190,6 +190,9 @@ Live block operations on disk images in use
                          serve QMP (control) or the human monitor (readline)
   --object [qom-type=]<type>,id=<id>[,<property>=<value>...]
                          create an object (secret, throttle-group, iothread...)
+
+  --jobs max-concurrent=<n>
+                         let at most so many jobs copy at once (0: all)
 
   --pidfile <path>       write the process ID to a file once all is up
   --daemonize            go to the background once all is up

@@ -33,6 +33,12 @@ class MonitorOptions(QapiModel):
     chardev: str
 
 
+class JobsOptions(QapiModel):
+    """``--jobs``."""
+
+    max_concurrent: int = 0
+
+
 class Startup:
     """One start; ``act`` is called for each option."""
 
@@ -51,6 +57,12 @@ class Startup:
             raise ConfigError(f"{action.where}: {exc.message}") from exc
         except OSError as exc:
             raise ConfigError(f"{action.where}: {exc.strerror or exc}") from exc
+
+    async def _jobs(self, action: Action) -> None:
+        from liveblockd.qmp.commands.job_limits import set_max_concurrent
+
+        options = parse(JobsOptions, action.value, keyval=not action.typed)
+        set_max_concurrent(self._context, options.max_concurrent)
 
     async def _blockdev(self, action: Action) -> None:
         from liveblockd.storage.options import BlockdevOptions
@@ -135,6 +147,8 @@ def expand(line: CommandLine) -> tuple[list[Action], str | None]:
 def configured(configuration: Configuration, path: str) -> Iterable[Action]:
     """The options of a configuration file as actions."""
     table = functools.partial(_tables, path)
+    if configuration.jobs is not None:
+        yield Action("jobs", f"{path}: jobs", configuration.jobs, typed=True)
     yield from table("object", configuration.object_)
     yield from table("blockdev", configuration.blockdev)
     yield from table("drive", configuration.drive)

@@ -120,6 +120,8 @@ class Backup(CopyJob):
         self._most_chunk = parameters.max_chunk or MOST_CHUNK
         self._copy_chunk = min(2 * MIB, self._most_chunk)
         self._succeeded = False
+        # Guests' writes do the copying, whenever they come.
+        self.takes_turns = parameters.sync is not MirrorSyncMode.NONE
         core.on_done = self._count
         core.on_broken = self.wake
         core.on_error = parameters.on_cbw_error

@@ -99,6 +99,8 @@ class Job:
     is_block_job: ClassVar[bool] = True
     #: how many pieces of work it keeps in flight when it is alone
     parallel: ClassVar[int] = 1
+    #: whether it counts for, and waits because of, ``max-concurrent``
+    takes_turns: bool = True
 
     def __init__(
         self,
@@ -198,8 +200,9 @@ class Job:
     # -- what the work calls
 
     async def checkpoint(self) -> None:
-        """Stand still while paused; raises JobCancelled once the job was asked to end."""
-        if self.pause_count and not self.cancel_requested:
+        """Stand still while paused or out of turn; raises JobCancelled once asked to end."""
+        halted = self.pause_count or self.scheduler.turns.waits(self)
+        if halted and not self.cancel_requested:
             await self.settle()
             await self.scheduler.stand_still(self)
         if self.cancel_requested:

@@ -117,6 +117,7 @@ class MirrorCore(Job):
         self.target = target
         self.base = base
         self.nothing_yet = nothing_yet
+        self.takes_turns = not nothing_yet
         self.target_is_zero = target_is_zero
         self.copy_mode = options.copy_mode
         self.bitmap = MirrorBitmap(source.length, options.granularity)

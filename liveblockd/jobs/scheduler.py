@@ -34,6 +34,7 @@ from liveblockd.events import (
 )
 from liveblockd.jobs.job import BlockDeviceIoStatus, ErrorAction, Job, JobCancelled
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb, may_become
+from liveblockd.jobs.turns import Turns
 from liveblockd.runtime.clock import Clock, SystemClock
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,12 @@ class Scheduler:
         publisher: Publisher,
         *,
         clock: Clock | None = None,
-        max_working: int | None = None,
+        max_concurrent: int = 0,
     ) -> None:
         self.publisher = publisher
         self.clock: Clock = clock or SystemClock()
-        #: so many jobs work at a time, the others wait for their turn; None: all of them
-        self.max_working = max_working
+        #: who may copy, where not all may at once
+        self.turns: Turns[Job] = Turns(max_concurrent)
         self.jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._working: set[Job] = set()
@@ -220,19 +221,33 @@ class Scheduler:
     # -- what jobs call
 
     async def stand_still(self, job: Job) -> None:
-        """The job has come to a halt: be paused until resumed or cancelled."""
+        """The job has come to a halt: return when it may go on, or is cancelled."""
+        while not job.cancel_requested:
+            if job.pause_count:
+                await self._stay_paused(job)
+            elif self.turns.waits(job):
+                # To its clients it runs and is not busy: what waits is not for them to resume.
+                job.busy = False
+                await job.wait()
+                job.busy = True
+            else:
+                return
+
+    async def _stay_paused(self, job: Job) -> None:
         running = job.status
         self._move(job, JobStatus.STANDBY if job.ready else JobStatus.PAUSED)
         job.busy = False
-        self._wake_waiting()
+        self.turns.rest(job)
         while job.pause_count and not job.cancel_requested:
             await job.wait()
+        self.turns.ask(job)
         job.busy = True
         self._move(job, running)
 
     def set_ready(self, job: Job) -> None:
         """The job is in step with its source (mirror, active commit)."""
         self._move(job, JobStatus.READY)
+        self.turns.leave(job)  # it may stay ready for days, and has to keep up with its guest
         self.publisher.publish(BlockJobReady(**self._progress(job)))
 
     def io_error(self, job: Job, operation: str, code: int, action: ErrorAction) -> None:
@@ -253,14 +268,19 @@ class Scheduler:
         The jobs share what one of them would keep busy, so that the guests' requests find a worker
         however many jobs there are, and no job is starved by another.
         """
-        working = sum(1 for other in self._working if not other.pause_count)
+        working = sum(
+            1 for other in self._working if not other.pause_count and not self.turns.waits(other)
+        )
         return max(1, job.parallel // max(1, working))
 
     # -- inside: one life
 
     async def _work(self, job: Job) -> None:
         try:
-            await self._turn(job)
+            self._working.add(job)
+            if job.takes_turns and not job.immediate:
+                self.turns.enter(job)
+                await job.checkpoint()
             await job.run()
             if job.cancel_requested:
                 raise JobCancelled
@@ -275,21 +295,12 @@ class Scheduler:
         finally:
             job.busy = False
             self._working.discard(job)
-            self._wake_waiting()
+            self.turns.leave(job)
         if job.error is not None or job.transaction.aborted:
             self._abort_transaction(job)
             return
         self._move(job, JobStatus.WAITING)
         self._all_waiting(job.transaction)
-
-    async def _turn(self, job: Job) -> None:
-        """Wait until fewer than ``max_working`` jobs work."""
-        while self.max_working is not None:
-            if sum(1 for other in self._working if not other.pause_count) < self.max_working:
-                break
-            await job.checkpoint()
-            await job.wait()
-        self._working.add(job)
 
     def _all_waiting(self, transaction: Transaction) -> None:
         if any(job.status is not JobStatus.WAITING for job in transaction.jobs):
@@ -399,12 +410,6 @@ class Scheduler:
             "offset": job.offset,
             "speed": job.speed,
         }
-
-    def _wake_waiting(self) -> None:
-        if self.max_working is not None:
-            for job in self.jobs.values():
-                if job not in self._working:
-                    job.wake()
 
     def _end(self, transaction: Transaction, work: Coroutine[Any, Any, None]) -> None:
         transaction.ending = self._spawn(work, "end of jobs")

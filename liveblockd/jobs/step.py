@@ -22,6 +22,7 @@ class OneStep(Job):
     """``work`` is given the job, whose ``length`` and ``offset`` it may set."""
 
     is_block_job: ClassVar[bool] = False
+    takes_turns = False  # it copies nothing, and clients wait for it
 
     def __init__(self, job_id: str, work: Work) -> None:
         super().__init__(job_id, auto_dismiss=False)

@@ -525,19 +525,117 @@ class TestTransactions:
         assert bench.events == ["created", "aborting", "concluded", "null"]
 
 
-async def test_only_so_many_work_at_a_time():
-    bench = Bench(max_working=1)
-    a = await bench.start(Copy("a", speed=1))
-    b = await bench.start(Copy("b", chunks=1))
-    await bench.turn()
-    assert b.status == "running" and b.offset == 0
-    bench.scheduler.pause(b)
-    await bench.turn()
-    assert b.status == "paused"
-    bench.scheduler.resume(b)
-    bench.scheduler.pause(a)  # one that stands still gives its turn away
-    await bench.until(b, "null")
-    await bench.scheduler.cancel_all()
+class TestTurns:
+    async def test_only_so_many_work_at_a_time(self):
+        bench = Bench(max_concurrent=1)
+        a = await bench.start(Copy("a", speed=1))
+        b = await bench.start(Copy("b", chunks=1))
+        await bench.turn()
+        assert b.status == "running" and b.offset == 0 and not b.busy
+        bench.scheduler.pause(b)
+        await bench.turn()
+        assert b.status == "paused"
+        bench.scheduler.resume(b)
+        bench.scheduler.pause(a)  # one that stands still gives its turn away
+        await bench.until(b, "null")
+        await bench.scheduler.cancel_all()
+
+    async def test_one_that_is_resumed_waits_again(self):
+        bench = Bench(max_concurrent=1)
+        a = await bench.start(Copy("a", chunks=2, speed=1))
+        b = await bench.start(Copy("b", speed=1))
+        await bench.turn()
+        bench.scheduler.pause(a)
+        await bench.turn()
+        assert b.offset == CHUNK
+        bench.scheduler.resume(a)
+        bench.scheduler.set_speed(a, 0)
+        await bench.turn()
+        assert a.status == "running" and a.offset == CHUNK and not a.busy
+        bench.scheduler.cancel(b, force=True)
+        await bench.until(a, "null")
+        assert a.offset == 2 * CHUNK
+
+    async def test_first_come_first_served(self):
+        bench = Bench(max_concurrent=1)
+        jobs = [await bench.start(Copy(f"j{i}", chunks=2)) for i in range(5)]
+        bench.scheduler.pause(jobs[2])  # it waits, and keeps its place
+        await bench.turn(3)
+        bench.scheduler.resume(jobs[2])
+        for job in jobs:
+            await bench.until(job, "null")
+        ends = [e.device for e in bench.raw if e.name == "BLOCK_JOB_COMPLETED"]
+        assert ends == ["j0", "j1", "j2", "j3", "j4"]
+
+    async def test_one_that_waits_is_cancelled_at_once(self):
+        bench = Bench(max_concurrent=1)
+        a = await bench.start(Copy("a", speed=1))
+        b = await bench.start(Copy("b"))
+        await bench.turn()
+        bench.scheduler.cancel(b)
+        await bench.until(b, "null")
+        assert b.cancelled and b.offset == 0 and a.status == "running"
+        await bench.scheduler.cancel_all()
+
+    async def test_the_limit_changes_meanwhile(self):
+        bench = Bench()
+        jobs = [await bench.start(Copy(f"j{i}", chunks=1000)) for i in range(4)]
+        await bench.turn()
+        assert all(job.offset for job in jobs)
+        bench.scheduler.turns.limit = 2
+        await bench.turn(5)
+        before = [job.offset for job in jobs]
+        await bench.turn()
+        grown = [job.offset > was for job, was in zip(jobs, before, strict=True)]
+        assert grown == [True, True, False, False]
+        assert [job.id for job in bench.scheduler.turns.waiting()] == ["j2", "j3"]
+        bench.scheduler.turns.limit = 3
+        await bench.turn()
+        assert jobs[2].offset > before[2] and jobs[3].offset == before[3]
+        bench.scheduler.turns.limit = 0
+        await bench.turn()
+        assert jobs[3].offset > before[3]
+        await bench.scheduler.cancel_all()
+
+    async def test_one_that_is_ready_holds_up_nobody(self):
+        bench = Bench(max_concurrent=1)
+        a = await bench.start(Copy("a", ready=True))
+        await bench.until(a, "ready")
+        b = await bench.start(Copy("b"))
+        await bench.until(b, "null")
+        assert a.status == "ready"
+        bench.scheduler.complete(a)
+        await bench.until(a, "null")
+
+    async def test_a_job_with_nothing_to_do_waits_for_nobody(self):
+        bench = Bench(max_concurrent=1)
+        await bench.start(Copy("a", speed=1))
+        b = Copy("b", chunks=0)
+        b.immediate = True
+        async with asyncio.timeout(5):
+            await bench.start(b)
+        assert b.status == "null"
+        await bench.scheduler.cancel_all()
+
+    async def test_a_transaction_larger_than_the_limit_ends(self):
+        bench = Bench(max_concurrent=1)
+        transaction = Transaction()
+        jobs = [Copy(f"j{i}") for i in range(3)]
+        for job in jobs:
+            bench.scheduler.create(job, transaction)
+        for job in jobs:
+            await bench.scheduler.start(job)
+        for job in jobs:
+            await bench.until(job, "null")
+        assert all(job.error is None for job in jobs)
+
+    async def test_everything_is_cancelled_in_the_end(self):
+        bench = Bench(max_concurrent=1)
+        jobs = [await bench.start(Copy(f"j{i}", speed=1)) for i in range(4)]
+        await bench.turn()
+        async with asyncio.timeout(5):
+            await bench.scheduler.cancel_all()
+        assert all(job.cancelled and job.status == "null" for job in jobs)
 
 
 async def test_jobs_share_what_they_may_have_in_flight():

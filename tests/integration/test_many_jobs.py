@@ -1,0 +1,155 @@
+"""Many jobs at once: each gets on and stops at once; only so many copy where that is asked for.
+
+What is copied costs processor time (compressed clusters) and no space (the targets keep nothing).
+"""
+
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.support.daemon import DaemonProcess
+
+pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
+
+MIB = 1 << 20
+#: of the disks, in MiB
+SIZES = [16, 16, 32, 48, 64, 96, 128, 128]
+#: seconds that a client may have to wait for a job that it stops
+LATENCY = 0.1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An image of compressed clusters, of which every disk is a part."""
+    folder = tmp_path_factory.mktemp("base")
+    block = b"".join(n.to_bytes(4) for n in range(MIB // 4))
+    with open(folder / "base.raw", "wb") as file:
+        file.writelines(block for _ in range(max(SIZES)))
+    convert = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"]
+    subprocess.run(convert, cwd=folder, check=True, timeout=60)
+    (folder / "base.raw").unlink()
+    return folder / "base.qcow2"
+
+
+@pytest.fixture
+def start(tmp_path, base):
+    """Start a daemon with further options; its QMP client has ``backup(number)``."""
+    running = []
+
+    def start(*options):
+        blockdev = f"qcow2,node-name=base,read-only=on,file.driver=file,file.filename={base}"
+        daemon = DaemonProcess(tmp_path, "--blockdev", blockdev, *options)
+        running.append(daemon.__enter__())
+        qmp = daemon.qmp()
+        for number, size in enumerate(SIZES):
+            length = size * MIB
+            qmp("blockdev-add", driver="raw", node_name=f"d{number}", size=length, file="base",
+                read_only=True)  # fmt: skip
+            qmp("blockdev-add", driver="null-co", node_name=f"t{number}", size=length,
+                read_zeroes=True)  # fmt: skip
+
+        def backup(number, **more):
+            qmp("blockdev-backup", job_id=f"j{number}", device=f"d{number}", target=f"t{number}",
+                sync="full", **more)  # fmt: skip
+
+        qmp.backup = backup
+        return qmp
+
+    yield start
+    for daemon in running:
+        daemon.__exit__(None, None, None)
+
+
+def say(figures):
+    print(figures)  # noqa: T201 (with pytest -s)
+
+
+def jobs(qmp):
+    return {job["device"]: job for job in qmp("query-block-jobs")}
+
+
+def until(reached, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := reached()):
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.001)
+    return found
+
+
+def seconds_until(qmp, command, event, **data):
+    """How long it takes from a command to the event that says it is done."""
+    qmp.events.clear()
+    began = time.monotonic()
+    qmp(command, id=data.get("id") or data["device"])
+    qmp.wait(event, **data)
+    return time.monotonic() - began
+
+
+def test_every_job_gets_its_share(start):
+    qmp = start()
+    for number in range(len(SIZES)):
+        qmp.backup(number)
+    until_one_ends(qmp)
+    left = jobs(qmp)
+    say({name: job["offset"] / MIB for name, job in left.items()})
+    assert len(left) >= len(SIZES) - 2, "the small ones end first"
+    assert all(job["offset"] >= min(SIZES) * MIB / 8 for job in left.values())
+    for name in left:
+        qmp.wait("BLOCK_JOB_COMPLETED", device=name)
+
+
+def until_one_ends(qmp):
+    everybody = {f"j{number}" for number in range(len(SIZES))}
+    return until(lambda: everybody - set(jobs(qmp)))
+
+
+def test_jobs_stop_at_once_beside_others(start):
+    qmp = start()
+    for number in range(len(SIZES)):
+        qmp.backup(number)
+    until(lambda: all(job["offset"] for job in jobs(qmp).values()))
+    times = {}
+    for name in ("j7", "j6", "j5"):
+        times[f"pause {name}"] = seconds_until(
+            qmp, "job-pause", "JOB_STATUS_CHANGE", id=name, status="paused"
+        )
+        times[f"cancel paused {name}"] = seconds_until(
+            qmp, "job-cancel", "BLOCK_JOB_CANCELLED", device=name
+        )
+    times["cancel j4"] = seconds_until(qmp, "job-cancel", "BLOCK_JOB_CANCELLED", device="j4")
+    assert jobs(qmp), "others are to be at work"
+    say({what: f"{seconds * 1000:.1f} ms" for what, seconds in times.items()})
+    assert max(times.values()) < LATENCY, times
+
+
+def test_only_so_many_copy_at_once(start):
+    qmp = start("--jobs", "max-concurrent=1")
+    assert qmp("x-liveblock-query-job-limits") == {"max-concurrent": 1, "waiting": []}
+    for number in range(4):
+        qmp.backup(number, speed=MIB)
+    until(lambda: jobs(qmp)["j0"]["offset"])
+    states = {name: (job["status"], job["busy"], job["offset"]) for name, job in jobs(qmp).items()}
+    assert [states[f"j{number}"] for number in (1, 2, 3)] == [("running", False, 0)] * 3
+    assert qmp("x-liveblock-query-job-limits")["waiting"] == ["j1", "j2", "j3"]
+    assert seconds_until(qmp, "job-cancel", "BLOCK_JOB_CANCELLED", device="j2") < LATENCY
+    qmp("x-liveblock-set-job-limits", max_concurrent=2)
+    until(lambda: jobs(qmp)["j1"]["offset"])
+    assert jobs(qmp)["j3"]["offset"] == 0
+    for name in ("j0", "j1", "j3"):
+        qmp("block-job-set-speed", device=name, speed=0)
+        qmp.wait("BLOCK_JOB_COMPLETED", device=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max-concurrent=-1", "expects a non-negative value"),
+        ("max-concurrent=some", "expects"),
+        ("most=3", "Parameter 'most' is unexpected"),
+    ],
+)
+def test_wrong_limits(tmp_path, text, said):
+    with pytest.raises(AssertionError, match=said), DaemonProcess(tmp_path, "--jobs", text):
+        pass
