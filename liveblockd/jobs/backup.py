@@ -30,7 +30,7 @@ from liveblockd.graph.before_write import BeforeWrite, OnCbwError
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
-from liveblockd.jobs.copying import MIB, READ_CHUNK, CopyJob, PieceFailedError
+from liveblockd.jobs.copying import FIRST_CHUNK, MIB, READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, JobType
 from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
@@ -118,7 +118,7 @@ class Backup(CopyJob):
         self.granularity = core.cluster_size
         self.parallel = min(parameters.max_workers, self.parallel)  # type: ignore[misc]
         self._most_chunk = parameters.max_chunk or MOST_CHUNK
-        self._copy_chunk = min(2 * MIB, self._most_chunk)
+        self._copy_chunk = min(FIRST_CHUNK, self._most_chunk)
         self._succeeded = False
         # Guests' writes do the copying, whenever they come.
         self.takes_turns = parameters.sync is not MirrorSyncMode.NONE

@@ -33,6 +33,7 @@ LIMITED_CHUNK: Final = 512 * KIB
 READ_CHUNK: Final = 2 * MIB
 #: What a worker copies by itself grows and shrinks so that a chunk takes a few milliseconds: a
 #: clone of many MiB is one system call, and on a slow disk a pause must not wait for long.
+FIRST_CHUNK: Final = 2 * MIB
 LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
 SOON: Final = 0.005  # seconds
@@ -73,7 +74,7 @@ class CopyJob(Job):
         self._in_flight: set[asyncio.Task[None]] = set()
         self._failures: list[_Failure] = []
         self._ignored: OSError | None = None
-        self._copy_chunk = 2 * MIB
+        self._copy_chunk = FIRST_CHUNK
 
     @property
     def end(self) -> int:

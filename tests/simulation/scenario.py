@@ -11,19 +11,18 @@ import asyncio
 import gc
 import random
 import sys
-from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.graph.snapshot import snapshot_sync
-from liveblockd.jobs import copying, planning, stream
 from liveblockd.jobs.stream import Stream
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
 from tests.simulation.guest import Guest
 from tests.simulation.jitter import JitterPool
+from tests.simulation.small_chunks import small_chunks
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -182,17 +181,10 @@ async def run_seed(seed: int, directory: str) -> str:
         Disk(bench, random.Random(rng.random()), directory, name)
         for name in ("vda", "vdb")[: rng.choice((1, 1, 2))]
     ]
-    small = rng.choice((4 * KIB, 64 * KIB, 64 * KIB, 512 * KIB))
-    with (
-        mock.patch.multiple(
-            copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
-        ),
-        mock.patch.multiple(stream, READ_CHUNK=small),
-        mock.patch.multiple(
-            planning,
-            LEAST_COPY=rng.choice((4 * KIB, 64 * KIB, 128 * KIB)),
-            LOOK_AHEAD=rng.choice((1, 7, 2048)),
-        ),
+    with small_chunks(
+        rng.choice((4 * KIB, 64 * KIB, 64 * KIB, 512 * KIB)),
+        least_copy=rng.choice((4 * KIB, 64 * KIB, 128 * KIB)),
+        look_ahead=rng.choice((1, 7, 2048)),
     ):
         try:
             for disk in disks:

@@ -15,14 +15,13 @@ import os
 import random
 import struct
 import sys
-from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
-from liveblockd.jobs import commit, copying, planning, stream
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
 from tests.simulation.jitter import JitterPool
+from tests.simulation.small_chunks import small_chunks
 
 KIB = 1024
 SECTOR = 512
@@ -153,15 +152,7 @@ def main(path: str, seed: int, mode: str) -> None:
     """Until killed."""
     rng = random.Random(seed)
     pool = JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.005)))
-    small = rng.choice((64 * KIB, 512 * KIB))
-    with (
-        mock.patch.multiple(
-            copying, LIMITED_CHUNK=small, READ_CHUNK=small, LEAST_CHUNK=small, MOST_CHUNK=4 * small
-        ),
-        mock.patch.multiple(stream, READ_CHUNK=small),
-        mock.patch.multiple(commit, READ_CHUNK=small),
-        mock.patch.multiple(planning, LEAST_COPY=rng.choice((4, 128)) * KIB),
-    ):
+    with small_chunks(rng.choice((64 * KIB, 512 * KIB)), least_copy=rng.choice((4, 128)) * KIB):
 
         async def run() -> None:
             await Victim(Bench(pool), rng).run(path, mode)
