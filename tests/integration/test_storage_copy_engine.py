@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 
 import numpy as np
 import pytest
@@ -317,3 +318,113 @@ def test_copy_segments(make, seed):
     got = copy_segments(segments, target, CLUSTER)
     assert got.zero.tolist() == expected and not got.cloned
     assert os.pread(target, position, 0) == os.pread(twin, position, 0)
+
+
+def patterned(seed, clusters):
+    """Clusters that are zeros, begin with zeros, end with them, are full; which are zeros."""
+    rng = random.Random(seed)
+    parts = []
+    for _ in range(clusters):
+        full = rng.randbytes(CLUSTER - 1) + b"x"
+        late = bytearray(CLUSTER)
+        late[rng.randrange(8, CLUSTER)] = 1
+        parts.append(rng.choice((bytes(CLUSTER), bytes(late), full, full, full)))
+    return b"".join(parts), [not any(part) for part in parts]
+
+
+def in_kernel(monkeypatch):
+    """What copy_file_range(2) is asked for: (source offset, bytes)."""
+    asked = []
+    real = os.copy_file_range
+
+    def copy(source, target, count, at, to):
+        asked.append((at, count))
+        return real(source, target, count, at, to)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    return asked
+
+
+@pytest.mark.parametrize("tmpfs", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kernel_copies_what_does_not_begin_with_zeros(make, monkeypatch, tmpfs, seed):
+    """And the bytes are those of the copy through memory."""
+    data, zero = patterned(seed, 40)
+    at, to = 3 * CLUSTER, 7 * CLUSTER
+    length = 30 * CLUSTER + 5000  # the last one is short
+    source, target, twin = make(data, tmpfs=tmpfs), make(tmpfs=tmpfs), make(tmpfs=tmpfs)
+    if copy_engine.first_words(source, 0, 1, CLUSTER) is None:
+        pytest.skip("no first words here")
+    monkeypatch.setattr(copy_engine, "WRITEBACK_PIECE", 8 * CLUSTER)  # several looks
+    asked = in_kernel(monkeypatch)
+    found = copy_nonzero(source, at, target, to, length, CLUSTER)
+    begins = [any(data[n : n + 8]) for n in range(at, at + length, CLUSTER)]
+    expected = [n * CLUSTER + at for n in range(len(begins)) if begins[n]]
+    taken = [place for start, size in asked for place in range(start, start + size, CLUSTER)]
+    assert taken == expected and expected
+    without(monkeypatch, "range")
+    assert found.tolist() == copy_nonzero(source, at, twin, to, length, CLUSTER).tolist()
+    assert found.tolist()[:30] == zero[3:33]
+    assert content(target) == content(twin)
+    assert content(target)[to : to + 30 * CLUSTER] == data[at : at + 30 * CLUSTER]
+
+
+@pytest.mark.parametrize("missing", ["words", "range"])
+def test_where_the_kernel_cannot_the_bytes_go_through_memory(make, monkeypatch, missing):
+    asked = in_kernel(monkeypatch)
+    if missing == "words":
+        monkeypatch.setattr(copy_engine, "first_words", lambda *_: None)
+    else:
+        without(monkeypatch, "range", number=errno.EXDEV)
+    data, zero = patterned(7, 20)
+    source, target = make(data), make()
+    assert copy_nonzero(source, 0, target, 0, len(data), CLUSTER).tolist() == zero
+    assert content(target) == data.rstrip(b"\0").ljust(len(content(target)), b"\0")
+    assert not asked
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EINTR])
+def test_a_kernel_that_gives_up_half_way_is_taken_over(make, monkeypatch, number):
+    data, zero = patterned(8, 20)
+    source, target = make(data), make()
+    real, calls = os.copy_file_range, []
+
+    def short(source, target, count, at, to):
+        calls.append(count)
+        if len(calls) > 3:
+            raise OSError(number, "no")
+        return real(source, target, min(count, 70000), at, to)
+
+    monkeypatch.setattr(os, "copy_file_range", short)
+    if copy_engine.first_words(source, 0, 1, CLUSTER) is None:
+        pytest.skip("no first words here")
+    assert copy_nonzero(source, 0, target, 0, len(data), CLUSTER).tolist() == zero
+    assert len(calls) == 4
+    assert content(target) == data.rstrip(b"\0").ljust(len(content(target)), b"\0")
+
+
+def test_past_the_end_of_the_source_are_zero_clusters(make):
+    data = random.Random(9).randbytes(CLUSTER + 100)
+    source, target = make(data), make()
+    found = copy_nonzero(source, 0, target, 0, 4 * CLUSTER, CLUSTER)
+    assert found.tolist() == [False, False, True, True]
+    assert content(target) == data.ljust(2 * CLUSTER, b"\0")
+
+
+def test_workers_take_turns_with_one_file(make):
+    """None of them is left waiting, and all is copied."""
+    data = random.Random(10).randbytes(64 * CLUSTER)
+    source, target = make(data), make()
+
+    def copy(first):
+        for number in range(first, 64, 4):
+            copy_nonzero(source, number * CLUSTER, target, number * CLUSTER, CLUSTER, CLUSTER)
+
+    threads = [threading.Thread(target=copy, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert content(target) == data
+    assert not any(turn.locked() for turn in copy_engine._turns)
