@@ -14,6 +14,7 @@ from typing import Final
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.jobs.pieces import Planner, Run
+from liveblockd.storage.cells import Survey, overlaid, survey_runs
 from liveblockd.storage.driver import ExtentKind, HostFile
 
 #: bytes; below this, reading through the chain is cheaper than a worker's copy
@@ -22,6 +23,10 @@ LEAST_COPY: Final = 128 << 10
 DIRECT_ALIGNMENT: Final = 4096
 #: runs that are looked at before the first of them is copied
 LOOK_AHEAD: Final = 512
+#: the same where they come out of one array
+SURVEY_RUNS: Final = 4096
+#: tables of all layers together that a survey reads
+SURVEY_TABLES: Final = 512
 
 
 async def plan_stretch(
@@ -61,6 +66,49 @@ async def plan_stretch(
         if run.offset < end:
             pieces.extend(planner.feed(run if run.end <= end else run.part(run.offset, end)))
     pieces.extend(planner.finish())
+    return pieces, end
+
+
+async def survey_stretch(
+    top: Node,
+    base: Node | None,
+    stretch: tuple[int, int],
+    granularity: int,
+    kind_of: Callable[[chain.Run], ExtentKind],
+) -> tuple[list[Run], int] | None:
+    """``plan_stretch`` of any length in one go, where all layers can say what they hold of it.
+
+    None: they cannot. Any DATA, however short, is a piece to be copied.
+    """
+    offset, length = stretch
+    bits = granularity.bit_length() - 1
+    stop = chain.skip_filters(base)
+    layers = chain.chain(top)
+    layers = layers[: layers.index(stop)] if stop in layers else layers
+    tables = max(1, SURVEY_TABLES // len(layers))
+    end = length
+    surveys: list[Survey] = []
+    for layer in layers:
+        if layer.driver.length < end:
+            return None  # zeros follow, which nobody holds
+        found = await layer.driver.survey(offset, end - offset, bits, tables)
+        if found is None:
+            return None
+        surveys.append(found)
+        end = found.end
+    runs, end = survey_runs(overlaid(surveys, bits), bits, SURVEY_RUNS)
+    pieces: list[Run] = []
+    for start, run in runs:
+        layer, kind = layers[run.layer], ExtentKind(run.kind)
+        kind = kind_of(chain.Run(run.length, kind, layer, run.host_offset, run.layer + 1))
+        if kind is ExtentKind.UNALLOCATED:
+            continue
+        if kind is ExtentKind.DATA:
+            pieces.append(Run(start, run.length, kind, layer, run.host_offset))
+        elif pieces and pieces[-1].kind is kind and pieces[-1].end == start:
+            pieces[-1] = Run(pieces[-1].offset, pieces[-1].length + run.length, kind)
+        else:
+            pieces.append(Run(start, run.length, kind))
     return pieces, end
 
 

@@ -34,7 +34,7 @@ from liveblockd.jobs.backing_link import backing_format, backing_string
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import copyable, plan_stretch
+from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, Source
 
@@ -114,14 +114,13 @@ class Stream(CopyJob):
                 return ExtentKind.UNALLOCATED
             return found.kind
 
-        return await plan_stretch(
-            self.top,
-            base,
-            (offset, self.length),
-            self.granularity,
-            kind_of,
-            least_copy=0 if self.top.driver.gathers else None,
-        )
+        stretch = (offset, self.length)
+        if not self.top.driver.gathers:
+            return await plan_stretch(self.top, base, stretch, self.granularity, kind_of)
+        plan = await survey_stretch(self.top, base, stretch, self.granularity, kind_of)
+        if plan is not None:
+            return plan
+        return await plan_stretch(self.top, base, stretch, self.granularity, kind_of, least_copy=0)
 
     async def move(self, piece: Run) -> None:
         """Copy one piece; the driver leaves alone what the guest has written meanwhile."""

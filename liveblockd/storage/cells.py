@@ -12,6 +12,7 @@ Invariants: host offsets are multiples of 512 below 2^56. Errors: none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -35,6 +36,17 @@ DATA: Final = int(ExtentKind.DATA)
 ASK: Final = int(ExtentKind.COMPRESSED)
 
 ASK_CELL: Final = ASK << KIND_SHIFT
+
+
+class Survey(NamedTuple):
+    """What is held of a long range of which most is not."""
+
+    #: first byte of the disk that the answer does not tell of
+    end: int
+    #: numbers of cells of the disk, in order, each once
+    places: Cells
+    #: what is there; none is 0
+    cells: Cells
 
 
 class CellRun(NamedTuple):
@@ -84,6 +96,49 @@ def replace_layer(known: Cells, cells: Cells, layer: int) -> bool:
     taken = affected & ~nothing
     known[taken] = cells[taken] + (layer << LAYER_SHIFT)
     return True
+
+
+def overlaid(surveys: Sequence[Survey], cell_bits: int) -> Survey:
+    """One answer for all layers, the first one first; as far as all of them tell."""
+    end = min(survey.end for survey in surveys)
+    last = -(-end >> cell_bits)
+    parts = []
+    for layer, survey in enumerate(surveys):
+        count = int(survey.places.searchsorted(last))
+        if count:
+            cells = survey.cells[:count] + (layer << LAYER_SHIFT)
+            parts.append((survey.places[:count], cells))
+    if len(parts) == 1:
+        return Survey(end, *parts[0])
+    if not parts:
+        return Survey(end, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    places = np.concatenate([places for places, _ in parts])
+    # Stable: of those at one place that of the first layer comes first.
+    order = np.argsort(places, kind="stable")
+    places = places[order]
+    first = np.ones(len(places), np.bool_)
+    first[1:] = places[1:] != places[:-1]
+    return Survey(end, places[first], np.concatenate([cells for _, cells in parts])[order[first]])
+
+
+def survey_runs(survey: Survey, cell_bits: int, most: int) -> tuple[list[tuple[int, CellRun]], int]:
+    """(offset, run) of all that is held, at most ``most``, and up to where that is all."""
+    _, places, cells = survey
+    if not len(places):
+        return [], survey.end
+    step = np.where((cells[:-1] >> KIND_SHIFT & 3) == DATA, 1 << cell_bits >> SECTOR_BITS, 0)
+    breaks = (cells[1:] - cells[:-1] != step) | (places[1:] - places[:-1] != 1)
+    starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(breaks) + 1))
+    counts = np.diff(starts, append=len(places))
+    end = survey.end
+    if len(starts) > most:
+        end = int(places[starts[most]]) << cell_bits
+        starts, counts = starts[:most], counts[:most]
+    offsets = places[starts] << cell_bits
+    lengths = counts << cell_bits
+    lengths[-1] = min(int(lengths[-1]), end - int(offsets[-1]))  # the disk may end within a cell
+    found = zip(offsets.tolist(), lengths.tolist(), cells[starts].tolist(), strict=True)
+    return [(offset, _run(cell, 0, length)) for offset, length, cell in found], end
 
 
 def cell_runs(cells: Cells, cell_bits: int, skip: int, length: int) -> list[CellRun]:

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 from liveblockd.errors import BlockError
 
 if TYPE_CHECKING:
-    from liveblockd.storage.cells import Cells
+    from liveblockd.storage.cells import Cells, Survey
     from liveblockd.storage.flatmap import FlatMap
     from liveblockd.storage.options import BlockdevOptions
     from liveblockd.storage.registry import Environment
@@ -326,6 +326,14 @@ class BlockDriver(abc.ABC):
     def cells_now(self, offset: int, length: int, bits: int) -> Cells | None:
         """The same if that needs no wait, zeros for nothing; else None."""
         raise NotImplementedError
+
+    async def survey(self, offset: int, length: int, bits: int, tables: int) -> Survey | None:
+        """As ``cells``, of a range whose begin is a cell's, as far as so many ``tables`` go.
+
+        Workers read them many at a time, and none is kept. What changes meanwhile may be in the
+        answer or not. None: this is not for such a layer, or ``cells`` has more to say.
+        """
+        return None
 
     def next_table(self, offset: int) -> int:
         """The first offset from ``offset`` on where this layer may say anything."""

@@ -22,7 +22,7 @@ from errno import EIO, ENOSPC, EPERM
 from typing import Any, NamedTuple, Self, TypeVar
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.qcow2 import gather, populate
+from liveblockd.formats.qcow2 import gather, new_tables, populate
 from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
 from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
@@ -55,6 +55,8 @@ class Machine:
         #: probability of a fault by operation: read, write, flush
         self.faults: dict[str, float] = {}
         self.injected = 0
+        #: L2 tables that workers wrote
+        self.tables_made = 0
         #: above 0: no faults
         self.calm = 0
         self._numbers = 0
@@ -339,6 +341,8 @@ class SimulatedWorkers(WorkerPool):
                 result = await self._copy(args)
             elif fn is gather.copy_segments:
                 result = await self._copy_segments(*args)
+            elif fn is new_tables.copy_with_tables:
+                result = await self._copy_with_tables(*args)
             else:
                 result = fn(*args)
         except Exception as error:
@@ -391,6 +395,37 @@ class SimulatedWorkers(WorkerPool):
             number += count
         if broken:
             raise OSError(ENOSPC, "injected into copy")
+        return copied
+
+    async def _copy_with_tables(
+        self,
+        segments: Sequence[copy_engine.Segment],
+        fd: int,
+        cluster_size: int,
+        direct: bool,
+        tables: new_tables.NewTables,
+    ) -> copy_engine.Copied:
+        """The same, and the tables; an error comes when all or some of it was written."""
+        medium = self._medium_of(fd)
+        broken = self._machine.fault("write")
+        copied = new_tables.copy_with_tables(segments, fd, cluster_size, direct, tables)
+        number = 0
+        for segment in segments:
+            count = segment.length // cluster_size
+            zero = copied.zero[number : number + count]
+            await self._log_copy(medium, segment.offset, segment.length, cluster_size, zero)
+            number += count
+        numbers = []
+        for offset, data in new_tables.table_writes(tables, copied.zero, cluster_size):
+            if not broken or self._machine.random.random() < 0.5:
+                medium.length = max(medium.length, offset + len(data))
+                numbers.append(medium.begin("write", offset, data))
+        await self._machine.delay()
+        for number in numbers:
+            medium.end("end", number)
+        if broken:
+            raise OSError(ENOSPC, "injected into copy")
+        self._machine.tables_made += len(tables.l1_indices)
         return copied
 
     def _medium_of(self, fd: int) -> Medium:

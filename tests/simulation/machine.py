@@ -53,6 +53,8 @@ class Plan:
     guest: bool = True
     #: the file of the top is so large already that its refcount table must grow soon
     large: bool | None = None
+    #: many L2 tables with a few clusters in each, in images of one form
+    wide: bool = False
     bitmap: bool | None = None
 
 
@@ -132,7 +134,7 @@ class Scene(Upkeep, Merging):
         rng, plan = self.random, self.plan
         depth = plan.depth or rng.randrange(1, 5)
         form = forms.choose(rng, plan.cluster_size, plan.kind)
-        large = plan.large if plan.large is not None else rng.random() < 0.06
+        large = plan.large if plan.large is not None else rng.random() < 0.06 and not plan.wide
         if large:
             form = {"cluster_size": 512, "refcount_bits": 64}
         cluster_size = form["cluster_size"]
@@ -141,15 +143,21 @@ class Scene(Upkeep, Merging):
             size = rng.randrange(6, 24) * cluster_size
         if large:
             size = 2 * MIB + 256 * KIB
+        if plan.wide:
+            form, cluster_size, size = {"cluster_size": 512}, 512, MIB + 128 * KIB
         self.largest = size * 2
         options: dict[str, object] = {}
         model = bytearray()
         last: str | None = None
         for number in range(depth):
             name = f"/sim/{number}.qcow2"
-            own = form if rng.random() < 0.7 else forms.choose(rng, plan.cluster_size, plan.kind)
+            own = (
+                form
+                if plan.wide or rng.random() < 0.7
+                else forms.choose(rng, plan.cluster_size, plan.kind)
+            )
             own_size = size
-            if number < depth - 1 and rng.random() < 0.3:
+            if number < depth - 1 and not plan.wide and rng.random() < 0.3:
                 own_size = rng.randrange(1, size * 5 // 4 // 512) * 512
             model = bytearray(model[:own_size].ljust(own_size, b"\0"))
             filled = 2 * MIB - 90 * KIB if large and number == depth - 1 else 0
@@ -222,7 +230,7 @@ class Scene(Upkeep, Merging):
             data = rng.randbytes(filled)
             await image.write(0, data)
             model[:filled] = data
-        for _ in range(rng.randrange(1, 9)):
+        for _ in range(rng.randrange(30, 60) if self.plan.wide else rng.randrange(1, 9)):
             offset = rng.randrange(len(model)) // size * size
             length = rng.randrange(1, 6) * size
             end = min(offset + length, len(model))

@@ -1,9 +1,11 @@
 """Power cuts on simulated disks: nothing corrupt, nothing lost; and what would be noticed."""
 
 import random
+from typing import Any
 
 import pytest
 
+from liveblockd.formats.qcow2 import new_tables
 from tests.simulation import virtual
 from tests.simulation.crash import Replay
 from tests.simulation.crashed import Crashed
@@ -36,6 +38,26 @@ def test_every_kind_of_image(kind: str) -> None:
     figures = Figures()
     for seed in range(40, 44):
         figures.add(run_seed(seed, 15, kind=kind))
+    assert_nothing_lost(figures)
+
+
+def test_tables_that_workers_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that is scattered over many spans: batches make the tables of an empty overlay."""
+    made = 0
+    publish = new_tables.TableMaker._publish
+
+    def counted(maker: new_tables.TableMaker, *args: Any) -> None:
+        nonlocal made
+        made -= maker.made
+        publish(maker, *args)
+        made += maker.made
+
+    monkeypatch.setattr(new_tables.TableMaker, "_publish", counted)
+    figures = Figures()
+    for seed in range(90, 98):
+        steps = ("snapshot", "stream", "snapshot", "stream")
+        figures.add(run_seed(seed, 40, wide=True, depth=2, steps=steps, faults=seed % 4 == 3))
+    assert made > 100
     assert_nothing_lost(figures)
 
 

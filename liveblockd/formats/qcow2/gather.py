@@ -22,6 +22,7 @@ from typing import NamedTuple
 from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.new_tables import TableMaker
 from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine
@@ -31,6 +32,8 @@ from liveblockd.storage.driver import HostFile, Source
 #: L2 tables that a batch keeps in memory, and which part of what the image may have there
 MAX_TABLES = 64
 TABLES_SHARE = 8
+#: a batch of fewer spans than this has no tables made by a worker
+FEWEST_SPANS = 3
 
 
 class _Piece(NamedTuple):
@@ -72,6 +75,7 @@ class Gatherer:
         self._claims = claims
         self._populator = populator
         self._workers = workers
+        self._maker = TableMaker(metadata, workers)
         #: pieces that were copied in batches
         self.gathered = 0
 
@@ -87,6 +91,8 @@ class Gatherer:
         pieces: list[_Piece] = []
         tables: set[int] = set()
         target = self.target()
+        if target is not None:
+            sources = await self._populate_new_spans(sources, target, left)
         try:
             for source in sources:
                 if target is None or not self._is_plain(source, target):
@@ -99,6 +105,33 @@ class Gatherer:
             _unpin(pieces)
         for source in left:
             await self._populator.populate_from(*source)
+
+    async def _populate_new_spans(
+        self, sources: Sequence[Source], target: HostFile, left: list[Source]
+    ) -> Sequence[Source]:
+        """Copy what goes where there are no tables yet; the others."""
+        span = self._metadata.geometry.span
+        sources = sorted(sources, key=lambda source: source.offset)
+        first, last = sources[0].offset // span, sources[-1].offset // span
+        if last - first + 1 < FEWEST_SPANS or not self._maker.takes:
+            return sources
+        new: list[Source] = []
+        others: list[Source] = []
+        for source in sources:
+            plain = source.offset % span + source.length <= span
+            plain = plain and self._maker.is_free(source.offset // span)
+            (new if plain and self._is_plain(source, target) else others).append(source)
+        if new:
+            copied = await self._maker.populate(new, target, left)
+            self._account(len(new), copied)
+        return others
+
+    def _account(self, pieces: int, copied: Copied) -> None:
+        self.gathered += pieces
+        self._populator.cloned += copied.cloned
+        self._populator.copied += (
+            len(copied.zero) * self._metadata.geometry.cluster_size - copied.cloned
+        )
 
     def _is_plain(self, source: Source, target: HostFile) -> bool:
         """Whole clusters, of which O_DIRECT asks nothing that a worker does not do."""
@@ -180,9 +213,7 @@ class Gatherer:
             if not done:
                 left.append(self._source_of(part))
             number = end
-        self.gathered += len(pieces)
-        self._populator.cloned += copied.cloned
-        self._populator.copied += number * size - copied.cloned
+        self._account(len(pieces), copied)
         _unpin(pieces)
 
     def _source_of(self, part: _Part) -> Source:

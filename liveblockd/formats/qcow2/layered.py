@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from liveblockd.formats.qcow2 import cells
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.metadata import read_bytes
-from liveblockd.storage.cells import Cells
+from liveblockd.formats.qcow2.survey import survey
+from liveblockd.storage.cells import Cells, Survey
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.metadata import Metadata
+    from liveblockd.storage.registry import Environment
 
 
 class Layered(BlockDriver):
@@ -26,6 +28,7 @@ class Layered(BlockDriver):
 
     if TYPE_CHECKING:
         _metadata: Metadata
+        _environment: Environment
 
     def watch(self, watcher: MapWatcher) -> None:
         """See ``BlockDriver``."""
@@ -59,6 +62,11 @@ class Layered(BlockDriver):
     def cells_now(self, offset: int, length: int, bits: int) -> Cells | None:
         """See ``BlockDriver``."""
         return cells.cells_now(self._metadata, offset, length, bits)
+
+    async def survey(self, offset: int, length: int, bits: int, tables: int) -> Survey | None:
+        """See ``BlockDriver.survey``."""
+        workers = self._environment.workers
+        return await survey(self._metadata, workers, offset, length, bits, tables)
 
     def next_table(self, offset: int) -> int:
         """See ``BlockDriver``."""

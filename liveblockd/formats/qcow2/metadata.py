@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from liveblockd.formats.qcow2 import subclusters
 from liveblockd.formats.qcow2.allocator import BlockNeeded, DirtyRange, Refcounts
@@ -349,6 +350,21 @@ class Metadata:
         self._set_l1(l1_index, host_offset)
         self.mark_dirty(table, 0, len(entries))
         return table
+
+    def add_written_tables(self, l1_indices: npt.NDArray[np.int64], host_offsets: Entries) -> None:
+        """L1 entries, all of them 0 by now, name tables that the file has; no check is counting.
+
+        They are not kept: who wants one loads it.
+        """
+        assert self.watch is None and not self.l1[l1_indices].any()
+        self.l1[l1_indices] = host_offsets | np.uint64(COPIED)
+        self.l1_dirty.add(int(l1_indices.min()), int(l1_indices.max()) + 1)
+        for host_offset in host_offsets.tolist():
+            self.refcounts.add_metadata(host_offset, 1)
+        self.on_dirty()
+        if self.on_remap is not None:
+            for l1_index in l1_indices.tolist():
+                self.on_remap(l1_index * self.geometry.span, self.geometry.span)
 
     def _make_exclusive(self, table: L2Table, host_offset: int) -> None:
         """Give the table, which a snapshot shares, a cluster of its own."""

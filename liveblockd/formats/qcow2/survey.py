@@ -1,0 +1,166 @@
+"""What an image holds of a long range, of which that mostly is little: many tables at a time.
+
+Specification: docs/interop/qcow2, "Cluster mapping"; ``storage.driver.BlockDriver.survey``.
+
+An immense disk has thousands of L2 tables with next to nothing in them. To load each, and to make
+an array of all its cells, costs a hundred times what reading it does; here workers read them by
+the batch and hand out the entries that are not 0.
+
+Runs on: the event loop; ``scan_tables`` on workers. Invariants: tables that are in memory are used,
+for the disk may not have what they say; others are read and not kept. Clusters of tables that are
+freed meanwhile are not given to somebody else before they were read (``quarantine``). Whatever
+is not simply right is left to ``cells``, which says what is wrong, and only to who needs it.
+Errors: OSError from the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from liveblockd.formats.qcow2.layout import OFFSET_MASK
+from liveblockd.formats.qcow2.mapping import kinds
+from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.formats.qcow2.tables import Entries, drop_idle_flags
+from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage import hostcalls
+from liveblockd.storage.cells import Survey, pack
+
+#: bytes of tables that a worker reads into one buffer
+BUFFER = 1 << 20
+#: tables of one job: some milliseconds
+JOB_TABLES = 64
+#: entries that are looked at together: most of such pieces are empty
+PIECE = 512
+
+Places = npt.NDArray[np.int64]
+
+
+class Found(NamedTuple):
+    """Entries that are not 0."""
+
+    #: numbers of guest clusters
+    places: Places
+    entries: Entries
+
+
+def scan_tables(
+    fd: int, tables: list[tuple[int, int]], table_size: int, direct: bool
+) -> list[Found]:
+    """On a worker: what each of (L1 index, host offset) has; closes the (duplicated) descriptor."""
+    try:
+        found = []
+        per_buffer = max(1, BUFFER // table_size)
+        buffer = hostcalls.aligned_buffer(min(per_buffer, len(tables)) * table_size)
+        for start in range(0, len(tables), per_buffer):
+            part = tables[start : start + per_buffer]
+            for number, (_, host_offset) in enumerate(part):
+                place = buffer[number * table_size : (number + 1) * table_size]
+                if direct:
+                    hostcalls.read_aligned(fd, place, host_offset, hostcalls.MEMORY_ALIGNMENT)
+                else:
+                    hostcalls.read_into(fd, place, host_offset)
+            indices = np.array([l1_index for l1_index, _ in part], np.int64)
+            found.append(_nonzero(buffer[: len(part) * table_size], indices, table_size // 8))
+        return found
+    finally:
+        os.close(fd)
+
+
+def _nonzero(buffer: memoryview, l1_indices: Places, entries: int) -> Found:
+    """What tables of so many ``entries``, one after the other in a buffer, have."""
+    piece = min(PIECE, entries)
+    pieces = np.frombuffer(buffer, np.uint64).reshape(-1, piece)
+    used = np.flatnonzero(pieces.max(axis=1))  # the order of the bytes does not matter to that
+    row, column = np.nonzero(pieces[used])
+    piece_numbers = used[row]
+    table, within = np.divmod(piece_numbers, entries // piece)
+    places = l1_indices[table] * entries + within * piece + column
+    return Found(places, pieces[piece_numbers, column].byteswap())
+
+
+async def survey(
+    metadata: Metadata, workers: WorkerPool, offset: int, length: int, bits: int, tables: int
+) -> Survey | None:
+    """See ``BlockDriver.survey``."""
+    geometry = metadata.geometry
+    host = metadata.file.host_file()
+    if bits != geometry.cluster_bits or geometry.extended_l2 or metadata.has_data_file:
+        return None
+    if metadata.stores is not metadata.children or host is None:
+        return None
+    if host.direct and geometry.cluster_size % hostcalls.MEMORY_ALIGNMENT:
+        return None
+    first = offset // geometry.span
+    last = min(-(-(offset + length) // geometry.span), len(metadata.l1))
+    indices = first + np.flatnonzero(metadata.l1[first:last])
+    end = offset + length
+    if len(indices) > tables:
+        end = min(end, int(indices[tables]) * geometry.span)
+        indices = indices[:tables]
+    if metadata.bad_l1[indices[indices < len(metadata.bad_l1)]].any():
+        return None
+    found: list[Found] = []
+    wanted: list[tuple[int, int]] = []
+    for l1_index in indices.tolist():
+        table = metadata.tables.get(l1_index)
+        if table is None:
+            wanted.append((l1_index, metadata.l1_view[l1_index] & OFFSET_MASK))
+        elif table.bad:
+            return None
+        else:
+            places = np.flatnonzero(table.entries)
+            found.append(Found(places + l1_index * geometry.l2_entries, table.entries[places]))
+    if wanted:
+        found += await _read(metadata, workers, wanted)
+    return _answer(metadata, found, offset, end)
+
+
+async def _read(
+    metadata: Metadata, workers: WorkerPool, tables: list[tuple[int, int]]
+) -> list[Found]:
+    """Tables that are not in memory; raises OSError."""
+    host = metadata.file.host_file()
+    assert host is not None
+    size = metadata.geometry.cluster_size
+    epoch = metadata.quarantine.enter()
+    try:
+        jobs = [
+            workers.copies.submit(
+                scan_tables, os.dup(host.fd), tables[start : start + JOB_TABLES], size, host.direct
+            )
+            for start in range(0, len(tables), JOB_TABLES)
+        ]
+        answers = await asyncio.gather(*jobs, return_exceptions=True)
+    finally:
+        metadata.leave(epoch)
+    found: list[Found] = []
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        found += answer
+    return found
+
+
+def _answer(metadata: Metadata, found: list[Found], offset: int, end: int) -> Survey | None:
+    """Cells, in order, cut to the range; None where an entry cannot be."""
+    nothing = np.zeros(0, np.int64)
+    if not found:
+        return Survey(end, nothing, nothing)
+    places = np.concatenate([part.places for part in found])
+    entries = np.concatenate([part.entries for part in found])
+    drop_idle_flags(entries)
+    if metadata.bad_entries(entries):
+        return None
+    bits = metadata.geometry.cluster_bits
+    order = np.argsort(places, kind="stable")
+    places = places[order]
+    low, high = places.searchsorted((offset >> bits, -(-end >> bits)))
+    entries, places = entries[order[low:high]], places[low:high]
+    cells = pack(kinds(entries), entries & np.uint64(OFFSET_MASK))
+    held = cells != 0
+    return Survey(end, places[held], cells[held])
