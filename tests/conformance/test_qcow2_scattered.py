@@ -1,4 +1,4 @@
-"""Data here and there on an immense disk, surveyed and copied by the batch: as the slow way does."""
+"""Data here and there on an immense disk: copied by the batch, with the result of the slow way."""
 
 from __future__ import annotations
 
