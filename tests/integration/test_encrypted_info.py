@@ -43,8 +43,8 @@ def info(program: list[str], path: Path) -> dict:
 
 
 LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+#: few of luks, for qemu-img takes seconds to measure the processor
 QCOW2 = [
-    LUKS,
     f"{LUKS},encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha512",
     f"{LUKS},encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
     "encrypt.format=aes,encrypt.key-secret=s",
@@ -56,20 +56,17 @@ QCOW2 = [
 def test_info_is_that_of_qemu_img(tmp_path: Path, options: str) -> None:
     path = tmp_path / "i.qcow2"
     create(path, "qcow2", options)
-    ours = info([sys.executable, "-m", "liveblockd.ctl", "image"], path)
-    assert ours == info(["qemu-img"], path)
-
-
-def test_details_in_the_queries(tmp_path: Path) -> None:
-    path = tmp_path / "i.qcow2"
-    create(path, "qcow2", QCOW2[0])
+    theirs = info(["qemu-img"], path)
+    assert info([sys.executable, "-m", "liveblockd.ctl", "image"], path) == theirs
+    if "luks" not in options:
+        return
     with DaemonProcess(tmp_path, "--object", SECRET) as daemon:
         qmp = daemon.qmp()
         qmp("blockdev-add", driver="qcow2", node_name="disk", encrypt={"key-secret": "s"},
             file={"driver": "file", "filename": "i.qcow2"})  # fmt: skip
         node = qmp("query-named-block-nodes", flat=True)[0]
         encrypt = node["image"]["format-specific"]["data"]["encrypt"]
-        assert encrypt == info(["qemu-img"], path)["format-specific"]["data"]["encrypt"]
+        assert encrypt == theirs["format-specific"]["data"]["encrypt"]
         assert parse(BlockDeviceInfo, node).encrypted
         del encrypt["uuid"]
         with pytest.raises(Exception, match="uuid' is missing"):
@@ -80,7 +77,7 @@ def test_details_in_the_queries(tmp_path: Path) -> None:
 def test_legacy_aes(tmp_path: Path, more: str) -> None:
     path, base = tmp_path / "i.qcow2", tmp_path / "base"
     base.write_bytes(b"\x55" * (3 << 20))
-    create(path, "qcow2", QCOW2[3] + f",backing_file={base},backing_fmt=raw" + more)
+    create(path, "qcow2", QCOW2[2] + f",backing_file={base},backing_fmt=raw" + more)
     image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
     commands = ("write -P 1 1000k 70k", "write -P 2 0 3k", "write -P 3 2000k 300k")
     arguments = [a for c in commands for a in ("-c", c)]
@@ -110,13 +107,9 @@ def test_legacy_aes(tmp_path: Path, more: str) -> None:
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, out)
 
 
-RAW = ["key-secret=s,iter-time=10", "key-secret=s,iter-time=10,cipher-mode=cbc,ivgen-alg=plain64"]
-
-
-@pytest.mark.parametrize("options", RAW)
-def test_luks_driver(tmp_path: Path, options: str) -> None:
+def test_luks_driver(tmp_path: Path) -> None:
     path, raw = tmp_path / "i.luks", tmp_path / "raw"
-    create(path, "luks", options)
+    create(path, "luks", "key-secret=s,iter-time=10,cipher-mode=cbc,ivgen-alg=plain64")
     assert info([sys.executable, "-m", "liveblockd.ctl", "image"], path) == info(["qemu-img"], path)
     image = f"driver=luks,file.filename={path},key-secret=s"
     run("qemu-io", "--object", SECRET, "-c", "write -P 1 0 3M", "-c", "write -P 2 100k 70k",

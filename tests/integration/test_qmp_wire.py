@@ -335,7 +335,7 @@ def test_socat(daemon: Process) -> None:
         pytest.skip("socat is not installed")
     daemon.client()
     done = subprocess.run(
-        [socat, "-", f"UNIX-CONNECT:{daemon.path}"],
+        [socat, f"-t{TIMEOUT}", "-", f"UNIX-CONNECT:{daemon.path}"],
         input=NEGOTIATE + b"\n" + b'{"execute": "query-name"}\n',
         capture_output=True,
         timeout=TIMEOUT,

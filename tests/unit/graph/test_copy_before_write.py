@@ -62,11 +62,11 @@ class Fleecing(Bench):
         await super().close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("backed", [False, True])
 async def test_readers_see_the_past_and_the_guest_what_it_wrote(seed, backed):
     bench = await Fleecing(seed).make(
-        backed=backed, cluster_size=random.Random(seed).choice((512, 4 * KIB, 128 * KIB))
+        backed=backed, cluster_size=(512, 4 * KIB, 128 * KIB)[seed % 3]
     )
     model = bytearray(bench.then)
     ended = asyncio.Event()
