@@ -49,9 +49,8 @@ def add(
     enabled: bool = True,
 ) -> Undo:
     """A new, clean bitmap; ``granularity`` in bytes. Writes in flight may escape it."""
+    check_bitmap_name(name)
     node = graph.lookup_any(node_name)
-    if not name:
-        raise BlockError("Bitmap name cannot be empty")
     if granularity is None:
         granularity = default_granularity(node.driver.cluster_size)
     check_granularity(granularity)
@@ -88,6 +87,7 @@ async def add_between_writes(
     A write that began without a bitmap is not recorded when it ends, and whoever copied the disk
     after the bitmap was there, and before that end, would never copy it again.
     """
+    check_bitmap_name(name)
     async with graph.lock, graph.drained(graph.lookup_any(node_name)):
         add(
             graph,
@@ -97,6 +97,12 @@ async def add_between_writes(
             persistent=persistent,
             enabled=enabled,
         )
+
+
+def check_bitmap_name(name: str) -> None:
+    """BlockError if no bitmap can be called that."""
+    if not name:
+        raise BlockError("Bitmap name cannot be empty")
 
 
 def _check_storable(node: Node, name: str, granularity: int) -> None:

@@ -80,6 +80,14 @@ class Graph:
         """A drive or a node of that name, as most commands take ``device``."""
         return self.lookup(name, name)
 
+    def lookup_root(self, name: str) -> Node:
+        """As ``lookup_any``, of a node on which only drives and exports stand, and no job."""
+        node = self.lookup_any(name)
+        below = any(isinstance(e.parent, Node) or e.role != "root" for e in node.parents)
+        if below or node.op_blockers:
+            raise BlockError("Need a root block node")
+        return node
+
     def generate_name(self) -> str:
         """A free ``#blockNNN``."""
         while True:

@@ -84,7 +84,7 @@ def block_device_info(
             "direct": bool(cache and cache.direct),
             "no-flush": bool(cache and cache.no_flush),
         },
-        "write_threshold": node.write_threshold,
+        "write_threshold": _signed(node.write_threshold),
         **_UNLIMITED,
         "image": query.image(node),
     }
@@ -93,6 +93,11 @@ def block_device_info(
     if node.bitmaps:
         info["dirty-bitmaps"] = [bitmap.to_qmp() for bitmap in node.bitmaps]
     return info
+
+
+def _signed(value: int) -> int:
+    """As the schema has it; the command takes all 64 bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _depth(node: Node, *, for_drive: bool) -> int:
@@ -120,7 +125,7 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
     if image.driver_class.driver_name not in _UNKNOWING:
         info["dirty-flag"] = image.driver.dirty_flag()
     with contextlib.suppress(BlockError):  # a format without internal snapshots
-        if snapshots := driver.list_snapshots():
+        if snapshots := image.driver.list_snapshots():
             info["snapshots"] = [snapshot.to_qmp() for snapshot in snapshots]
     specific = driver.format_specific()
     if specific is None and info["format"] in ("file", "host_device"):

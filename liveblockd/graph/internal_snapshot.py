@@ -22,7 +22,7 @@ from liveblockd.storage.driver import SnapshotInfo
 async def create(graph: Graph, device: str, name: str) -> SnapshotInfo:
     """blockdev-snapshot-internal-sync; what was made."""
     async with graph.lock:
-        node = graph.lookup_any(device)
+        node = graph.lookup_root(device)
         node.check_operation(Operation.INTERNAL_SNAPSHOT)
         _check_writable(node, device)
         try:
@@ -52,8 +52,8 @@ async def delete(
 ) -> SnapshotInfo:
     """blockdev-snapshot-delete-internal-sync; what was deleted."""
     async with graph.lock:
-        node = graph.lookup_any(device)
-        if not snapshot_id and not name:
+        node = graph.lookup_root(device)
+        if snapshot_id is None and name is None:
             raise BlockError("Name or id must be provided")
         node.check_operation(Operation.INTERNAL_SNAPSHOT)
         try:
@@ -66,8 +66,9 @@ async def delete(
             (s for s in known if snapshot_id in (None, s.id) and name in (None, s.name)), None
         )
         if found is None:
+            shown = ["null" if given is None else given for given in (snapshot_id, name)]
             raise BlockError(
-                f"Snapshot with id '{snapshot_id or 'null'}' and name '{name or 'null'}' "
+                f"Snapshot with id '{shown[0]}' and name '{shown[1]}' "
                 f"does not exist on device '{device}'",
                 errno=ENOENT,
             )

@@ -221,6 +221,8 @@ class Opener:
             name = graph.generate_name()
         else:
             graph.check_new_name(name)
+        if options.force_share and not options.read_only:
+            raise BlockError("force-share=on can only be used with read-only images")
         if (
             options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP
             and options.discard is not BlockdevDiscardOptions.UNMAP

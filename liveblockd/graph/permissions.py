@@ -102,7 +102,9 @@ def check_no_writer(node: Node, *, apart_from: Collection[Node] = ()) -> None:
     """BlockError when a user of ``node`` writes: it cannot become read-only."""
     for edge in node.parents:
         if edge.parent not in apart_from and edge.used & _WRITES:
-            raise BlockError("Block node is read-only", errno=1)
+            raise BlockError(
+                f"Read-only block node '{node.name}' cannot support read-write users", errno=1
+            )
 
 
 def check(node: Node) -> None:

@@ -1,8 +1,9 @@
 """blockdev-reopen: new options for nodes in use, all of them or none.
 
 Specification: qapi/block-core.json (blockdev-reopen). Changed can be read-only, the backing node,
-discard and detect-zeroes of format nodes, and what a driver says is ``changeable``; any other
-difference is refused, since it would need the image to be opened again under its users.
+discard and detect-zeroes of format nodes, what a driver says is ``changeable``, and the ``file``
+where the new one leads to the same bytes (a filter more or less); any other difference is refused,
+since it would need the image to be opened again under its users.
 
 Runs on the event loop. Invariant: on an error every node is as it was; a node that is put aside
 stays open until the whole set has succeeded.
@@ -16,9 +17,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import surgery
+from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.node import Node
+from liveblockd.graph.node import Edge, Node
 from liveblockd.qapi import members, to_qmp
 from liveblockd.storage.options import BlockdevOptions
 
@@ -62,11 +63,8 @@ def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
         raise BlockError(f"backing is missing for '{node.name}'")
     if given.driver != node.driver_class.driver_name:
         raise BlockError("Cannot change the option 'driver'")
-    backing = getattr(given, "backing", None)
-    if isinstance(backing, str) and backing:
-        graph.lookup(None, backing)
-    elif backing:
-        raise BlockError("Cannot change the option 'backing'")
+    for role in ("backing", "file"):
+        _check_child(graph, node, role, getattr(given, role, None))
     for member in members(type(given)):
         if member.name in _CHANGEABLE and not _fixed(node, member.name):
             continue
@@ -77,8 +75,35 @@ def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
         edge = node.children.get(member.name)
         if edge is not None:
             old = edge.child.name if isinstance(new, str) else old
-        if new != old:
+        if new != old and not (member.name == "file" and edge is not None):
             raise BlockError(f"Cannot change the option '{member.name}'")
+
+
+def _check_child(graph: Graph, node: Node, role: str, given: object) -> None:
+    """A reference to another node is in order; anything but a reference has to stay."""
+    edge = node.children.get(role)
+    if not given or (edge is None and role == "file"):
+        return
+    if not isinstance(given, str):
+        if role == "backing" or to_qmp(given) != to_qmp(getattr(node.given, role, None)):
+            raise BlockError(f"Cannot change the option '{role}'")
+        return
+    child = graph.lookup(None, given)
+    if edge is not None and edge.child is child:
+        return
+    surgery.check_no_cycle(node, child, role)
+    if edge is not None:
+        edge.check_not_frozen()
+    if role == "file" and not _same_bytes(node, edge, child):
+        raise BlockError("Cannot change the option 'file'")
+
+
+def _same_bytes(node: Node, edge: Edge | None, child: Node) -> bool:
+    """Filters may come and go above the same file; tables of another one would not fit."""
+    assert edge is not None
+    if node.driver_class.driver_name == "raw" or node.is_filter:
+        return child.length == edge.child.length
+    return chain.skip_filters(edge.child) is chain.skip_filters(child)
 
 
 def _fixed(node: Node, name: str) -> bool:
@@ -102,6 +127,13 @@ async def _apply(
             held.append(old)
         await surgery.replace_backing(graph, node, new)
         undo.append(lambda: surgery.replace_backing(graph, node, old))
+    file, name = node.children.get("file"), getattr(given, "file", None)
+    if file is not None and isinstance(name, str) and name != file.child.name:
+        before_file = file.child
+        before_file.op_blockers.append(_HOLD)
+        held.append(before_file)
+        await surgery.replace_file(graph, node, graph.lookup(None, name))
+        undo.append(lambda: surgery.replace_file(graph, node, before_file))
     if node.driver_class.changeable:
         before_given = node.given
         await _change_own(graph, node, given)

@@ -91,7 +91,8 @@ class NewOverlay:
         self.node.check_operation(Operation.SNAPSHOT)
         driver = drivers().get(request.image_format)
         if driver is None:
-            raise BlockError(f"Unknown file format '{request.image_format}'")
+            what = "file format" if request.mode is NewImageMode.ABSOLUTE_PATHS else "driver"
+            raise BlockError(f"Unknown {what} '{request.image_format}'")
         name = request.snapshot_node_name
         if request.node_name is not None and name is None:
             raise BlockError("New overlay node-name missing")
@@ -142,8 +143,8 @@ async def snapshot_sync(
 def check_snapshot(graph: Graph, node_name: str, overlay_name: str) -> tuple[Node, Node]:
     """The node and the overlay of blockdev-snapshot, which may be put above it."""
     node = graph.lookup_any(node_name)
-    overlay = graph.lookup_any(overlay_name)
     node.check_operation(Operation.SNAPSHOT)
+    overlay = graph.lookup_any(overlay_name)
     surgery.check_no_cycle(overlay, node)
     if any(edge.role == "root" for edge in overlay.parents):
         raise BlockError("The overlay is already in use", errno=16)

@@ -193,6 +193,31 @@ async def replace_backing(graph: Graph, node: Node, backing: Node | None) -> Non
             await graph.unref(was)
 
 
+async def replace_file(graph: Graph, node: Node, child: Node) -> None:
+    """Let ``node`` stand on ``child``, which reads as what it stands on now, filters apart.
+
+    BlockError for a frozen link or permissions: then nothing has changed. The caller sees to what
+    nobody uses any more.
+    """
+    async with graph.lock:
+        edge = node.children["file"]
+        old = edge.child
+        if old is child:
+            return
+        edge.check_not_frozen()
+        check_no_cycle(node, child, "file")
+        async with graph.drained(node, child):
+            await node.driver.flush()
+            graph.redirect(edge, child)
+            try:
+                await graph.refresh_permissions(node, old)
+            except BaseException:
+                graph.redirect(edge, old)
+                await graph.refresh_permissions(node, child)
+                raise
+        graph.rebind_above(node)
+
+
 def _note_backing(node: Node) -> None:
     """If the header leads to the backing node by another spelling, that is no override."""
     written, backing = node.driver.backing_file, node.backing

@@ -104,14 +104,10 @@ def find_range(graph: Graph, parameters: CommitParameters) -> Range:
 
 def find_root(graph: Graph, device: str) -> Node:
     """A drive's node or a node that no other has below it, and no job works from."""
-    try:
-        node = graph.lookup(device, device)
-    except BlockError:
+    if device not in graph.drives and device not in graph.nodes:
         message = f"Device '{device}' not found"
-        raise BlockError(message, error_class=ErrorClass.DEVICE_NOT_FOUND) from None
-    if any(isinstance(edge.parent, Node) or edge.role != "root" for edge in node.parents):
-        raise BlockError("Need a root block node")
-    return node
+        raise BlockError(message, error_class=ErrorClass.DEVICE_NOT_FOUND)
+    return graph.lookup_root(device)
 
 
 def _find_top(graph: Graph, parameters: CommitParameters, device: Node) -> Node:

@@ -24,7 +24,6 @@ from liveblockd.jobs.mirror_job import Mirror, MirrorParameters, MirrorSyncMode,
 from liveblockd.jobs.mirror_start import (
     check_granularity,
     check_replaces,
-    find_root,
     launch,
     make_mirror,
 )
@@ -64,7 +63,7 @@ async def _set_up(
 ) -> Mirror:
     async with graph.lock:
         mirror = parameters.mirror
-        source = find_root(graph, mirror.device)
+        source = graph.lookup_root(mirror.device)
         below = chain.layer_below(source)
         sync = mirror.sync
         if below is None and sync is MirrorSyncMode.TOP:

@@ -12,7 +12,6 @@ from typing import Final
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, surgery
-from liveblockd.graph.backend import Backend
 from liveblockd.graph.bitmaps import default_granularity
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.mirror_top import MirrorTop
@@ -43,7 +42,7 @@ async def start_mirror(graph: Graph, scheduler: Scheduler, parameters: MirrorPar
 
 async def _set_up(graph: Graph, scheduler: Scheduler, parameters: MirrorParameters) -> Mirror:
     async with graph.lock:
-        source = find_root(graph, parameters.device)
+        source = graph.lookup_root(parameters.device)
         target = graph.lookup_any(parameters.target)
         job = make_mirror(parameters, graph, source, target)
         return await launch(job, scheduler)
@@ -66,14 +65,6 @@ async def launch(job: Mirror, scheduler: Scheduler) -> Mirror:
         await job.unblock()
         raise
     return job
-
-
-def find_root(graph: Graph, name: str) -> Node:
-    """The node of that name; BlockError when other nodes stand on it."""
-    node = graph.lookup_any(name)
-    if any(not isinstance(edge.parent, Backend) for edge in node.parents):
-        raise BlockError("Need a root block node")
-    return node
 
 
 def make_mirror(parameters: MirrorParameters, graph: Graph, source: Node, target: Node) -> Mirror:

@@ -36,6 +36,8 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
             name = top.driver_class.driver_name
             raise BlockError(f"Node '{top.name}': {name} cannot be streamed into", errno=ENOTSUP)
         scheduler.check_id(job.id)
+        if job.immediate and parameters.filter_node_name is not None:
+            _check_filter_name(graph, parameters.filter_node_name)
         await _take(job)
         try:
             scheduler.create(job)
@@ -115,6 +117,13 @@ def _check_free(device: Node, base: Node | None) -> None:
         node = node.file if node.is_filter else node.backing
 
 
+def _check_filter_name(graph: Graph, name: str) -> None:
+    try:
+        graph.check_new_name(name)
+    except BlockError as error:
+        raise BlockError(f"Could not create node: {error.message}") from error
+
+
 async def _take(job: Stream) -> None:
     """Freeze, block and cover with the filter; undone when it fails."""
     top, bottom = job.top, job.bottom
@@ -146,6 +155,9 @@ async def _take(job: Stream) -> None:
 
 async def _attach(job: Stream) -> None:
     """Stand on the nodes as one of their users; BlockError if another one does not allow it."""
-    used = Permission.NONE if job.immediate else Permission.WRITE_UNCHANGED
+    used = Permission.NONE
+    if not job.immediate:
+        # What it reads must not change below it, as after a commit into a base in use.
+        used = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
     shared = Permission.ALL & ~Permission.RESIZE
     job.user = await JobUser.attach(job.graph, job.top, used, shared)

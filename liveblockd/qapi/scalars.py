@@ -114,6 +114,8 @@ class Integer(Type):
             value = number
         elif type(value) is not int or not self._wide_enough(value):
             raise path.mistyped(self._json_name)
+        elif value < 0 and self.high == _UINT64_MAX:
+            value += 1 << 64  # QEMU has always taken the two's complement
         if not self.low <= value <= self.high:
             raise path.expects("a size" if self.is_size else f"{self.kind}_t", last=True)
         return int(value)

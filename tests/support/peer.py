@@ -19,7 +19,7 @@ from tests.support.daemon import TIMEOUT, QmpSocket
 #: members of replies that QEMU 7.2 has not, or whose values are the host's
 _LEFT_OUT = re.compile(
     r"active|children|limits|actual-size|.*zone_append.*|driver-specific|io-status"
-    r"|current-progress|total-progress|offset|singlestep|timestamp"
+    r"|date-n?sec|vm-clock-n?sec|current-progress|total-progress|offset|singlestep|timestamp"
 )
 
 
@@ -87,16 +87,17 @@ class Peer:
             self._status = after
             if after == "paused" or (before, after) == ("paused", "running"):
                 return
-        self.log.append(_plain(message))
+        self.log.append(plain(message))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` without what is left out of transcripts."""
     if isinstance(value, dict):
         if value.get("format") == "file":  # how far a file has grown is the engine's own affair
             value = {"filename": value["filename"]}
-        return {k: _plain(v) for k, v in value.items() if not _LEFT_OUT.fullmatch(k)}
+        return {k: plain(v) for k, v in value.items() if not _LEFT_OUT.fullmatch(k)}
     if isinstance(value, list):
-        return [_plain(element) for element in value]
+        return [plain(element) for element in value]
     if isinstance(value, str):
         text = re.sub(r"#block\d+", "#block", value)
         return re.sub(r"Completed \d+ of \d+ bytes", "Completed N bytes", text)

@@ -23,12 +23,13 @@ from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
 from liveblockd.formats.qcow2.encrypted import crypto_header_place
 from liveblockd.formats.qcow2.live_check import LiveCheck
 from liveblockd.formats.qcow2.opening import Opened, open_image
-from liveblockd.formats.qcow2.options import Qcow2Options
+from liveblockd.formats.qcow2.options import CHANGEABLE, Qcow2Options, cache_sizes
 from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
 from liveblockd.formats.qcow2.resize import resize
 from liveblockd.formats.qcow2.snapshot_store import Ranges, SnapshotStore, Taken
 from liveblockd.formats.qcow2.tables import DamageError
 from liveblockd.storage.driver import BlockIO, Quiesced, StoredBitmap
+from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Management:
         _snapshots: SnapshotStore
         _bitmaps: BitmapStore
         _unmap_snapshots: bool
+        _lazy_refcounts: bool | None
         _damaged: bool
         _luks: LuksHeader | None
         _environment: Environment
@@ -72,6 +74,30 @@ class Management:
         async def _run(
             self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any
         ) -> None: ...
+
+    # -- options
+
+    changeable = CHANGEABLE
+
+    def change_options(self, options: BlockdevOptions, environment: Environment) -> None:
+        """See ``BlockDriver``."""
+        del environment
+        assert isinstance(options, Qcow2Options)
+        metadata = self._metadata
+        sizes = cache_sizes(options, metadata.geometry, metadata.header.size)
+        if options.lazy_refcounts and metadata.header.version < 3:
+            raise BlockError(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
+            )
+        metadata.limit_cache(sizes.l2_tables, sizes.refcount_blocks)
+        unmap = options.pass_discard_request
+        self._eraser.configure(
+            unmap_requests=options.unmaps if unmap is None else unmap,
+            keep_on_discard=bool(options.discard_no_unref),
+        )
+        self._unmap_snapshots = options.pass_discard_snapshot is not False
+        self._lazy_refcounts = options.lazy_refcounts
+        self._options = options
 
     # -- size
 

@@ -107,8 +107,7 @@ class Metadata:
         #: where guest data go: ``stores[data_role]``
         self.data_role = "data-file" if self.has_data_file else "file"
         self.stores: Mapping[str, BlockIO] = children
-        self.max_tables = max(4, min(max_tables, MAX_TABLES))
-        self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
+        self.limit_cache(max_tables, max_refcount_blocks)
         #: called when something became dirty; set by ``commit``
         self.on_dirty: Callable[[], None] = lambda: None
         #: called, if anybody listens, when entries of a range (bytes of the disk) were replaced
@@ -375,6 +374,11 @@ class Metadata:
         self.refcounts.add_metadata(host_offset, 1)
         self._set_l1(table.l1_index, host_offset)
         self.mark_dirty(table, 0, len(table.entries))
+
+    def limit_cache(self, max_tables: int, max_refcount_blocks: int) -> None:
+        """How much stays in memory from now on; what is too much goes when more is loaded."""
+        self.max_tables = max(4, min(max_tables, MAX_TABLES))
+        self.max_refcount_blocks = max(MIN_REFCOUNT_BLOCKS, max_refcount_blocks)
 
     def mark_dirty(self, table: L2Table, first: int, end: int) -> None:
         """Entries ``first`` up to, not including, ``end`` were changed."""

@@ -67,6 +67,16 @@ class Qcow2Options(BlockdevOptions):
     data_file: BlockdevRef | None = None
 
 
+#: what blockdev-reopen may change
+CHANGEABLE = frozenset(
+    (
+        "lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other",
+        "discard-no-unref", "overlap-check", "cache-size", "l2-cache-size", "l2-cache-entry-size",
+        "refcount-cache-size", "cache-clean-interval",
+    )
+)  # fmt: skip
+
+
 class CacheSizes(NamedTuple):
     """How much metadata is kept in memory."""
 

@@ -52,6 +52,10 @@ class Eraser:
         self._metadata = metadata
         self._claims = claims
         self._writer = writer
+        self.configure(unmap_requests=unmap_requests, keep_on_discard=keep_on_discard)
+
+    def configure(self, *, unmap_requests: bool, keep_on_discard: bool) -> None:
+        """What discards do from now on."""
         self._unmap_requests = unmap_requests
         self._keep_on_discard = keep_on_discard
 

@@ -195,15 +195,13 @@ async def change_backing_file(context: Context, arguments: ChangeBackingFile) ->
     """Rewrite the backing string of a header; the graph stays as it is."""
     graph = context.graph
     async with graph.lock:
-        top = graph.lookup_any(arguments.device)
-        if any(edge.role != "root" for edge in top.parents):
-            raise BlockError("Need a root block node")
+        top = graph.lookup_root(arguments.device)
         image = graph.lookup(None, arguments.image_node_name)
         if not image.driver.backing_file:
             raise BlockError("not allowing backing file change on an image without a backing file")
         image.check_operation(Operation.STREAM)  # a job may be about to write the header itself
         if not chain.is_above(top, image):
-            raise BlockError(f"'{image.name}' and image file are not in the same chain")
+            raise BlockError(f"'{arguments.device}' and image file are not in the same chain")
         read_only = image.read_only
         await graph.set_read_only(image, False)
         try:
