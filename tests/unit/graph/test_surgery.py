@@ -347,7 +347,7 @@ async def test_a_refused_reopen_does_not_disturb_the_guest(world, monkeypatch):
     monkeypatch.setattr(top.file.driver, "set_read_only", slowly)
     file = {"driver": "named", "filename": "top"}
     options = {"driver": "layer", "node-name": "top", "file": file, "read-only": True}
-    with pytest.raises(BlockError, match="Block node is read-only"):
+    with pytest.raises(BlockError, match="cannot support read-write users"):
         await reopen(world.graph, [parse(BlockdevOptions, options)])
     for _ in range(5):
         await asyncio.sleep(0)
