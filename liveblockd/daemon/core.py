@@ -89,6 +89,7 @@ class Daemon:
         self._graph = Graph(environment)
         self._scheduler = Scheduler(self._publisher)
         self._exports = ExportRegistry(self._publisher, GraphBackends(self._graph))
+        self._exports.nbd_server.busy = lambda: self._workers.outstanding > 0
         self._context = Context(
             graph=self._graph,
             scheduler=self._scheduler,

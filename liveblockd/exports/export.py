@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from liveblockd.exports.backend import ExportBackend
 from liveblockd.exports.options import BlockExportOptions, option_models
+from liveblockd.exports.polling import POLL_MAX
 
 if TYPE_CHECKING:
     from liveblockd.exports.registry import ExportRegistry
@@ -29,6 +30,8 @@ class Export(abc.ABC):
     id: str
     backend: ExportBackend
     shutting_down: bool = False
+    #: how long the next request of a client is looked for before the loop sleeps; nanoseconds
+    poll_ns: int = POLL_MAX
 
     @classmethod
     @abc.abstractmethod

@@ -8,6 +8,7 @@ returns the buffers of the whole reply; an ``OSError`` that escapes becomes an e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import EINVAL, EOPNOTSUPP
@@ -22,6 +23,7 @@ from liveblockd.nbd.constants import (
     Command,
     CommandFlag,
 )
+from liveblockd.nbd.errno import NbdError, nbd_error
 from liveblockd.nbd.metadata import (
     Extent,
     allocation_extents,
@@ -32,12 +34,16 @@ from liveblockd.nbd.metadata import (
 from liveblockd.nbd.transmission import (
     Request,
     data_chunk,
+    error_chunk,
     hole_chunk,
     none_chunk,
+    refusal,
     simple_reply,
     status_chunk,
 )
 from liveblockd.storage.copy_engine import is_zero
+
+log = logging.getLogger(__name__)
 
 #: a reply to a READ of so many bytes is looked through for zeros; below, sending them is cheaper
 HOLE_MINIMUM: Final = 64 << 10
@@ -49,11 +55,35 @@ Reply: TypeAlias = tuple[Buffer, ...]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What was negotiated."""
+    """What was negotiated, and the replies to what cannot be done."""
 
     export: NbdExport
     structured: bool = False
     contexts: tuple[str, ...] = ()  # the id of each is its index
+
+    def refused(self, request: Request) -> bytes:
+        """The reply to a request that cannot be taken; nothing for one that can."""
+        export = self.export
+        refused = refusal(
+            request,
+            size=export.backend.length,
+            read_only=export.read_only,
+            structured=self.structured,
+            contexts=bool(self.contexts),
+        )
+        return b"" if refused is None else self._error(request, refused.error, refused.message)
+
+    def failed(self, request: Request, error: Exception) -> bytes:
+        """The reply to a request that ended so; anything but an OSError is logged."""
+        if isinstance(error, OSError):
+            return self._error(request, nbd_error(error.errno), error.strerror or str(error))
+        log.error("NBD %s failed by a defect", Command(request.command).name, exc_info=error)
+        return self._error(request, NbdError.EIO, "internal error")
+
+    def _error(self, request: Request, error: NbdError, message: str) -> bytes:
+        if self.structured:
+            return error_chunk(request.cookie, error, message)
+        return simple_reply(request.cookie, error)
 
 
 def read_reply(session: Session, request: Request, data: Buffer) -> Reply:

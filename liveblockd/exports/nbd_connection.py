@@ -10,6 +10,10 @@ backend answers at once. What comes in one wake-up is done in one round and answ
   backend. A small one is handed over where it stands (``write_nowait``) or copied into a task.
 * At most ``MAX_REQUESTS`` requests and ``MAX_BYTES`` bytes are in flight; then, and while the
   client does not read its replies, nothing more is read from it.
+* Replies go to the socket at once, past the transport, as long as that has nothing to send; and
+  where requests come one by one the next is looked for before the loop sleeps (``polling``).
+  What is received so, and what the transport receives, takes the same way. Nobody else waits for
+  longer than ``TURN``: then the loop goes round once.
 * A request that was begun is ended whatever becomes of the client; the connection leaves the
   clients of its export only after that. No task of a request is ever cancelled from here.
 
@@ -21,21 +25,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.exports.backend import Buffer
 from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
+from liveblockd.exports.nbd_line import Line
+from liveblockd.exports.polling import Polling
 from liveblockd.nbd.constants import REQUEST_MAGIC, Command
-from liveblockd.nbd.errno import NbdError, nbd_error
 from liveblockd.nbd.options import GREETING, Negotiation, Phase
 from liveblockd.nbd.transmission import (
     REQUEST,
     REQUEST_SIZE,
     Request,
     data_chunk,
-    error_chunk,
-    refusal,
     simple_reply,
 )
 from liveblockd.storage.hostcalls import new_buffer
@@ -60,6 +65,10 @@ ROUND_REQUESTS: Final = 128
 ROUND_BYTES: Final = 2 << 20
 #: replies that wait for the client before nothing more is done for it; bytes
 WRITE_HIGH: Final = 1 << 20
+#: a client that had so many requests in one wake-up has others to wait for: no look for the next
+POLL_REQUESTS: Final = 2
+#: the loop goes round at least so often while requests are found by looking; nanoseconds
+TURN: Final = 100_000
 
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
@@ -70,12 +79,14 @@ _WITH_DATA: Final = frozenset((_READ, _WRITE))
 class NbdConnection(asyncio.BufferedProtocol):
     """The protocol object of one connection."""
 
-    def __init__(self, server: NbdServer) -> None:
+    def __init__(self, server: NbdServer, connected: socket.socket) -> None:
         self.server = server
+        self._socket = connected
         self.session: Session | None = None  # None while it negotiates
         self._loop = asyncio.get_running_loop()
         self._negotiation = Negotiation(server)
         self._transport: asyncio.Transport | None = None
+        self._line: Line  # with the transport
         self._deadline: asyncio.TimerHandle | None = None
         # bytes received and not yet used are at [_start, _end)
         self._buffer = bytearray(BUFFER_SIZE)
@@ -100,6 +111,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._bytes = 0
         self._stalled = False  # complete requests may be in the buffer; nothing is read
         self._round_due = False
+        self._polling = Polling(0)
+        self._poll_due = False
+        self._served_in_round = 0
         self._write_paused = False  # the client does not read its replies
         self._closing = False  # no more requests are taken
         self._lost = False
@@ -109,6 +123,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet."""
         self._transport = cast(asyncio.Transport, transport)
+        self._line = Line(self._socket, self._transport)
         if self._closing:  # aborted before it began
             self._transport.abort()
             return
@@ -139,7 +154,15 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._negotiate(self._view[:nbytes])
         else:
             self._end += nbytes
+            self._polling.arrived(perf_counter_ns())
+            if self.server.active is not self:
+                self.server.active = self
+                self._polling.interrupted()
             self._round()
+            if self._polling.worthwhile and not self._poll_due:
+                self._poll()
+            else:
+                self._polling.answered(perf_counter_ns())
 
     def eof_received(self) -> bool:
         """The client sends no more; answer what it asked for."""
@@ -227,6 +250,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         assert negotiation.export is not None
         export = self.server.exports[negotiation.export.name]
         self.session = Session(export, negotiation.structured, negotiation.contexts)
+        self._polling = Polling(export.poll_ns)
         export.clients.add(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -268,8 +292,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         assert session is not None
         export = session.export
         size = export.backend.length
-        # a write that is done on the loop: nothing to flush after it, nothing against it
-        inline_write = 0 if export.read_only or export.writethrough else SMALL_WRITE
+        # A write that is done on the loop: nothing to flush after it. Whether the node takes
+        # writes at all it says itself, by refusing those.
+        inline_write = SMALL_WRITE if export.writable and not export.writethrough else 0
         buffer, end = self._buffer, self._end
         unpack = REQUEST.unpack_from
         position = self._start
@@ -306,6 +331,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._start = position
                 return self._payload is not None
         self._start = position
+        self._served_in_round = ROUND_REQUESTS - left
         return True
 
     def _read(self, session: Session, cookie: int, offset: int, length: int) -> None:
@@ -313,7 +339,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         try:
             data = session.export.backend.read_nowait(offset, length)
         except Exception as error:
-            self._out.append(self._failed(Request(0, _READ, cookie, offset, length), error))
+            self._out.append(session.failed(Request(0, _READ, cookie, offset, length), error))
             return
         if data is None:
             self._serve(Request(0, _READ, cookie, offset, length))
@@ -330,7 +356,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             done = session.export.backend.write_nowait(offset, payload)
         except Exception as error:
             request = Request(0, _WRITE, cookie, offset, len(payload))
-            self._out.append(self._failed(request, error))
+            self._out.append(session.failed(request, error))
             return
         if done:
             self._out.append(simple_reply(cookie))
@@ -339,19 +365,26 @@ class NbdConnection(asyncio.BufferedProtocol):
         length = len(payload)
         self._begun += 1
         self._bytes += length
-        ended = partial(self._written, cookie, offset, length)
+        ended = partial(self._written, session, cookie, offset, length)
         if not session.export.backend.begin_write(offset, payload, ended):
             self._begun -= 1
             self._bytes -= length
-            self._serve(Request(0, _WRITE, cookie, offset, length), bytes(payload))
+            request = Request(0, _WRITE, cookie, offset, length)
+            refused = session.refused(request)  # the node may have become read-only
+            if refused:
+                self._out.append(refused)
+            else:
+                self._serve(request, bytes(payload))
 
-    def _written(self, cookie: int, offset: int, length: int, error: OSError | None) -> None:
+    def _written(
+        self, session: Session, cookie: int, offset: int, length: int, error: OSError | None
+    ) -> None:
         self._begun -= 1
         self._bytes -= length
         if error is None:
             self._out.append(simple_reply(cookie))
         else:
-            self._out.append(self._failed(Request(0, _WRITE, cookie, offset, length), error))
+            self._out.append(session.failed(Request(0, _WRITE, cookie, offset, length), error))
         self._answered()
 
     def _other(self, request: Request, position: int) -> int:
@@ -361,15 +394,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if request.command == _DISC:
             self._finish()
             return REQUEST_SIZE
-        export = session.export
-        refused = refusal(
-            request,
-            size=export.backend.length,
-            read_only=export.read_only,
-            structured=session.structured,
-            contexts=bool(session.contexts),
-        )
-        reply = b"" if refused is None else self._error(request, refused.error, refused.message)
+        reply = session.refused(request)
         if request.command == _WRITE:
             return self._write(request, position, reply)
         if reply:
@@ -456,8 +481,52 @@ class NbdConnection(asyncio.BufferedProtocol):
         if out:
             self._out = []
             if not self._lost:
-                assert self._transport is not None
-                self._transport.writelines(out)
+                self._line.write(out)
+
+    # -- looking for the next request
+
+    def _quiet(self) -> bool:
+        """Whether all that has come is answered and nobody else has to do with it."""
+        return (
+            not self._closing
+            and self._served_in_round <= POLL_REQUESTS
+            and not self._tasks
+            and not self._begun
+            and not self._out
+            and not self._stalled
+            and self._payload is None
+            and self.server.active is self
+            and not self.server.busy()
+            and not self._line.unsent
+        )
+
+    def _poll(self) -> None:
+        """Receive what comes soon, for one turn of the loop at most."""
+        polling, look = self._polling, self._line.look
+        now = perf_counter_ns()
+        turn_end = now + TURN
+        while self._quiet():
+            if now > turn_end:
+                self._poll_due = True
+                self._loop.call_soon(self._poll_on)
+                break
+            count = look(self._view[self._end :], polling.limit)
+            if count <= 0:
+                if not count:
+                    polling.missed()
+                break
+            self.server.found_early += 1
+            polling.found()
+            self._end += count
+            self._round()
+            now = perf_counter_ns()
+        polling.answered(now)
+
+    def _poll_on(self) -> None:
+        """In the next turn."""
+        self._poll_due = False
+        if self.session is not None and not self._lost and self._polling.worthwhile:
+            self._poll()
 
     def _serve(self, request: Request, payload: Buffer = b"") -> None:
         """Make a task of a request."""
@@ -473,7 +542,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             reply = await HANDLERS[request.command](session, request, payload)
             self._out.extend(reply)
         except Exception as error:
-            self._out.append(self._failed(request, error))
+            self._out.append(session.failed(request, error))
         finally:
             if request.command in _WITH_DATA:
                 self._bytes -= request.length
@@ -493,17 +562,3 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._out and not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
-
-    # -- errors
-
-    def _failed(self, request: Request, error: Exception) -> bytes:
-        if isinstance(error, OSError):
-            return self._error(request, nbd_error(error.errno), error.strerror or str(error))
-        log.error("NBD %s failed by a defect", Command(request.command).name, exc_info=error)
-        return self._error(request, NbdError.EIO, "internal error")
-
-    def _error(self, request: Request, error: NbdError, message: str) -> bytes:
-        assert self.session is not None
-        if self.session.structured:
-            return error_chunk(request.cookie, error, message)
-        return simple_reply(request.cookie, error)

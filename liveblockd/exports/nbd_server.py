@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +46,12 @@ class NbdServer:
         self.connections: set[NbdConnection] = set()
         self.handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
         self.max_connections = DEFAULT_MAX_CONNECTIONS
+        #: whether workers are busy, who need the processors more than a look for requests does
+        self.busy: Callable[[], bool] = lambda: False
+        #: the client who sent something last
+        self.active: NbdConnection | None = None
+        #: requests that were found by looking
+        self.found_early = 0
         self._listeners: Listeners | None = None
         self._address: PlainAddress | None = None
         self._accepting = False
@@ -126,6 +132,8 @@ class NbdServer:
     def disconnected(self, connection: NbdConnection) -> None:
         """The socket of a client is closed; requests of it may be in flight."""
         self.connections.discard(connection)
+        if self.active is connection:
+            self.active = None
         if self.running:
             self._accept_more()
         if not self.connections and self._idle is not None and not self._idle.done():
@@ -175,7 +183,7 @@ class NbdServer:
         try:
             connected.setblocking(False)
             self._set_options(connected)
-            connection = NbdConnection(self)
+            connection = NbdConnection(self, connected)
             self.connections.add(connection)
             try:
                 await asyncio.get_running_loop().connect_accepted_socket(

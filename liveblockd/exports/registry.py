@@ -44,9 +44,12 @@ class ExportRegistry:
         self._removals: dict[str, asyncio.Task[None]] = {}
 
     async def add(
-        self, options: BlockExportOptions, *, is_iothread: Callable[[str], bool] | None = None
+        self, options: BlockExportOptions, *, poll_ns: Callable[[str], int | None] | None = None
     ) -> None:
-        """``block-export-add``. The loop serves all exports: iothreads must exist, that is all."""
+        """``block-export-add``; ``poll_ns`` gives ``poll-max-ns`` of an iothread that there is.
+
+        The loop serves all exports: that, of the first one, is all that it takes of iothreads.
+        """
         if not _ID.fullmatch(options.id):
             raise BlockError("Invalid block export id")
         if options.id in self.exports:
@@ -54,10 +57,12 @@ class ExportRegistry:
         cls = export_type(options.type)
         backend = await self.source.attach(options.node_name, writable=options.writable)
         try:
-            _check_iothreads(options, is_iothread)
+            limits = _iothread_limits(options, poll_ns)
             if options.id in self.exports:  # somebody was faster
                 raise BlockError(f"Block export id '{options.id}' is already in use")
-            self.exports[options.id] = await cls.create(self, options, backend)
+            export = self.exports[options.id] = await cls.create(self, options, backend)
+            if limits:
+                export.poll_ns = limits[0]
         except BaseException:
             await asyncio.shield(self.source.release(backend))
             raise
@@ -120,10 +125,13 @@ class ExportRegistry:
         self._publisher.publish(BlockExportDeleted(id=export.id))
 
 
-def _check_iothreads(
-    options: BlockExportOptions, is_iothread: Callable[[str], bool] | None
-) -> None:
-    named = options.iothread
+def _iothread_limits(
+    options: BlockExportOptions, poll_ns: Callable[[str], int | None] | None
+) -> list[int]:
+    named, limits = options.iothread, []
     for name in [named] if isinstance(named, str) else named or []:
-        if is_iothread is None or not is_iothread(name):
+        limit = None if poll_ns is None else poll_ns(name)
+        if limit is None:
             raise BlockError(f'iothread "{name}" not found')
+        limits.append(limit)
+    return limits

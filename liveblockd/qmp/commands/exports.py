@@ -131,10 +131,7 @@ async def nbd_server_remove(context: Context, arguments: NbdServerRemove) -> Non
 
 async def add_export(context: Context, options: BlockExportOptions) -> None:
     """Add an export for a command or for the command line."""
-    objects = object_registry(context)
-    await context.exports.add(
-        options, is_iothread=lambda name: objects.get(name, "iothread") is not None
-    )
+    await context.exports.add(options, poll_ns=object_registry(context).poll_ns)
 
 
 @command("block-export-add", args=BlockExportOptions)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.exports.polling import POLL_MAX
 from liveblockd.qapi import QapiModel, members, parse, to_qmp
 from liveblockd.qapi.models import Member
 from liveblockd.qapi.scalars import Boolean, String
@@ -83,7 +84,11 @@ class ThrottleGroup(ObjectOptions):
 
 
 class Iothread(ObjectOptions):
-    """Accepted so that command lines pass; all I/O has the one event loop and its workers."""
+    """All I/O has the one event loop and its workers.
+
+    Of an iothread that an export names, ``poll-max-ns`` counts: so long the next request of its
+    clients is looked for at most. The rest is accepted so that command lines pass.
+    """
 
     aio_max_batch: int | None = None
     thread_pool_min: int | None = None
@@ -225,6 +230,14 @@ class ObjectRegistry:
         """The object if there is one of this type."""
         options = self._objects.get(name)
         return options if options is not None and options.qom_type == qom_type else None
+
+    def poll_ns(self, name: str) -> int | None:
+        """``poll-max-ns`` of the iothread ``name``, if there is one."""
+        options = self.get(name, "iothread")
+        if options is None:
+            return None
+        assert isinstance(options, Iothread)
+        return POLL_MAX if options.poll_max_ns is None else max(0, options.poll_max_ns)
 
     def secret(self, name: str) -> bytes:
         """What the secret ``name`` holds."""
