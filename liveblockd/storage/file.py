@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import fcntl
 import os
 import stat
 from dataclasses import dataclass
@@ -554,10 +555,15 @@ def _open_fd(filename: str, read_only: bool, direct: bool) -> int:
 
 
 def _probe(fd: int, read_only: bool, direct: bool) -> OpenFile:
+    if hostcalls.filesystem_type(fd) in (hostcalls.TMPFS_MAGIC, hostcalls.RAMFS_MAGIC):
+        if direct:
+            # The page cache is the file there: a file system that takes the flag (since Linux 6.6)
+            # ignores it, but splicing and alignment would pay for it.
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return OpenFile(fd, False, read_only, 1, 0, 0)
     if direct:
         return OpenFile(fd, direct, read_only, hostcalls.probe_alignment(fd), None, None)
-    if hostcalls.filesystem_type(fd) in (hostcalls.TMPFS_MAGIC, hostcalls.RAMFS_MAGIC):
-        return OpenFile(fd, direct, read_only, 1, 0, 0)
     nowait = os.RWF_NOWAIT if hostcalls.probe_nowait(fd) else None
     # Writes cannot be tried before there is something to write: the first one tells.
     return OpenFile(fd, direct, read_only, 1, nowait, nowait)

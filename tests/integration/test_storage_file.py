@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import random
 import resource
@@ -161,6 +162,23 @@ async def test_a_hole_in_the_cache_is_not_taken_for_the_end(environment, tmp_pat
     assert disk.read_nowait(0, 8192) is None
     assert bytes(await disk.read(0, 8192)) == b"D" * 8192
     await disk.close()
+
+
+async def test_on_tmpfs_there_is_nothing_to_bypass(environment):
+    """The flag is taken off, also when the file is opened again, so that copies are spliced."""
+    if not os.access(SHM, os.W_OK):
+        pytest.skip("no /dev/shm")
+    with tempfile.TemporaryDirectory(dir=SHM) as directory:
+        path = make(directory, b"A" * 10000)
+        disk = await open_file(environment, path, **{"read-only": True, "cache": {"direct": True}})
+        for read_only in (True, False):
+            if not read_only:
+                await disk.set_read_only(False)
+            file = disk.host_file()
+            assert not file.direct and disk.request_alignment == 1
+            assert not fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_DIRECT
+        assert disk.write_nowait(3, b"xyz") and disk.read_nowait(2, 5) == b"AxyzA"
+        await disk.close()
 
 
 async def test_the_size_is_that_of_now(environment, directory):
