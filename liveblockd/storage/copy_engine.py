@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Buffer
-from liveblockd.storage.first_words import first_words
+from liveblockd.storage.first_words import first_words, first_words_of
 
 FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")  # source fd, source offset, length, destination offset
@@ -40,6 +40,8 @@ CLONE_ALIGNMENT = 4096
 PIECE = 256 << 10
 #: of smaller clusters so many first words are to be seen that reading them whole costs less
 LEAST_SAMPLED = 32 << 10
+#: bytes of a piece among many that the kernel is asked to copy; the call costs as much as 4 KiB
+LEAST_SPLICED = 64 << 10
 #: the same with O_DIRECT, where nothing is cached and a disk wants large requests
 DIRECT_PIECE = 2 << 20
 #: bytes after which the disk is told to begin, and first words are looked at again
@@ -69,6 +71,11 @@ _no_clones: set[int] = set()
 #: The kernel lets one write to a file at a time, and who waits for it spins: workers that copy into
 #: one file take turns instead. A file has one of these, which it may share with others.
 _turns = tuple(threading.Lock() for _ in range(64))
+
+
+def _turn(fd: int) -> threading.Lock:
+    target = os.fstat(fd)
+    return _turns[hash((target.st_dev, target.st_ino)) % len(_turns)]
 
 
 class _Local(threading.local):
@@ -185,10 +192,13 @@ def copy_segments(
     total = sum(segment.length for segment in segments) // cluster_size
     gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
     clones = _clonable({segment.source_fd for segment in segments}, fd)
+    copied_already = set() if direct else _splice(segments, clones, fd, cluster_size)
     cloned = number = 0
-    for segment in segments:
+    for index, segment in enumerate(segments):
         count = segment.length // cluster_size
-        if segment.length < PIECE and segment.source_fd not in clones:
+        if index in copied_already:
+            pass
+        elif segment.length < PIECE and segment.source_fd not in clones:
             gathering.add(segment, number)
         else:
             gathering.write()  # the plain copy has the same buffer
@@ -209,6 +219,47 @@ def copy_segments(
         number += count
     gathering.write()
     return Copied(cloned, gathering.zero)
+
+
+def _splice(segments: Sequence[Segment], clones: set[int], fd: int, cluster_size: int) -> set[int]:
+    """Let the kernel copy those of which no cluster begins with zeros; which ones it has copied.
+
+    What it takes to know that is one system call for many of them.
+    """
+    able = {
+        source: _kernel_copies(source, fd, cluster_size)
+        for source in {s.source_fd for s in segments if not s.source_direct} - clones
+    }
+    chosen = [
+        (index, segment.source_fd, segment.source_offset, segment.length // cluster_size)
+        for index, segment in enumerate(segments)
+        if segment.length >= LEAST_SPLICED and able.get(segment.source_fd)
+    ]
+    if not chosen:
+        return set()
+    words = first_words_of([piece[1:] for piece in chosen], cluster_size)
+    if words is None:
+        return set()
+    counts = np.array([piece[3] for piece in chosen])
+    full = np.logical_and.reduceat(words != 0, np.cumsum(counts) - counts).tolist()
+    done = set()
+    begin = end = 0  # what lies side by side in the target, for the disk to begin with
+    with _turn(fd):
+        for (index, *_), whole in zip(chosen, full, strict=True):
+            if not whole:
+                continue
+            source, at, to, length, _ = segments[index]
+            if not _copy_run(source, at, fd, to, length):
+                break  # whatever it is, who goes on finds it out
+            if to != end:
+                if done:
+                    hostcalls.start_writeback(fd, begin, end - begin)
+                begin = to
+            done.add(index)
+            end = to + length
+    if done:
+        hostcalls.start_writeback(fd, begin, end - begin)
+    return done
 
 
 class _Gathering:
@@ -348,7 +399,7 @@ def copy_nonzero(
         raise OSError(EINVAL, os.strerror(EINVAL))
     zero = np.zeros(-(-length // cluster_size), np.bool_)
     done = 0
-    if not (source_direct or direct) and _kernel_copies(src_fd, dst_fd, length, cluster_size):
+    if not (source_direct or direct) and _kernel_copies(src_fd, dst_fd, cluster_size):
         done = _copy_in_kernel(src_fd, src_offset, dst_fd, dst_offset, length, cluster_size, zero)
     if done < length:
         zero[done // cluster_size :] = _copy_through_memory(
@@ -364,9 +415,9 @@ def copy_nonzero(
     return zero
 
 
-def _kernel_copies(src_fd: int, dst_fd: int, length: int, cluster_size: int) -> bool:
-    """Whether ``_copy_in_kernel`` is worth trying."""
-    if cluster_size < LEAST_SAMPLED or length < cluster_size:
+def _kernel_copies(src_fd: int, dst_fd: int, cluster_size: int) -> bool:
+    """Whether copies in the kernel are worth trying."""
+    if cluster_size < LEAST_SAMPLED:
         return False
     source, target = os.fstat(src_fd), os.fstat(dst_fd)
     if not (stat.S_ISREG(source.st_mode) and stat.S_ISREG(target.st_mode)):
@@ -389,8 +440,7 @@ def _copy_in_kernel(
     do are read. Who has to go on with what is left is ``_copy_through_memory``.
     """
     piece = max(WRITEBACK_PIECE - WRITEBACK_PIECE % cluster_size, cluster_size)
-    target = os.fstat(dst_fd)
-    turn = _turns[hash((target.st_dev, target.st_ino)) % len(_turns)]
+    turn = _turn(dst_fd)
     for start in range(0, length, piece):
         part = min(piece, length - start)
         number, count = start // cluster_size, -(-part // cluster_size)
@@ -500,5 +550,7 @@ def is_zero(buffer: Buffer) -> bool:
 
 def _runs(selected: Zeroes) -> list[tuple[int, int]]:
     """Ranges ``first <= i < last`` of True."""
+    if selected.all():
+        return [(0, len(selected))] if len(selected) else []
     edges = np.flatnonzero(np.diff(selected, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Sequence
 from errno import EINTR
 from typing import Any, Final
 
@@ -94,6 +95,12 @@ class _Reader:
         self._requests["buffer"] = _address(self._words) + WORD * np.arange(MOST)
         self._pointers = _address(self._requests) + _IOCB.itemsize * np.arange(MOST)
         self._list = ctypes.c_void_p(_address(self._pointers))
+        # Looked up once: each of these costs more than the read of a word.
+        self._fds = self._requests["fd"]
+        self._offsets = self._requests["offset"]
+        self._flags = self._requests["rw_flags"]
+        self._results = self._events["result"]
+        self._answers = _address(self._events)
         self._broken = False
 
     def __del__(self) -> None:
@@ -107,29 +114,24 @@ class _Reader:
             _syscall(self._destroy, self._context)
             self._context.value = 0
 
-    def read(self, fds: npt.ArrayLike, offsets: Offsets, flags: int) -> Words | None:
+    def read(self, fds: npt.ArrayLike, offsets: Offsets, flags: npt.ArrayLike) -> Words | None:
         """A copy of the words, or None."""
         count = len(offsets)
         if self._broken:
             return None
-        requests, words = self._requests[:count], self._words[:count]
-        requests["fd"] = fds
-        requests["offset"] = offsets
-        requests["rw_flags"] = flags
+        words = self._words[:count]
+        self._fds[:count] = fds
+        self._offsets[:count] = offsets
+        self._flags[:count] = flags
         words[:] = 0
-        begun = _syscall(
-            self._submit,
-            self._context,
-            ctypes.c_long(count),
-            self._list,
-        )
+        begun = _syscall(self._submit, self._context, ctypes.c_long(count), self._list)
         if begun <= 0:
             return None
         if not self._wait(begun):
             self._broken = True
             self.close()
             return None
-        if begun < count or int(self._events["result"][:begun].min()) < 0:
+        if begun < count or int(self._results[:begun].min()) < 0:
             return None
         return words.copy()
 
@@ -143,7 +145,7 @@ class _Reader:
                 self._context,
                 ctypes.c_long(left),
                 ctypes.c_long(left),
-                ctypes.c_void_p(_address(self._events) + done * _EVENT.itemsize),
+                ctypes.c_void_p(self._answers + done * _EVENT.itemsize),
                 None,
             )
             if found < 0 and ctypes.get_errno() == EINTR:
@@ -179,15 +181,40 @@ def nowait_flags(fd: int) -> int:
 
 def first_words(fd: int, offset: int, count: int, step: int) -> Words | None:
     """The words at ``offset`` and each ``step`` bytes further, ``count`` of them; or None."""
+    places = np.arange(count, dtype=np.int64) * step + offset
+    return _in_parts(fd, places, nowait_flags(fd))
+
+
+def first_words_of(pieces: Sequence[tuple[int, int, int]], step: int) -> Words | None:
+    """The same of (descriptor, offset, count) in turn, one after the other; or None."""
+    flags = {fd: nowait_flags(fd) for fd in {piece[0] for piece in pieces}}
+    fds, starts, counts = np.array(pieces, np.int64).reshape(-1, 3).T
+    before = np.cumsum(counts) - counts
+    places = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(before, counts)
+    return _in_parts(
+        np.repeat(fds, counts),
+        places * step + np.repeat(starts, counts),
+        np.repeat(np.array([flags[piece[0]] for piece in pieces]), counts),
+    )
+
+
+def _in_parts(
+    fds: int | npt.NDArray[np.int64], places: Offsets, flags: int | npt.NDArray[np.int64]
+) -> Words | None:
     reader = _reader()
     if reader is None:
         return None
-    flags = nowait_flags(fd)
+    if len(places) <= MOST:
+        return reader.read(fds, places, flags)
     parts: list[Words] = []
-    for start in range(0, count, MOST):
-        places = np.arange(start, min(start + MOST, count), dtype=np.int64) * step + offset
-        words = reader.read(fd, places, flags)
+    for start in range(0, len(places), MOST):
+        part = slice(start, start + MOST)
+        words = reader.read(
+            fds if isinstance(fds, int) else fds[part],
+            places[part],
+            flags if isinstance(flags, int) else flags[part],
+        )
         if words is None:
             return None
         parts.append(words)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return np.concatenate(parts)

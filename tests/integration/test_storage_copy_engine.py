@@ -428,3 +428,81 @@ def test_workers_take_turns_with_one_file(make):
     assert not any(thread.is_alive() for thread in threads)
     assert content(target) == data
     assert not any(turn.locked() for turn in copy_engine._turns)
+
+
+def segments_of(rng, sources, total, pieces):
+    """Pieces of ``sources`` for places side by side, or not."""
+    found, position = [], 0
+    for _ in range(pieces):
+        count = rng.choice((1, 1, 2, 4))
+        at = rng.randrange(total - count + 1) * CLUSTER
+        position += CLUSTER * rng.choice((0, 0, 1))
+        found.append(Segment(rng.choice(sources), at, position, count * CLUSTER))
+        position += count * CLUSTER
+    return found, position
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tmpfs", [False, True])
+def test_the_kernel_copies_segments_without_zeros_in_front(make, monkeypatch, tmpfs, seed):
+    """Of many files at a time; the others are looked at as ever, and the bytes are the same."""
+    rng = random.Random(seed)
+    contents = [patterned(seed * 10 + n, 12)[0] for n in range(5)]
+    sources = [make(data, tmpfs=tmpfs) for data in contents]
+    target, twin = make(tmpfs=tmpfs), make(tmpfs=tmpfs)
+    if copy_engine.first_words(sources[0], 0, 1, CLUSTER) is None:
+        pytest.skip("no first words here")
+    segments, end = segments_of(rng, sources, 12, 150)
+    without(monkeypatch, "clone")
+    copy_segments(segments[:1], twin, CLUSTER)  # learns that nothing can be cloned
+    asked = in_kernel(monkeypatch)
+    told = []
+    monkeypatch.setattr(
+        copy_engine.hostcalls, "start_writeback", lambda *arguments: told.append(arguments)
+    )
+    got = copy_segments(segments, target, CLUSTER)
+    expected = [
+        (segment.source_offset, segment.length)
+        for segment in segments
+        if all(
+            any(contents[sources.index(segment.source_fd)][at : at + 8])
+            for at in range(segment.source_offset, segment.source_offset + segment.length, CLUSTER)
+        )
+    ]
+    assert asked[: len(expected)] == expected and 20 < len(expected) < 130
+    assert all(length < 4 * CLUSTER for _, length in asked[len(expected) :])  # parts of large ones
+    begun = set()
+    for _, offset, length in told:
+        begun.update(range(offset, offset + length, CLUSTER))
+    number = 0
+    for segment in segments:
+        for place in range(segment.offset, segment.offset + segment.length, CLUSTER):
+            assert got.zero[number] or place in begun
+            number += 1
+    without(monkeypatch, "range")
+    monkeypatch.setattr(copy_engine, "first_words_of", lambda *_: None)
+    assert got.zero.tolist() == copy_segments(segments, twin, CLUSTER).zero.tolist()
+    assert os.pread(target, end, 0) == os.pread(twin, end, 0)
+
+
+def test_segments_that_the_kernel_gives_up_are_taken_over(make, monkeypatch):
+    real, calls = os.copy_file_range, []
+
+    def short(source, target, count, at, to):
+        calls.append(count)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "no")
+        return real(source, target, min(count, 70000), at, to)
+
+    data = random.Random(12).randbytes(16 * CLUSTER)
+    source, target = make(data), make()
+    if copy_engine.first_words(source, 0, 1, CLUSTER) is None:
+        pytest.skip("no first words here")
+    monkeypatch.setattr(os, "copy_file_range", short)
+    without(monkeypatch, "clone")
+    copy_extent(source, 0, make(), 0, CLUSTER)
+    calls.clear()
+    whole = [Segment(source, n * CLUSTER, (15 - n) * CLUSTER, CLUSTER) for n in range(16)]
+    assert not copy_segments(whole, target, CLUSTER).zero.any()
+    parts = [data[n * CLUSTER : (n + 1) * CLUSTER] for n in range(16)]
+    assert content(target) == b"".join(reversed(parts)) and len(calls) >= 3
