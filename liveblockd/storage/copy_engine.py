@@ -242,7 +242,7 @@ def _splice(segments: Sequence[Segment], clones: set[int], fd: int, cluster_size
         return set()
     counts = np.array([piece[3] for piece in chosen])
     full = np.logical_and.reduceat(words != 0, np.cumsum(counts) - counts).tolist()
-    done = set()
+    done: set[int] = set()
     begin = end = 0  # what lies side by side in the target, for the disk to begin with
     with _turn(fd):
         for (index, *_), whole in zip(chosen, full, strict=True):
