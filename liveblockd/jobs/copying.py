@@ -151,7 +151,7 @@ class CopyJob(Job):
         elif self.speed:
             size = LIMITED_CHUNK
         else:
-            size = self._copy_chunk if piece.kind is ExtentKind.DATA else READ_CHUNK
+            size = self._copy_chunk if _by_worker(piece) else READ_CHUNK
         size = max(size // self.granularity, 1) * self.granularity
         if piece.length <= size:
             return piece
@@ -219,7 +219,7 @@ class CopyJob(Job):
         length = sum(piece.length for piece in pieces)
         self._to_do -= length
         self._update_offset()
-        if pieces[0].kind is ExtentKind.DATA and not self.speed:
+        if _by_worker(pieces[0]) and not self.speed:
             self._adapt(length, self.scheduler.clock.monotonic() - started)
 
     def _adapt(self, length: int, seconds: float) -> None:
@@ -257,3 +257,8 @@ class CopyJob(Job):
         await self.settle()
         if self.action_on("read", error.errno or EIO) is not ErrorAction.STOP:
             raise error
+
+
+def _by_worker(piece: Run) -> bool:
+    """Whether nothing of it need be held in memory: it is known which layer's file it is in."""
+    return piece.kind is ExtentKind.DATA or piece.layer is not None

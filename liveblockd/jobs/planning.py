@@ -105,10 +105,8 @@ async def survey_stretch(
             continue
         if kind is ExtentKind.DATA:
             pieces.append(Run(start, run.length, kind, layer, run.host_offset))
-        elif pieces and pieces[-1].kind is kind and pieces[-1].end == start:
-            pieces[-1] = Run(pieces[-1].offset, pieces[-1].length + run.length, kind)
         else:
-            pieces.append(Run(start, run.length, kind))
+            pieces.append(Run(start, run.length, kind, layer))
     return pieces, end
 
 

@@ -163,6 +163,14 @@ class Stream(CopyJob):
                 pass
             else:
                 return
+        if piece.kind is ExtentKind.COMPRESSED and piece.layer is not None:
+            try:
+                packed = await piece.layer.driver.packed(piece.offset, piece.length)
+                if packed is not None:
+                    await driver.populate_packed(piece.offset, piece.length, packed)
+                    return
+            except OSError:
+                pass  # as above
         for part in split(piece, max(READ_CHUNK // self.granularity, 1) * self.granularity):
             await self._read_and_populate(part)
 

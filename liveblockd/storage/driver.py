@@ -163,6 +163,18 @@ class Source(NamedTuple):
     source_offset: int
 
 
+class Packed(NamedTuple):
+    """Adjacent clusters of a disk that lie compressed in a host file."""
+
+    file: HostFile
+    #: (host offset, length) of each, bytes; the data may end before that
+    places: list[tuple[int, int]]
+    cluster_size: int
+    #: on a worker: fills an array of bytes with clusters, whose (start, length) in another one
+    #: follow; raises OSError
+    unpack: Callable[[Any, Any, Sequence[tuple[int, int]]], None]
+
+
 class MapWatcher(Protocol):
     """Who keeps what a driver said of its layer (``flatmap``)."""
 
@@ -335,6 +347,10 @@ class BlockDriver(abc.ABC):
         """
         return None
 
+    async def packed(self, offset: int, length: int) -> Packed | None:
+        """How to unpack a range that begins with a cluster; None: not all of it is compressed."""
+        return None
+
     def next_table(self, offset: int) -> int:
         """The first offset from ``offset`` on where this layer may say anything."""
         return offset
@@ -473,6 +489,10 @@ class BlockDriver(abc.ABC):
     ) -> None:
         """As ``populate``, for bytes that lie in a host file; a worker copies them directly."""
         raise BlockError(f"{self.driver_name} cannot be streamed into", errno=95)
+
+    async def populate_packed(self, offset: int, length: int, packed: Packed) -> None:
+        """As ``populate``; a worker unpacks what it stores."""
+        raise OSError(ENOTSUP, os.strerror(ENOTSUP))
 
     @property
     def gathers(self) -> bool:

@@ -28,6 +28,7 @@ from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
+from liveblockd.storage.unpacking import Unpacking
 
 T = TypeVar("T")
 
@@ -339,6 +340,8 @@ class SimulatedWorkers(WorkerPool):
         try:
             if fn is populate.clone_or_copy:
                 result = await self._copy(args)
+            elif fn is populate.unpack_clusters:
+                result = await self._unpack(*args)
             elif fn is gather.copy_segments:
                 result = await self._copy_segments(*args)
             elif fn is new_tables.copy_with_tables:
@@ -370,6 +373,18 @@ class SimulatedWorkers(WorkerPool):
         copied = populate.clone_or_copy(transfer)
         await self._log_copy(medium, offset, length, cluster_size, copied.zero)
         return copied
+
+    async def _unpack(self, work: Unpacking) -> Any:
+        """The same for compressed clusters."""
+        medium = self._medium_of(work.fd)
+        if self._machine.fault("write"):
+            os.close(work.source_fd)
+            os.close(work.fd)
+            raise OSError(ENOSPC, "injected into copy")
+        zero = populate.unpack_clusters(work)
+        length = len(work.places) * work.cluster_size
+        await self._log_copy(medium, work.offset, length, work.cluster_size, zero)
+        return zero
 
     async def _copy_segments(
         self,

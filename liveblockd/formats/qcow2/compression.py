@@ -12,12 +12,8 @@ import contextlib
 import importlib
 import sys
 import zlib
-from collections.abc import Sequence
 from errno import EIO
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from liveblockd.formats.qcow2.layout import Compression
 from liveblockd.storage.driver import Buffer
@@ -54,16 +50,6 @@ def inflate(data: Buffer, length: int, compression: int) -> bytes:
     if len(result) != length:
         raise OSError(EIO, "a compressed cluster is cut off")
     return result
-
-
-def inflate_into(
-    place: npt.NDArray[np.uint8], parts: Sequence[Buffer], size: int, compression: int
-) -> None:
-    """Clusters of ``size`` bytes that follow each other on the disk, one after the other."""
-    for number, data in enumerate(parts):
-        start = number * size
-        # numpy lets go of the GIL while it copies, also where the memory is touched at first.
-        place[start : start + size] = np.frombuffer(inflate(data, size, compression), np.uint8)
 
 
 def _inflate_deflated(data: Buffer, length: int) -> bytes:

@@ -57,6 +57,7 @@ from liveblockd.storage.driver import (
     Extent,
     ExtentKind,
     HostFile,
+    Packed,
     Source,
 )
 from liveblockd.storage.flatmap import FlatMap
@@ -405,6 +406,11 @@ class Qcow2(InPlace, Management, Layered, Described):
         """See ``BlockDriver.populate_from``."""
         self._check_writable()
         await self._run(self._populator.populate_from, offset, length, source, source_offset)
+
+    async def populate_packed(self, offset: int, length: int, packed: Packed) -> None:
+        """See ``BlockDriver.populate_packed``."""
+        self._check_writable()
+        await self._run(self._populator.populate_packed, offset, length, packed)
 
     @property
     def gathers(self) -> bool:

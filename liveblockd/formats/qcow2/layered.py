@@ -16,10 +16,11 @@ from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.metadata import read_bytes
 from liveblockd.formats.qcow2.survey import survey
 from liveblockd.storage.cells import Cells, Survey
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher, Packed
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.metadata import Metadata
+    from liveblockd.formats.qcow2.reader import Reader
     from liveblockd.storage.registry import Environment
 
 
@@ -29,6 +30,7 @@ class Layered(BlockDriver):
     if TYPE_CHECKING:
         _metadata: Metadata
         _environment: Environment
+        _reader: Reader
 
     def watch(self, watcher: MapWatcher) -> None:
         """See ``BlockDriver``."""
@@ -67,6 +69,10 @@ class Layered(BlockDriver):
         """See ``BlockDriver.survey``."""
         workers = self._environment.workers
         return await survey(self._metadata, workers, offset, length, bits, tables)
+
+    async def packed(self, offset: int, length: int) -> Packed | None:
+        """See ``BlockDriver.packed``."""
+        return await self._reader.packed(offset, length)
 
     def next_table(self, offset: int) -> int:
         """See ``BlockDriver``."""

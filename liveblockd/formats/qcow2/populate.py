@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from errno import EINVAL
+from errno import EINVAL, ENOTSUP
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
-from liveblockd.storage.driver import Buffer, HostFile
+from liveblockd.storage.driver import Buffer, HostFile, Packed
+from liveblockd.storage.unpacking import Unpacking, unpack_clusters
 
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
 MAX_COPY = 64 << 20
@@ -85,6 +86,8 @@ class Populator:
         #: bytes of ``populate_from`` that share the source's extents, and that a worker copied
         self.cloned = 0
         self.copied = 0
+        #: clusters of ``populate_packed``
+        self.unpacked = 0
 
     async def populate(self, offset: int, data: Buffer) -> None:
         """Store data of the chain below; whole clusters, but for the end of the disk."""
@@ -171,14 +174,59 @@ class Populator:
         count = self._metadata.geometry.clusters(length)
         await self._populate(offset // size, count, np.zeros(count, np.bool_), fill, read)
 
+    async def populate_packed(self, offset: int, length: int, packed: Packed) -> None:
+        """The same for compressed clusters of a host file."""
+        metadata = self._metadata
+        size = metadata.geometry.cluster_size
+        self._check(offset, length)
+        target = metadata.data.host_file()
+        direct = target is not None and target.direct
+        if (
+            target is None
+            or metadata.has_data_file
+            or size != packed.cluster_size
+            or len(packed.places) != metadata.geometry.clusters(length)
+            or (direct and size % copy_engine.CLONE_ALIGNMENT)
+            or not self.has_zero_clusters
+        ):
+            raise OSError(ENOTSUP, os.strerror(ENOTSUP))
+
+        async def fill(start: int, clusters: int, host_offset: int) -> Zeroes | None:
+            places = packed.places[start : start + clusters]
+            source_fd, fd = _duplicates(packed.file, target)
+            work = Unpacking(
+                source_fd,
+                places,
+                size,
+                packed.unpack,
+                fd,
+                host_offset,
+                packed.file.direct,
+                direct,
+            )
+            zero = await self._workers.copies.run(unpack_clusters, work)
+            self.unpacked += clusters
+            return zero if zero.any() else None
+
+        async def read(start: int) -> Buffer:
+            place = np.empty(size, np.uint8)
+            host_offset, length = packed.places[start]
+            data = np.frombuffer(await self._read(packed.file, host_offset, length), np.uint8)
+            await self._workers.run(packed.unpack, place, data, [(0, length)])
+            return place.data
+
+        count = len(packed.places)
+        await self._populate(offset // size, count, np.zeros(count, np.bool_), fill, read)
+
     async def _transfer(
         self, source: HostFile, at: int, target: HostFile, host_offset: int, length: int
     ) -> Zeroes:
         """Whole clusters, by a worker; which of them are zeros and were not written."""
+        source_fd, fd = _duplicates(source, target)
         transfer = Transfer(
-            os.dup(source.fd),
+            source_fd,
             at,
-            os.dup(target.fd),
+            fd,
             host_offset,
             length,
             self._metadata.geometry.cluster_size,
@@ -340,6 +388,16 @@ class Populator:
             for begin, end in _runs(wins & zero):
                 metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
         return not taken.any()
+
+
+def _duplicates(source: HostFile, target: HostFile) -> tuple[int, int]:
+    """Descriptors for a worker, which closes them."""
+    source_fd = os.dup(source.fd)
+    try:
+        return source_fd, os.dup(target.fd)
+    except OSError:
+        os.close(source_fd)
+        raise
 
 
 def _run_length(values: Zeroes) -> int:

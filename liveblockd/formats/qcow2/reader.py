@@ -11,18 +11,19 @@ Errors: OSError from below; ``DamageError``; EIO for compressed data that is no 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import numpy as np
 
 from liveblockd.formats.qcow2.cells import next_l1
-from liveblockd.formats.qcow2.compression import inflate_into
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore
+from liveblockd.formats.qcow2.inflating import inflate_clusters, inflate_into
 from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.tables import compressed_range
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage.driver import Buffer, Extent, ExtentKind
+from liveblockd.storage.driver import Buffer, Extent, ExtentKind, Packed
 from liveblockd.storage.flatmap import FlatMap
 
 #: bytes that one job inflates: enough that the way to a worker and back costs little
@@ -143,6 +144,26 @@ class Reader:
             return [await read_bytes(file, place.host_offset, place.length) for place in places]
         data = memoryview(await read_bytes(file, low, high - low))
         return [data[place.host_offset - low :][: place.length] for place in places]
+
+    async def packed(self, offset: int, length: int) -> Packed | None:
+        """See ``BlockDriver.packed``."""
+        metadata = self._metadata
+        host = metadata.file.host_file()
+        span, size = metadata.geometry.span, metadata.geometry.cluster_size
+        if host is None or offset % size:
+            return None
+        places: list[tuple[int, int]] = []
+        position, end = offset, offset + length
+        while position < end:
+            stop = min(end, (position // span + 1) * span)
+            for part in await self._parts(position, stop - position):
+                if part.extent.kind is not ExtentKind.COMPRESSED:
+                    return None
+                places += [compressed_range(entry, metadata.geometry) for entry in part.entries]
+            position = stop
+        compression = metadata.header.compression_type
+        unpack = partial(inflate_clusters, size=size, compression=compression)
+        return Packed(host, places, size, unpack)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Extents of a prefix of the range; whole spans without a table cost nothing."""

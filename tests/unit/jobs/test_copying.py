@@ -53,7 +53,7 @@ class Moves(CopyJob):
         for start, length, kind in self.layout:
             a, b = max(start, offset), min(start + length, end)
             if a < b and kind is not None:
-                pieces.append(Run(a, b - a, kind, "layer", a))
+                pieces.append(Run(a, b - a, kind, "layer" if kind is ExtentKind.DATA else None, a))
         await asyncio.sleep(0)
         return pieces, end
 
