@@ -210,8 +210,6 @@ class Stream(CopyJob):
                 return
             driver = self.top.driver
             base = self.base
-            # Most of what is to be written goes out here, while guests go on.
-            await driver.flush()
             if base is None:
                 await driver.change_backing_file(None, None)
             else:
