@@ -85,6 +85,7 @@ class Daemon:
             publisher=self._publisher,
             secret=lambda name: object_registry(self._context).secret(name),
             throttle_group=lambda name: object_registry(self._context).throttle_group(name),
+            tls_client=lambda *which: object_registry(self._context).tls_client(*which),
         )
         self._graph = Graph(environment)
         self._scheduler = Scheduler(self._publisher)

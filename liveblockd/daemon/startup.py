@@ -90,7 +90,7 @@ class Startup:
         if isinstance(address, dict) and isinstance(address.get("str"), str):
             value = value | {"addr": address | {"str": inherited_fd(address["str"])}}
         options = parse(NbdServerOptions, value, keyval=not action.typed)
-        await start_nbd_server(self._context.exports, options)
+        await start_nbd_server(self._context, options)
 
     async def _export(self, action: Action) -> None:
         from liveblockd.exports.options import BlockExportOptions

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.exports.backend import Buffer
 from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
-from liveblockd.exports.nbd_line import Line
+from liveblockd.exports.nbd_line import Line, SecureLine
 from liveblockd.exports.polling import Polling
 from liveblockd.nbd.constants import REQUEST_MAGIC, Command
 from liveblockd.nbd.options import GREETING, Negotiation, Phase
@@ -84,7 +84,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._socket = connected
         self.session: Session | None = None  # None while it negotiates
         self._loop = asyncio.get_running_loop()
-        self._negotiation = Negotiation(server)
+        self._negotiation = Negotiation(server, tls=server.tls is not None)
+        self._upgrade: asyncio.Task[None] | None = None  # to TLS
         self._transport: asyncio.Transport | None = None
         self._line: Line  # with the transport
         self._deadline: asyncio.TimerHandle | None = None
@@ -231,6 +232,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         assert transport is not None
         while True:
             out = negotiation.feed(data)
+            if negotiation.phase is Phase.TLS:
+                # What comes after the answer is not in the clear, and not for us.
+                transport.pause_reading()
             if out:
                 transport.write(out)
             if not negotiation.more:
@@ -245,6 +249,31 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._finish()
         elif negotiation.phase is Phase.TRANSMISSION:
             self._begin_transmission(negotiation)
+        elif negotiation.phase is Phase.TLS:
+            self._upgrade = self._loop.create_task(self._start_tls())
+            self._upgrade.add_done_callback(self._upgraded)
+
+    async def _start_tls(self) -> None:
+        assert self._transport is not None and self.server.tls is not None
+        secure = await self._loop.start_tls(
+            self._transport, self, self.server.tls, server_side=True
+        )
+        if self._closing or secure is None:
+            if secure is not None:
+                secure.abort()
+            return
+        self._transport = secure
+        self._line = SecureLine(self._socket, secure)
+        secure.set_write_buffer_limits(high=WRITE_HIGH)
+        self._negotiation.secured()
+
+    def _upgraded(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.info("NBD client dropped: TLS: %s", error)
+        self.abort()
+        if not self._lost:
+            self.connection_lost(None)
 
     def _begin_transmission(self, negotiation: Negotiation) -> None:
         assert negotiation.export is not None

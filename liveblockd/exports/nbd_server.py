@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from typing import TYPE_CHECKING, Final
@@ -52,6 +53,7 @@ class NbdServer:
         self.active: NbdConnection | None = None
         #: requests that were found by looking
         self.found_early = 0
+        self.tls: ssl.SSLContext | None = None
         self._listeners: Listeners | None = None
         self._address: PlainAddress | None = None
         self._accepting = False
@@ -75,22 +77,24 @@ class NbdServer:
         *,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         handshake_seconds: int = DEFAULT_HANDSHAKE_SECONDS,
-        tls_creds: str | None = None,
+        tls: ssl.SSLContext | None = None,
         tls_authz: str | None = None,
     ) -> None:
-        """Listen; 0 means no limit. Raises BlockError."""
+        """Listen; 0 means no limit. With ``tls`` clients are told of exports only over that.
+
+        Raises BlockError.
+        """
         if self.running or self._starting:
             raise BlockError("NBD server already running")
-        if tls_creds is not None:
-            raise BlockError(f"No TLS credentials with id '{tls_creds}': TLS is not supported")
         if tls_authz is not None:
-            raise BlockError("tls-authz is not supported: TLS is not supported")
+            raise BlockError("tls-authz is not supported")
         self._starting = True
         try:
             self._listeners = await listen(address, min(max_connections or 128, 128))
         finally:
             self._starting = False
         self._address = address
+        self.tls = tls
         self.max_connections = max_connections
         self.handshake_seconds = handshake_seconds
         self._accept_more()

@@ -70,6 +70,8 @@ class RemoteExport:
 
 class _Stage(enum.Enum):
     GREETING = enum.auto()
+    TLS = enum.auto()
+    SECURING = enum.auto()
     STRUCTURED = enum.auto()
     META = enum.auto()
     GO = enum.auto()
@@ -80,7 +82,8 @@ class _Stage(enum.Enum):
 class ClientNegotiation:
     """One connection until ``export`` is set."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, tls: bool = False) -> None:
+        self._tls = tls
         self.export: RemoteExport | None = None
         self._name = name.encode()
         self._buffer = bytearray()
@@ -102,12 +105,23 @@ class ClientNegotiation:
         """Take what was received; what to send."""
         self._buffer += data
         out = bytearray()
-        while self._stage is not _Stage.DONE:
+        while self._stage not in (_Stage.DONE, _Stage.SECURING):
             answer = self._step()
             if answer is None:
                 break
             out += answer
         return bytes(out)
+
+    @property
+    def wants_tls(self) -> bool:
+        """The server waits for TLS: nothing is fed until ``secured`` was called."""
+        return self._stage is _Stage.SECURING
+
+    def secured(self) -> bytes:
+        """TLS is spoken; what to send."""
+        assert self._stage is _Stage.SECURING
+        self._stage = _Stage.STRUCTURED
+        return _option(Option.STRUCTURED_REPLY)
 
     def _step(self) -> bytes | None:
         """None: more bytes are needed."""
@@ -127,6 +141,8 @@ class ClientNegotiation:
         payload = bytes(self._buffer[_REPLY.size : _REPLY.size + length])
         del self._buffer[: _REPLY.size + length]
         match self._stage:
+            case _Stage.TLS:
+                return self._after_starttls(option, kind, payload)
             case _Stage.STRUCTURED:
                 return self._after_structured(option, kind)
             case _Stage.META:
@@ -145,10 +161,25 @@ class ClientNegotiation:
         del self._buffer[: _GREETING.size]
         self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
         own = flags & int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+        if self._tls:
+            if not flags & HandshakeFlag.FIXED_NEWSTYLE:
+                raise RefusedError("Server does not support STARTTLS")
+            self._stage = _Stage.TLS
+            return _U32.pack(own) + _option(Option.STARTTLS)
         if not flags & HandshakeFlag.FIXED_NEWSTYLE:
             return _U32.pack(own) + self._ask_export_name()
         self._stage = _Stage.STRUCTURED
         return _U32.pack(own) + _option(Option.STRUCTURED_REPLY)
+
+    def _after_starttls(self, option: int, kind: int, payload: bytes) -> bytes:
+        _check(option, Option.STARTTLS)
+        if kind != OptionReply.ACK:
+            _check_error(kind)
+            raise RefusedError(_reason(kind, payload, self._name))
+        if self._buffer:
+            raise ProtocolError("data sent in the clear after STARTTLS")
+        self._stage = _Stage.SECURING
+        return b""
 
     def _ask_export_name(self) -> bytes:
         self._stage = _Stage.EXPORT_NAME

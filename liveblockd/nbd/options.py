@@ -101,6 +101,7 @@ class Phase(enum.Enum):
 
     FLAGS = enum.auto()  # the greeting was sent, the client's flags are awaited
     OPTIONS = enum.auto()
+    TLS = enum.auto()  # send what was returned, start TLS, call ``secured``
     TRANSMISSION = enum.auto()  # an export was chosen
     CLOSED = enum.auto()  # send what was returned, then close
 
@@ -117,7 +118,9 @@ class OptionError(Exception):
 class Negotiation:
     """One client's negotiation."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, tls: bool = False) -> None:
+        self._tls = tls  # nothing is told before TLS
+        self._secure = False
         self.phase = Phase.FLAGS
         self.export: ExportInfo | None = None  # the one chosen
         self.structured = False  # structured replies were agreed on
@@ -197,6 +200,14 @@ class Negotiation:
         if option == Option.EXPORT_NAME and length > MAX_STRING:
             return self._close(f"export name of {length} bytes")
         handler = self._handlers.get(option)
+        if self._tls and not self._secure and option not in (Option.STARTTLS, Option.ABORT):
+            if option == Option.EXPORT_NAME:
+                return self._close("an export asked for without TLS")
+            del self._input[: _HEADER.size]
+            self._skip = length
+            why = f"Option 0x{option:x} not permitted before TLS"
+            out += self._refuse(option, OptionError(OptionReply.ERR_TLS_REQD, why))
+            return True
         if handler is None or length > MAX_OPTION:
             del self._input[: _HEADER.size]
             self._skip = length
@@ -245,9 +256,25 @@ class Negotiation:
             replies.append(_reply(option, OptionReply.SERVER, _U32.pack(len(name)) + name + detail))
         return b"".join(replies) + _reply(option, OptionReply.ACK)
 
-    def _starttls(self, _option: int, data: bytes) -> bytes:
+    def _starttls(self, option: int, data: bytes) -> bytes:
         _expect_empty(data)
-        raise OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if not self._tls:
+            raise OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if self._secure:
+            raise OptionError(OptionReply.ERR_INVALID, "TLS is negotiated already")
+        if self._input:
+            # Whoever put it there may not be the one that we shall talk to.
+            self._close("data sent in the clear after STARTTLS")
+            return b""
+        self.phase = Phase.TLS
+        return _reply(option, OptionReply.ACK)
+
+    def secured(self) -> None:
+        """The connection is encrypted; what was agreed on before counts no more."""
+        assert self.phase is Phase.TLS
+        self.phase, self._secure = Phase.OPTIONS, True
+        self.structured = False
+        self.contexts, self._contexts_of = (), None
 
     def _structured_reply(self, option: int, data: bytes) -> bytes:
         _expect_empty(data)

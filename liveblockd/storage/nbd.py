@@ -28,7 +28,7 @@ from liveblockd.nbd.constants import (
 from liveblockd.qapi import UInt32
 from liveblockd.qapi.sockets import InetSocketAddress, SocketAddress
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
-from liveblockd.storage.nbd_connection import Answer, NbdConnection, connect
+from liveblockd.storage.nbd_connection import Answer, ClientTls, NbdConnection, connect
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 from liveblockd.storage.serialise import Serialiser
@@ -78,13 +78,11 @@ class NbdDriver(BlockDriver):
         cls,
         options: NbdOptions,
         children: dict[str, BlockIO],
-        environment: Environment,  # noqa: ARG003
+        environment: Environment,
     ) -> Self:
         """Connect; raises BlockError."""
         assert not children
         for name, value in (
-            ("tls-creds", options.tls_creds),
-            ("tls-hostname", options.tls_hostname),
             ("x-dirty-bitmap", options.x_dirty_bitmap),
             ("reconnect-delay", options.reconnect_delay or None),
         ):
@@ -93,10 +91,16 @@ class NbdDriver(BlockDriver):
         address = options.server.plain()
         if isinstance(address, InetSocketAddress) and not address.port.isdecimal():
             raise BlockError(f"address resolution failed for port '{address.port}'")
+        tls = None
+        if options.tls_creds is not None:
+            host = address.host if isinstance(address, InetSocketAddress) else ""
+            name = options.tls_hostname or host
+            context = environment.tls_client(options.tls_creds, bool(name))
+            tls = ClientTls(context, name)
         deadline = asyncio.get_running_loop().time() + (options.open_timeout or 0)
         while True:
             try:
-                connection, export = await connect(address, options.export or "")
+                connection, export = await connect(address, options.export or "", tls)
             except BlockError:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from errno import EIO
 from os import strerror
-from typing import Final
+from typing import Final, NamedTuple, cast
 
 from liveblockd.errors import BlockError
 from liveblockd.nbd.client import ClientNegotiation, RefusedError, RemoteExport
@@ -53,11 +54,20 @@ class Answer:
         self.error = 0
 
 
+class ClientTls(NamedTuple):
+    """How to speak TLS, and to whom; the name is that of the server's certificate, or empty."""
+
+    context: ssl.SSLContext
+    hostname: str
+
+
 class NbdConnection(asyncio.Protocol):
     """Made by ``connect``."""
 
-    def __init__(self, name: str) -> None:
-        self._negotiation: ClientNegotiation | None = ClientNegotiation(name)
+    def __init__(self, name: str, tls: ClientTls | None = None) -> None:
+        self._negotiation: ClientNegotiation | None = ClientNegotiation(name, tls=tls is not None)
+        self._tls = tls
+        self._upgrade: asyncio.Task[None] | None = None
         self.negotiated: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
         self.lost = False
         self.why_lost = ""
@@ -115,8 +125,8 @@ class NbdConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let as much wait as a few large requests are."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's are no subclass of it
+        self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(HIGH_WATER)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -170,6 +180,8 @@ class NbdConnection(asyncio.Protocol):
         assert self._negotiation is not None
         if out := self._negotiation.feed(data):
             self._transport.write(out)
+        if self._negotiation.wants_tls:
+            self._upgrade = asyncio.get_running_loop().create_task(self._start_tls())
         if self._negotiation.export is not None:
             self._export = self._negotiation.export
             self._buffer += self._negotiation.rest
@@ -177,6 +189,27 @@ class NbdConnection(asyncio.Protocol):
             if not self.negotiated.done():
                 self.negotiated.set_result(self._export)
             self._replies()
+
+    async def _start_tls(self) -> None:
+        assert self._tls is not None and self._negotiation is not None
+        try:
+            secure = await asyncio.get_running_loop().start_tls(
+                self._transport, self, self._tls.context, server_hostname=self._tls.hostname or None
+            )
+        except (OSError, ssl.CertificateError) as error:
+            self._end(f"TLS handshake failed: {error}")
+            self._transport.abort()
+            if not self._closed.done():
+                self._closed.set_result(None)
+            return
+        if secure is None or self.lost:
+            if secure is not None:
+                secure.abort()
+            self._end("the server closed the connection")
+            return
+        self._transport = secure
+        secure.set_write_buffer_limits(HIGH_WATER)
+        secure.write(self._negotiation.secured())
 
     def _replies(self) -> None:
         position = 0
@@ -268,7 +301,9 @@ def _check_inside(answer: Answer, offset: int, length: int) -> None:
         raise ProtocolError("data that nobody asked for")
 
 
-async def connect(address: PlainAddress, name: str) -> tuple[NbdConnection, RemoteExport]:
+async def connect(
+    address: PlainAddress, name: str, tls: ClientTls | None = None
+) -> tuple[NbdConnection, RemoteExport]:
     """Connect and choose export ``name``; BlockError in QEMU's words."""
     loop = asyncio.get_running_loop()
     connection: NbdConnection | None = None
@@ -278,7 +313,7 @@ async def connect(address: PlainAddress, name: str) -> tuple[NbdConnection, Remo
                 path = "\0" + address.path if address.abstract else address.path
                 try:
                     _, connection = await loop.create_unix_connection(
-                        lambda: NbdConnection(name), path
+                        lambda: NbdConnection(name, tls), path
                     )
                 except OSError as error:
                     raise BlockError.from_os_error(
@@ -287,7 +322,7 @@ async def connect(address: PlainAddress, name: str) -> tuple[NbdConnection, Remo
             elif isinstance(address, InetSocketAddress):
                 try:
                     _, connection = await loop.create_connection(
-                        lambda: NbdConnection(name), address.host, int(address.port)
+                        lambda: NbdConnection(name, tls), address.host, int(address.port)
                     )
                 except OSError as error:
                     raise BlockError.from_os_error(

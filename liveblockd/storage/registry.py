@@ -13,6 +13,7 @@ import importlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ssl import SSLContext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -34,6 +35,10 @@ def _no_throttle_group(name: str) -> ThrottleGroup:
     raise BlockError(f"Throttle group '{name}' does not exist")
 
 
+def _no_credentials(name: str, _named: bool) -> SSLContext:
+    raise BlockError(f"No TLS credentials with id '{name}'")
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     """What drivers need of the daemon; one a node (``dataclasses.replace`` for the next)."""
@@ -48,6 +53,9 @@ class Environment:
     secret: Callable[[str], bytes] = _no_secret
     #: the ``throttle-group`` object of an id; raises BlockError
     throttle_group: Callable[[str], ThrottleGroup] = _no_throttle_group
+    #: the TLS context of a client by the id of a ``tls-creds-*`` object, and whether the server has
+    #: to be who it is called; raises BlockError
+    tls_client: Callable[[str, bool], SSLContext] = _no_credentials
     #: a node of the graph by its name, None if there is none
     find_node: Callable[[str], BlockIO | None] = lambda _: None
     #: only what images say of themselves is asked for: no key of an encrypted one is needed

@@ -156,7 +156,7 @@ async def test_refusals(tmp_path):
             ({"export": "elsewhere", "read_only": True}, "Requested export not available"),
             ({"export": "there"}, "request on denied for read-only export"),
             ({"reconnect_delay": 3}, "'reconnect-delay' is not supported"),
-            ({"tls_creds": "x"}, "'tls-creds' is not supported"),
+            ({"tls_creds": "x"}, "No TLS credentials with id 'x'"),
         ):
             with pytest.raises(BlockError, match=message):
                 await bench.open(driver="nbd", node_name="n", server=address, **members)

@@ -13,7 +13,6 @@ from liveblockd.errors import BlockError
 from liveblockd.exports.export import load
 from liveblockd.exports.nbd_server import DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS
 from liveblockd.exports.options import BlockExportOptions, BlockExportRemoveMode
-from liveblockd.exports.registry import ExportRegistry
 from liveblockd.qapi import QapiModel, UInt32, parse
 from liveblockd.qapi.sockets import SocketAddress, SocketAddressLegacy
 from liveblockd.qmp.commands.objects import object_registry
@@ -76,15 +75,19 @@ class BlockExportInfo(QapiModel):
     shutting_down: bool = Field(default=...)
 
 
-async def start_nbd_server(
-    registry: ExportRegistry, options: NbdServerOptions | NbdServerStart
-) -> None:
+async def start_nbd_server(context: Context, options: NbdServerOptions | NbdServerStart) -> None:
     """Start the server for a command or for the command line."""
-    await registry.nbd_server.start(
+    server = context.exports.nbd_server
+    if server.running:
+        raise BlockError("NBD server already running")
+    tls = None
+    if options.tls_creds is not None:
+        tls = object_registry(context).tls_server(options.tls_creds)
+    await server.start(
         options.addr.plain(),
         max_connections=options.max_connections,
         handshake_seconds=options.handshake_max_seconds,
-        tls_creds=options.tls_creds,
+        tls=tls,
         tls_authz=options.tls_authz,
     )
 
@@ -92,7 +95,7 @@ async def start_nbd_server(
 @command("nbd-server-start", args=NbdServerStart)
 async def nbd_server_start(context: Context, arguments: NbdServerStart) -> None:
     """Listen for NBD clients."""
-    await start_nbd_server(context.exports, arguments)
+    await start_nbd_server(context, arguments)
 
 
 @command("nbd-server-stop")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
+from ssl import SSLContext
 from typing import Any, ClassVar, Final, Literal
 
 from liveblockd.errors import BlockError, ErrorClass
@@ -22,6 +23,7 @@ from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
 from liveblockd.qmp.throttle_options import ThrottleLimits, changed, limits_of, to_members
+from liveblockd.runtime.tls import TlsCredentials, TlsFiles, load_credentials
 from liveblockd.storage.filters import buckets
 from liveblockd.storage.filters.throttle_group import ThrottleGroup as GroupOfDisks
 
@@ -190,6 +192,7 @@ class ObjectRegistry:
         self._references: dict[str, int] = {}
         self._secrets: dict[str, bytes] = {}
         self._throttle_groups: dict[str, GroupOfDisks] = {}
+        self._tls: dict[str, TlsCredentials] = {}
 
     def add(self, options: ObjectOptions) -> None:
         """Keep a new object."""
@@ -203,6 +206,8 @@ class ObjectRegistry:
             self._secrets[options.id] = load_secret(options, self.secret)
         if isinstance(options, ThrottleGroup):
             self._throttle_groups[options.id] = GroupOfDisks(limits_of(options))
+        if isinstance(options, TlsCreds):
+            self._load_tls(options)
         if isinstance(options, AuthzListFile):
             options = options.model_copy(update={"qom_type": "authz-list-file"})
         self._objects[options.id] = options
@@ -218,6 +223,36 @@ class ObjectRegistry:
         del self._objects[name]
         self._secrets.pop(name, None)
         self._throttle_groups.pop(name, None)
+        self._tls.pop(name, None)
+
+    def _load_tls(self, options: TlsCreds) -> None:
+        if isinstance(options, TlsCredsX509):
+            password = None if options.passwordid is None else self.secret(options.passwordid)
+            server = options.endpoint == "server"
+            files = TlsFiles(options.dir, server, options.verify_peer, password)
+            self._tls[options.id] = load_credentials(files)
+        elif isinstance(options, TlsCredsPsk) and options.dir is None:
+            raise BlockError("Missing 'dir' property value")
+
+    def tls_server(self, name: str) -> SSLContext:
+        """The TLS context of a server that the object ``name`` stands for."""
+        return self._find_tls(name, "server").for_server()
+
+    def tls_client(self, name: str, named: bool) -> SSLContext:
+        """The TLS context of a client; ``named``: the server has to be who it is called."""
+        return self._find_tls(name, "client").for_client(named=named)
+
+    def _find_tls(self, name: str, end: str) -> TlsCredentials:
+        options = self._objects.get(name)
+        if options is None:
+            raise BlockError(f"No TLS credentials with id '{name}'")
+        if not isinstance(options, TlsCreds):
+            raise BlockError(f"Object with id '{name}' is not TLS credentials")
+        if (found := self._tls.get(name)) is not None:
+            return found
+        if options.endpoint != end:
+            raise BlockError(f"Expected TLS credentials for a {end} endpoint")
+        raise BlockError(f"{options.qom_type} is not supported, only tls-creds-x509 is")
 
     def find(self, name: str) -> ObjectOptions:
         """The object ``name``."""
