@@ -353,6 +353,31 @@ SCENARIOS = {
         ("qom-get", {"path": "/objects/g9", "property": "x"}),
         ("qom-get", {"path": "/nowhere", "property": "x"}), ("qom-list", {"path": "/nowhere"}),
     ],
+    "chardevs": [
+        *(("chardev-add", {"id": name, "backend": {"type": kind, "data": data}})
+          for name, kind, data in (("r", "ringbuf", {"size": 8}), ("r", "ringbuf", {"size": 8}),
+                                   ("x", "ringbuf", {"size": 5}), ("d", "ringbuf", {}),
+                                   ("n", "null", {}), ("x", "nosuch", {}),
+                                   ("y", "memory", {"size": 4}), ("y", "null", {"x": 1}))),
+        ("chardev-add", {"id": "z", "backend": {"type": "null"}}),
+        *(("ringbuf-write", given) for given in (
+            {"device": "r", "data": "hello world"}, {"device": "ghost", "data": "x"},
+            {"device": "m", "data": "x"}, {"device": "n", "data": "x"},
+            {"device": "d", "data": "aGFsbG8=", "format": "base64"},
+            {"device": "d", "data": "!!", "format": "base64"},
+            {"device": "d", "data": "x", "format": "x"})),
+        *(("ringbuf-read", {"device": device, "size": size}) for device, size in (
+            ("r", 3), ("r", 100), ("r", 1), ("r", 0), ("r", -1), ("d", 2), ("ghost", 1), ("n", 1))),
+        ("ringbuf-read", {"device": "d", "size": 2, "format": "base64"}),
+        ("ringbuf-write", {"device": "d", "data": "/w==", "format": "base64"}),
+        ("ringbuf-read", {"device": "d", "size": 9}),
+        *((f"chardev-{verb}", {"id": name}) for verb in ("send-break", "remove")
+          for name in ("ghost", "m", "r", "r", "") if (verb, name) != ("send-break", "")),
+        *(("chardev-change", {"id": name, "backend": {"type": kind, "data": data}})
+          for name, kind, data in (("ghost", "null", {}), ("m", "null", {}), ("d", "null", {}),
+                                   ("n", "ringbuf", {"size": 3}))),
+        ("ringbuf-read", {"device": "d", "size": 9}),
+    ],
     "create, wrong time": [
         *(("blockdev-create", {"job-id": name, "options": {"driver": "null-co"}}) for name in IDS),
         ("blockdev-create", {"job-id": "c", "options": {"driver": "file", "filename": "f.raw",

@@ -38,6 +38,9 @@ class ChardevOptions(QapiModel):
         """As query-chardev shows it."""
         return self.backend
 
+    def check(self) -> None:
+        """BlockError if the members do not go together."""
+
 
 class SocketChardev(ChardevOptions):
     """A UNIX socket, a TCP port or an inherited descriptor; connecting unless ``server``."""
@@ -91,10 +94,60 @@ class NullChardev(ChardevOptions):
     mux: bool = False
 
 
+#: bytes of a ring buffer by default, and at most
+RING_SIZE: Final = 65536
+LARGEST_RING: Final = 64 << 20
+
+
+class RingbufChardev(ChardevOptions):
+    """Bytes that clients write and read themselves; ``size`` in bytes, a power of two."""
+
+    size: int | None = None
+    mux: bool = False
+
+    @property
+    def filename(self) -> str:
+        """As query-chardev shows it."""
+        return "ringbuf"
+
+    @property
+    def ring_size(self) -> int:
+        """Bytes."""
+        return RING_SIZE if self.size is None else self.size
+
+    def check(self) -> None:
+        """The size is one."""
+        if self.ring_size <= 0 or self.ring_size & (self.ring_size - 1):
+            raise BlockError("size of ringbuf chardev must be power of two")
+        if self.ring_size > LARGEST_RING:
+            raise BlockError(f"size of ringbuf chardev must be at most {LARGEST_RING}")
+
+
+class Ring:
+    """The last ``size`` bytes that were written and not read."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._data = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Append, and forget the oldest where it is too much."""
+        self._data += data
+        del self._data[: max(0, len(self._data) - self._size)]
+
+    def read(self, length: int) -> bytes:
+        """Take up to so many bytes away."""
+        found = bytes(self._data[:length])
+        del self._data[:length]
+        return found
+
+
 _BACKENDS: Final[Mapping[str, type[QapiModel]]] = {
     "socket": SocketChardev,
     "stdio": StdioChardev,
     "null": NullChardev,
+    "ringbuf": RingbufChardev,
+    "memory": RingbufChardev,
 }
 
 
@@ -108,6 +161,7 @@ def parse_chardev(value: Mapping[str, Any], *, keyval: bool = True) -> ChardevOp
     options = parse(ChardevOptions, dict(value), keyval=keyval)
     if not _ID.fullmatch(options.id):
         raise BlockError("Parameter 'id' expects an identifier")
+    options.check()
     if isinstance(options, SocketChardev):
         _check_socket(options)
     return options
@@ -144,6 +198,8 @@ class Chardev:
     where: str = ""  # its option, for messages
     used: bool = False
     is_open: Callable[[], bool] = field(default=lambda: False)
+    #: of a ring buffer
+    ring: Ring | None = None
 
 
 class ChardevRegistry:
@@ -157,7 +213,25 @@ class ChardevRegistry:
         if options.id in self.chardevs:
             raise BlockError(f"Chardev with id '{options.id}' already exists")
         chardev = self.chardevs[options.id] = Chardev(options, where)
+        if isinstance(options, RingbufChardev):
+            chardev.ring = Ring(options.ring_size)
         return chardev
+
+    def find(self, name: str) -> Chardev:
+        """The chardev of that name."""
+        chardev = self.chardevs.get(name)
+        if chardev is None:
+            raise BlockError(f"Chardev '{name}' not found")
+        return chardev
+
+    def ring(self, name: str) -> Ring:
+        """The ring buffer of that name."""
+        chardev = self.chardevs.get(name)
+        if chardev is None:
+            raise BlockError(f"Device '{name}' not found")
+        if chardev.ring is None:
+            raise BlockError(f"{name} is not a ringbuf device")
+        return chardev.ring
 
     def take(self, name: str) -> Chardev:
         """The chardev for a monitor, which nobody else has."""
@@ -166,6 +240,8 @@ class ChardevRegistry:
             raise BlockError(f'chardev "{name}" not found')
         if chardev.used:
             raise BlockError(f"Device '{name}' is in use")
+        if chardev.ring is not None:
+            raise BlockError(f"Device '{name}' is a ring buffer: no monitor can be there")
         chardev.used = True
         return chardev
 
