@@ -36,6 +36,7 @@ from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
+from liveblockd.runtime.demand import Demand
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.registry import Environment
 
@@ -79,7 +80,8 @@ class Daemon:
         load_all_drivers()
         registry.load()
         self._publisher = Publisher()
-        self._workers = WorkerPool()
+        demand = Demand()
+        self._workers = WorkerPool(demand=demand)
         environment = Environment(
             workers=self._workers,
             publisher=self._publisher,
@@ -89,7 +91,7 @@ class Daemon:
         )
         self._graph = Graph(environment)
         self._scheduler = Scheduler(self._publisher)
-        self._exports = ExportRegistry(self._publisher, GraphBackends(self._graph))
+        self._exports = ExportRegistry(self._publisher, GraphBackends(self._graph), demand)
         self._exports.nbd_server.busy = lambda: self._workers.outstanding > 0
         self._context = Context(
             graph=self._graph,
@@ -100,6 +102,7 @@ class Daemon:
             on_quit=self._request_stop,
             stop_work=self._stop_work,
             console=console,
+            demand=demand,
         )
         self._monitors = Monitors(self._context)
 

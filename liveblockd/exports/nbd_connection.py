@@ -300,6 +300,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _round(self) -> None:
         """Do the complete requests in the buffer, or as many as a round may have."""
+        self.server.demand.requests += 1
         self._skip_unwanted()
         if self._full():
             self._stall()

@@ -23,6 +23,7 @@ from liveblockd.exports.addresses import Listeners, listen
 from liveblockd.exports.nbd_connection import NbdConnection
 from liveblockd.nbd.options import ExportInfo
 from liveblockd.qapi.sockets import InetSocketAddress, PlainAddress
+from liveblockd.runtime.demand import Demand
 
 if TYPE_CHECKING:
     from liveblockd.exports.nbd_export import NbdExport
@@ -42,7 +43,9 @@ SEND_BUFFER: Final = 1 << 20
 class NbdServer:
     """Also the ``Directory`` that clients negotiate with."""
 
-    def __init__(self) -> None:
+    def __init__(self, demand: Demand | None = None) -> None:
+        #: rounds of requests are counted here
+        self.demand = demand or Demand()
         self.exports: dict[str, NbdExport] = {}
         self.connections: set[NbdConnection] = set()
         self.handshake_seconds = DEFAULT_HANDSHAKE_SECONDS

@@ -24,6 +24,7 @@ from liveblockd.exports.backend import BackendSource
 from liveblockd.exports.export import Export, export_type
 from liveblockd.exports.nbd_server import NbdServer
 from liveblockd.exports.options import BlockExportOptions
+from liveblockd.runtime.demand import Demand
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,12 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 class ExportRegistry:
     """All exports, by id, in the order in which they were made."""
 
-    def __init__(self, publisher: Publisher, source: BackendSource) -> None:
+    def __init__(
+        self, publisher: Publisher, source: BackendSource, demand: Demand | None = None
+    ) -> None:
         self.exports: dict[str, Export] = {}
         self.source = source
-        self.nbd_server = NbdServer()
+        self.nbd_server = NbdServer(demand)
         self._publisher = publisher
         self._removals: dict[str, asyncio.Task[None]] = {}
 

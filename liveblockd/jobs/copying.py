@@ -38,6 +38,8 @@ LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
 SOON: Final = 0.005  # seconds
 LATE: Final = 0.025
+#: so many times longer may it take where many jobs copy
+MOST_CROWDING: Final = 3.0
 #: pieces that are moved together at most
 MOST_TOGETHER: Final = 256
 #: zeros are metadata only
@@ -223,9 +225,11 @@ class CopyJob(Job):
             self._adapt(length, self.scheduler.clock.monotonic() - started)
 
     def _adapt(self, length: int, seconds: float) -> None:
-        if seconds > LATE:
+        # With many jobs most of the time is that of the others, up to a limit: a pause waits too.
+        crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
+        if seconds > LATE * crowding:
             self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
-        elif seconds < SOON and length >= self._copy_chunk:
+        elif seconds < SOON * crowding and length >= self._copy_chunk:
             self._copy_chunk = min(MOST_CHUNK, self._copy_chunk * 2)
 
     def _done(self, piece: Run) -> None:

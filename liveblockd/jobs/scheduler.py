@@ -268,10 +268,16 @@ class Scheduler:
         The jobs share what one of them would keep busy, so that the guests' requests find a worker
         however many jobs there are, and no job is starved by another.
         """
-        working = sum(
+        return max(1, job.parallel // max(1, self._working_now()))
+
+    def crowding(self, job: Job) -> float:
+        """How many times longer a piece of ``job`` takes because those of other jobs go first."""
+        return max(1.0, self._working_now() / max(1, job.parallel))
+
+    def _working_now(self) -> int:
+        return sum(
             1 for other in self._working if not other.pause_count and not self.turns.waits(other)
         )
-        return max(1, job.parallel // max(1, working))
 
     # -- inside: one life
 

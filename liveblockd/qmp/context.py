@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from liveblockd.events import Publisher
+from liveblockd.runtime.demand import Demand
 
 if TYPE_CHECKING:
     from liveblockd.exports.registry import ExportRegistry
@@ -39,6 +40,8 @@ class Context:
     console: Callable[[str], None] = print
     #: what a package keeps for the daemon's life (object registry, job defaults), by its name
     parts: dict[str, Any] = field(default_factory=dict)
+    #: what monitors ask for is counted here
+    demand: Demand = field(default_factory=Demand)
     #: live QMP sessions
     sessions: set[Session] = field(default_factory=set)
     #: held by the one command that runs; queries do not take it

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
+from liveblockd.runtime.demand import Demand
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -46,17 +48,25 @@ class JobFuture(asyncio.Future[T]):
         return False
 
 
-# (future, function, arguments, group); None ends a thread
-_Job = tuple[JobFuture[Any], Callable[..., Any], tuple[Any, ...], "JobGroup | None"]
+# (future, function, arguments, group, lane); None ends a thread
+_Job = tuple[JobFuture[Any], Callable[..., Any], tuple[Any, ...], "JobGroup | None", "Lane | None"]
 
 
 class WorkerPool:
     """Up to ``threads`` daemon threads, each started when there is first work for it."""
 
-    def __init__(self, threads: int = DEFAULT_THREADS, *, name: str = "worker") -> None:
+    def __init__(
+        self,
+        threads: int = DEFAULT_THREADS,
+        *,
+        name: str = "worker",
+        demand: Demand | None = None,
+    ) -> None:
         if threads < 1:
             raise ValueError("a worker pool needs a thread")
         self._limit = threads
+        #: what lanes give way to
+        self.demand = demand or Demand()
         self._name = name
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
@@ -83,8 +93,12 @@ class WorkerPool:
         if self._copies is None:
             if self._closed:
                 raise RuntimeError("the worker pool is closed")
-            self._copies = WorkerPool(COPY_THREADS, name=f"{self._name}-copy")
+            self._copies = WorkerPool(COPY_THREADS, name=f"{self._name}-copy", demand=self.demand)
         return self._copies
+
+    def lane(self) -> Lane:
+        """A lane among the ``copies``, for those to one file."""
+        return Lane(self)
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -120,12 +134,19 @@ class WorkerPool:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
+        if self._threads:  # one of a lane may have come behind those
+            self._queue.put(None)
+            self._work()
         self._threads.clear()
         if self._loop is not None and not self._loop.is_closed():
             self._deliver()
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")
@@ -136,7 +157,9 @@ class WorkerPool:
         self._outstanding += 1
         if self._outstanding > len(self._threads) < self._limit:
             self._start_thread()
-        self._queue.put((future, fn, args, group))
+        job: _Job = (future, fn, args, group, lane)
+        if lane is None or lane.enter(job):
+            self._queue.put(job)
         return future
 
     def _start_thread(self) -> None:
@@ -155,13 +178,20 @@ class WorkerPool:
     def _work(self) -> None:
         """The life of a thread."""
         get, done = self._queue.get, self._done
-        while (job := get()) is not None:
+        following: _Job | None = None
+        while (job := following or get()) is not None:
+            following = None
             result: Any = None
             error: BaseException | None = None
             try:
                 result = job[1](*job[2])
             except BaseException as exc:
                 error = exc
+            if job[4] is not None:
+                following = job[4].leave()
+            if following is not None and not self._closed:  # behind the jobs of others
+                self._queue.put(following)
+                following = None
             done.append((job, result, error))
             # Nothing of this job may stay alive while the thread waits for the next one.
             del job, result, error
@@ -181,7 +211,7 @@ class WorkerPool:
         pop = self._done.popleft
         while True:
             try:
-                (future, _, _, group), result, error = pop()
+                (future, _, _, group, _), result, error = pop()
             except IndexError:
                 break
             self._outstanding -= 1
@@ -197,6 +227,47 @@ class WorkerPool:
                 group.job_ended()
         if not self._outstanding and self._idle_waiters:
             _wake(self._idle_waiters)
+
+
+class Lane:
+    """Jobs that all copy to one file: fewer at a time while somebody outside is served.
+
+    Copies to one file do not become faster by being many, for the file system makes them wait for
+    each other, but they keep processors from the event loop and from the clients.
+    """
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        #: how many may run now
+        self.width = 1
+        self._running = 0
+        # not empty: one runs, which is followed by the first of them
+        self._waiting: deque[_Job] = deque()
+        self._lock = threading.Lock()
+
+    async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """As ``WorkerPool.run``."""
+        copies = self._pool.copies
+        now = asyncio.get_running_loop().time()
+        self.width = copies.demand.width(COPY_THREADS, now)
+        return await copies._submit(fn, args, None, self)
+
+    def enter(self, job: _Job) -> bool:
+        """On the loop: whether the job may be queued now; else it is when it follows another."""
+        with self._lock:
+            if self._running >= self.width:
+                self._waiting.append(job)
+                return False
+            self._running += 1
+            return True
+
+    def leave(self) -> _Job | None:
+        """On a worker: a job has ended; the one that follows it, to be queued."""
+        with self._lock:
+            if self._waiting and self._running <= self.width:
+                return self._waiting.popleft()
+            self._running -= 1
+            return None
 
 
 class JobGroup:

@@ -86,6 +86,14 @@ async def test_reads_and_writes(disk, structured, nowait):
         await client.write(0, b"")
 
 
+async def test_what_guests_ask_for_is_counted(disk):
+    async with disk.served() as registry, disk.connected() as client:
+        demand, before = registry.nbd_server.demand, registry.nbd_server.demand.requests
+        for _ in range(5):
+            await client.read(0, 512)
+        assert demand.requests >= before + 5
+
+
 @pytest.mark.parametrize("structured", [True, False])
 async def test_zeros(disk, structured):
     async with disk.served(), disk.connected(structured=structured) as client:

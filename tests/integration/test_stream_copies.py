@@ -5,9 +5,14 @@ import os
 import random
 import subprocess
 import tempfile
+import threading
+import time
 
 import pytest
 
+from liveblockd.formats.qcow2 import gather
+from liveblockd.runtime.demand import Demand
+from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine
 from tests.simulation.bench import Bench
 from tests.support.qcow2_images import needs
@@ -81,9 +86,9 @@ def run(*command):
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
 
 
-async def stream(base, top, *, source_direct=False, direct=False):
+async def stream(base, top, *, source_direct=False, direct=False, workers=None):
     """Bytes cloned and copied by workers."""
-    bench = Bench()
+    bench = Bench(workers)
     cache, base_cache = {"direct": direct}, {"direct": source_direct}
     try:
         node = await bench.open(
@@ -161,3 +166,46 @@ async def test_o_direct(mounted, source_direct, direct, monkeypatch):
     assert copied == SIZE // CLUSTER * CLUSTER, "the workers' copy was not used"
     check(mounted, top, content)
     check_space(top)
+
+
+class Served(Demand):
+    """Somebody is always served, or nobody."""
+
+    def __init__(self, served):
+        super().__init__(2)
+        self.served = served
+
+    def is_recent(self, now):
+        return self.served
+
+
+@pytest.mark.parametrize(("served", "direct", "most"), [(True, False, 1), (False, False, 3),
+                                                        (True, True, 3)])  # fmt: skip
+async def test_one_copy_at_a_time_while_guests_are_served(
+    tmp_path, monkeypatch, served, direct, most
+):
+    if direct:
+        try:
+            os.close(os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT | os.O_DIRECT))
+        except OSError:
+            pytest.skip("no O_DIRECT here")
+    lock, now, seen, real = threading.Lock(), [0], [], gather.copy_segments
+
+    def counting(*arguments):
+        with lock:
+            now[0] += 1
+            seen.append(now[0])
+        time.sleep(0.02)
+        try:
+            return real(*arguments)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(gather, "copy_segments", counting)
+    content, base, top = make_images(tmp_path)
+    workers = WorkerPool(demand=Served(served))
+    await stream(base, top, direct=direct, workers=workers)
+    assert len(seen) > 4, "the workers' copy was not used"
+    assert max(seen) == most
+    check(tmp_path, top, content)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2 import gather, new_tables, populate
-from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
+from liveblockd.runtime.workers import JobFuture, JobGroup, Lane, WorkerPool
 from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
@@ -319,8 +319,13 @@ class SimulatedWorkers(WorkerPool):
         return self
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> JobFuture[T]:
+        del lane  # in simulated time all jobs run side by side
         loop = asyncio.get_running_loop()
         future: JobFuture[T] = JobFuture(loop=loop)
         task = loop.create_task(self._carry_out(future, fn, args, group))

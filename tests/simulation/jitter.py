@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from liveblockd.runtime.workers import JobGroup, WorkerPool
+from liveblockd.runtime.workers import JobGroup, Lane, WorkerPool
 
 T = TypeVar("T")
 
@@ -27,7 +27,11 @@ class JitterPool(WorkerPool):
         return self
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> asyncio.Future[T]:
         before, after = (self._rng.choice((0, 0, 0.1, 1)) * self._worst for _ in range(2))
 
@@ -38,4 +42,4 @@ class JitterPool(WorkerPool):
             finally:
                 time.sleep(after)
 
-        return super()._submit(slow, (), group)
+        return super()._submit(slow, (), group, lane)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from liveblockd.runtime.workers import JobFuture, JobGroup, WorkerPool
+from liveblockd.runtime.workers import JobFuture, JobGroup, Lane, WorkerPool
 
 T = TypeVar("T")
 
@@ -34,7 +34,11 @@ class InlineWorkers(WorkerPool):
         return self
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")
@@ -60,7 +64,11 @@ class SeededWorkers(WorkerPool):
         return self
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> JobFuture[T]:
         if self._closed:
             raise RuntimeError("the worker pool is closed")

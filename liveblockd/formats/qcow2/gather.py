@@ -24,7 +24,6 @@ from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.new_tables import TableMaker
 from liveblockd.formats.qcow2.populate import Populator
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import copy_engine
 from liveblockd.storage.copy_engine import Copied, Segment
 from liveblockd.storage.driver import HostFile, Source
@@ -68,14 +67,11 @@ def copy_segments(segments: Sequence[Segment], fd: int, cluster_size: int, direc
 class Gatherer:
     """See the module."""
 
-    def __init__(
-        self, metadata: Metadata, claims: Claims, populator: Populator, workers: WorkerPool
-    ) -> None:
+    def __init__(self, metadata: Metadata, claims: Claims, populator: Populator) -> None:
         self._metadata = metadata
         self._claims = claims
         self._populator = populator
-        self._workers = workers
-        self._maker = TableMaker(metadata, workers)
+        self._maker = TableMaker(metadata, populator.copying)
         #: pieces that were copied in batches
         self.gathered = 0
 
@@ -185,7 +181,7 @@ class Gatherer:
         """
         if not pieces:
             return
-        metadata, copies = self._metadata, self._workers.copies
+        metadata, copies = self._metadata, self._populator.copying(target)
         size = metadata.geometry.cluster_size
         places: list[tuple[int, int]] = []
         try:

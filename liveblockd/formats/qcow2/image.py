@@ -135,7 +135,7 @@ class Qcow2(InPlace, Management, Layered, Described):
         self._populator = Populator(
             metadata, self._claims, self._writer, self._eraser, environment.workers
         )
-        self._gatherer = Gatherer(metadata, self._claims, self._populator, environment.workers)
+        self._gatherer = Gatherer(metadata, self._claims, self._populator)
         self._packer = Packer(metadata, self._claims, self._writer, environment.workers)
         self._snapshots = SnapshotStore(
             metadata, self._committer, opened.snapshots, opened.snapshots_length

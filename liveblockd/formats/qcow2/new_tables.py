@@ -19,7 +19,7 @@ Errors: OSError; then nothing has changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from liveblockd.formats.qcow2.l2table import PAGE
 from liveblockd.formats.qcow2.layout import COPIED, ENTRY_BYTES, ZERO
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import Entries
-from liveblockd.runtime.workers import WorkerPool
+from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Segment, Zeroes
 from liveblockd.storage.driver import HostFile, Source
@@ -105,9 +105,11 @@ def table_writes(tables: NewTables, zero: Zeroes, cluster_size: int) -> Iterator
 class TableMaker:
     """See the module."""
 
-    def __init__(self, metadata: Metadata, workers: WorkerPool) -> None:
+    def __init__(
+        self, metadata: Metadata, copying: Callable[[HostFile], Lane | WorkerPool]
+    ) -> None:
         self._metadata = metadata
-        self._workers = workers
+        self._copying = copying
         #: L1 indices for which a batch is on its way: two that make one table copy in vain
         self._making: set[int] = set()
         #: tables that came into the image this way
@@ -138,7 +140,7 @@ class TableMaker:
         try:
             tables = await self._allocate(sources, taken)
             segments, fd = _segments(sources, tables.hosts, target, size)
-            copied = await self._workers.copies.run(
+            copied = await self._copying(target).run(
                 copy_with_tables, segments, fd, size, target.direct, tables
             )
         except BaseException:

@@ -25,7 +25,7 @@ from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MA
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
 from liveblockd.formats.qcow2.zeroes import Eraser
-from liveblockd.runtime.workers import WorkerPool
+from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
 from liveblockd.storage.driver import Buffer, HostFile, Packed
@@ -83,6 +83,7 @@ class Populator:
         self._writer = writer
         self._eraser = eraser
         self._workers = workers
+        self._lane = workers.lane()
         #: bytes of ``populate_from`` that share the source's extents, and that a worker copied
         self.cloned = 0
         self.copied = 0
@@ -233,10 +234,14 @@ class Populator:
             source.direct,
             target.direct,
         )
-        copied = await self._workers.copies.run(clone_or_copy, transfer)
+        copied = await self.copying(target).run(clone_or_copy, transfer)
         self.cloned += copied.cloned
         self.copied += length - copied.cloned
         return copied.zero
+
+    def copying(self, target: HostFile) -> Lane | WorkerPool:
+        """The workers for copies to the image; those with O_DIRECT wait for the disk together."""
+        return self._workers.copies if target.direct else self._lane
 
     async def _read(self, source: HostFile, offset: int, length: int) -> bytes:
         fd = os.dup(source.fd)

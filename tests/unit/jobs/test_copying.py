@@ -233,6 +233,23 @@ async def test_chunks_of_a_worker_fit_the_disk():
     assert job.moved[-1].length == MIB
 
 
+async def test_chunks_stay_large_where_many_jobs_take_turns():
+    """The time of a piece is mostly that of the others; a pause must not wait too long, though."""
+    for others, seconds, length in ((0, 0.05, 1), (8, 0.05, 2), (8, 0.1, 1)):
+        bench = Bench()
+        for number in range(others):
+            await bench.start(idle := Moves([(MIB, READ)]))
+            idle.gate.clear()
+            bench.scheduler.jobs[f"other{number}"] = bench.scheduler.jobs.pop(idle.id)
+        job = Moves([(64 * MIB, DATA)])
+        job.seconds = seconds
+        await bench.start(job)
+        for _ in range(80):
+            await bench.turn(10)
+            await bench.clock.advance(seconds)
+        assert job.moved[-1].length == length * MIB, (others, seconds)
+
+
 def eio(code=EIO):
     return PieceFailedError("write", OSError(code, "injected"))
 

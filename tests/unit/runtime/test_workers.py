@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from liveblockd.runtime.demand import Demand
 from liveblockd.runtime.workers import WorkerPool
 from tests.support.workers import InlineWorkers, SeededWorkers
 
@@ -197,3 +198,90 @@ async def test_copies_end_with_the_pool(pool):
     assert done == [1]
     with pytest.raises(RuntimeError):
         pool.copies.submit(done.append, 2)
+
+
+class Running:
+    """Jobs that say how many of them run at once, by file."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.now, self.most, self.order = {}, {}, []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def job(self, file, seconds=0.005):
+        self.gate.wait(20)
+        with self.lock:
+            self.order.append(file)
+            self.now[file] = self.now.get(file, 0) + 1
+            self.most[file] = max(self.most.get(file, 0), self.now[file])
+        time.sleep(seconds)
+        with self.lock:
+            self.now[file] -= 1
+        return file
+
+
+class Served(Demand):
+    """Somebody is served for as long as the test says."""
+
+    served = True
+
+    def is_recent(self, now):
+        return self.served
+
+
+@pytest.fixture
+async def busy_pool():
+    """A pool on two processors."""
+    pool = WorkerPool(2, demand=Served(2))
+    yield pool
+    await pool.idle()
+    pool.close()
+
+
+async def test_copies_to_one_file_go_one_by_one_while_somebody_is_served(busy_pool):
+    running, lane = Running(), busy_pool.lane()
+    busy_pool.demand.served = False
+    assert await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12))) == ["a"] * 12
+    assert running.most["a"] > 1, "nobody asks: as many as there are threads"
+    running = Running()
+    busy_pool.demand.served = True
+    await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12)))
+    assert running.most == {"a": 1}
+    # and again, once that is over
+    busy_pool.demand.served = False
+    running = Running()
+    await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12)))
+    assert running.most["a"] > 1
+
+
+async def test_copies_to_other_files_go_on_beside_them(busy_pool):
+    running = Running()
+    lanes = {name: busy_pool.lane() for name in "abcde"}
+    names = [name for name in "abcde" for _ in range(6)]
+    jobs = asyncio.gather(*(lanes[name].run(running.job, name) for name in names))
+    running.gate.clear()
+    while busy_pool.outstanding < len(names):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    running.gate.set()
+    await jobs
+    assert running.most == dict.fromkeys("abcde", 1)
+    # there are fewer threads than files: after each copy it is the others' turn
+    assert set(running.order[:7]) == set("abcde"), running.order
+
+
+async def test_what_waits_in_a_lane_ends_with_the_pool(busy_pool):
+    lane, done = busy_pool.lane(), []
+    jobs = [asyncio.ensure_future(lane.run(done.append, number)) for number in range(20)]
+    await asyncio.sleep(0)
+    busy_pool.close()
+    assert done == list(range(20))
+    await asyncio.gather(*jobs)
+
+
+async def test_a_lane_outlives_errors(busy_pool):
+    lane = busy_pool.lane()
+    results = await asyncio.gather(
+        *(lane.run(boom if n % 2 else int) for n in range(10)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [int, OSError] * 5

@@ -1,0 +1,48 @@
+"""Whether somebody outside waits for the daemon: what work in the background gives way to.
+
+Copies of jobs can keep every processor busy. A guest's request then waits until the event loop gets
+one, and its own client until it gets one too: on two processors that is most of the time that a
+small write takes (measured). So servers count what they are asked for, and who works in the
+background asks here whether to leave a processor free.
+
+Runs on: the event loop. Counting is one addition, on the request path; time is an argument.
+No errors escape.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+#: seconds for which a request is taken as a sign that others will come
+WINDOW: Final = 0.05
+
+
+class Demand:
+    """Requests of guests and monitors; one a daemon."""
+
+    __slots__ = ("_recent_until", "_seen", "processors", "requests")
+
+    def __init__(self, processors: int | None = None) -> None:
+        #: that this process may run on
+        self.processors = len(os.sched_getaffinity(0)) if processors is None else processors
+        #: so far; whoever is asked for something adds to it
+        self.requests = 0
+        self._seen = 0
+        self._recent_until = float("-inf")
+
+    def is_recent(self, now: float) -> bool:
+        """Whether there were requests in the last moments before ``now`` (seconds).
+
+        Each caller's look counts what came since anybody's last one.
+        """
+        if self.requests != self._seen:
+            self._seen = self.requests
+            self._recent_until = now + WINDOW
+        return now < self._recent_until
+
+    def width(self, wanted: int, now: float) -> int:
+        """How many of ``wanted`` threads may be kept busy so that one processor is left free."""
+        if wanted > 1 and wanted >= self.processors and self.is_recent(now):
+            return max(1, self.processors - 1)
+        return wanted
