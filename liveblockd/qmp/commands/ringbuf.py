@@ -26,7 +26,6 @@ from liveblockd.qmp.commands.chardev import (
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 
-
 Models: TypeAlias = Mapping[str, type[QapiModel]]
 
 
