@@ -120,8 +120,8 @@ class MirrorCore(Job):
         self.takes_turns = not nothing_yet
         self.target_is_zero = target_is_zero
         self.copy_mode = options.copy_mode
-        self.bitmap = MirrorBitmap(source.length, options.granularity)
-        self.chunks = Chunks(self.bitmap, max(unit or 0, options.granularity))
+        self.bitmap = MirrorBitmap(source.length, options.granularity, whole=unit is not None)
+        self.chunks = Chunks(self.bitmap, max(unit or 0, self.bitmap.granularity))
         self._whole_units = unit is not None
         self.source_user: JobUser = None  # type: ignore[assignment]
         self.target_user: JobUser = None  # type: ignore[assignment]
@@ -312,7 +312,7 @@ class MirrorCore(Job):
             async with aclosing(chain.resolve(self.source, base, offset, length)) as found:
                 async for run in found:
                     if run.layer is not None:
-                        self.bitmap.set(position, run.length)
+                        self.bitmap.set_blocks(position, run.length)
                     elif base is None and not self.target_is_zero:
                         holes.append((position, run.length))
                     position += run.length
