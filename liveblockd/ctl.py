@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -127,6 +128,19 @@ async def jobs(qmp: QMPClient, args: argparse.Namespace) -> int:
     with contextlib.suppress(ExecuteError):  # QEMU has no such limits
         waiting = (await ask(qmp, "x-liveblock-query-job-limits"))["waiting"]
     show(args, found, _jobs_table(found, waiting) if found else "No active jobs")
+    return 0
+
+
+async def history(qmp: QMPClient, args: argparse.Namespace) -> int:
+    """``history``: what the journal of jobs remembers."""
+    found = await ask(qmp, "x-liveblock-query-job-journal")
+    rows = []
+    for job in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["began"]))
+        images = " ".join(job["images"])
+        rows.append((job["id"], job["type"], began, job["result"], job.get("base", "-"), images))
+    text = table(rows, ("JOB", "TYPE", "BEGAN", "RESULT", "BASE/TARGET", "IMAGES"))
+    show(args, found, text if rows else "No jobs yet")
     return 0
 
 
@@ -319,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
     verb("drives", drives, "drives and what is in them")
     verb("nodes", nodes, "all block nodes")
     verb("jobs", jobs, "running jobs")
+    verb("history", history, "jobs of this daemon and those before it, if it keeps a journal")
 
     job_verbs(verb, _size)
 

@@ -191,8 +191,9 @@ Live block operations on disk images in use
   --object [qom-type=]<type>,id=<id>[,<property>=<value>...]
                          create an object (secret, throttle-group, iothread...)
 
-  --jobs max-concurrent=<n>
-                         let at most so many jobs copy at once (0: all)
+  --jobs [max-concurrent=<n>][,journal=<file>][,resume=on|off]
+                         let at most so many jobs copy at once (0: all); remember
+                         jobs and drives in a file, and resume what was cut off
 
   --pidfile <path>       write the process ID to a file once all is up
   --daemonize            go to the background once all is up

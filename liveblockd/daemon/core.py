@@ -120,6 +120,7 @@ class Daemon:
             await startup.act(action)
             if self._stop.is_set():
                 return
+        await startup.resume_jobs()
         # Clients are let in only now: they must not see a daemon that is half there.
         if not await self._monitors.start(self._stop):
             return
@@ -151,11 +152,17 @@ class Daemon:
         self._notifier.send("STOPPING=1", "STATUS=closing the images")
         self._monitors.stop_listening()
         await self._last_command()
+        journal = self._context.parts.get("journal")
+        if journal is not None:
+            # Who quits says that the work is over; a signal only that this daemon is.
+            journal.ending = self._reason == "host-signal"
         await self._stop_work()
         if self._graph.drives:
             # QEMU with drives says this; qemu-storage-daemon, which has none, does not
             self._publisher.publish(Shutdown(guest=False, reason=self._reason))
         await self._step("closing the images", self._graph.close())
+        if journal is not None:
+            await self._step("closing the journal of jobs", journal.close())
         await self._step("disconnecting the monitors", self._monitors.close())
         await self._step("waiting for the workers", self._workers.idle())
         self._workers.close()

@@ -7,6 +7,7 @@ Runs on the event loop. An option that fails ends the start with ``ConfigError``
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from liveblockd.qmp.context import Context
 
 if TYPE_CHECKING:
     from liveblockd.config import Configuration
+    from liveblockd.daemon.journal import JobJournal
     from liveblockd.daemon.monitors import Monitors
 
 
@@ -37,6 +39,8 @@ class JobsOptions(QapiModel):
     """``--jobs``."""
 
     max_concurrent: int = 0
+    journal: str | None = None
+    resume: bool = True
 
 
 class Startup:
@@ -46,6 +50,7 @@ class Startup:
         self._context = context
         self._monitors = monitors
         self._count = 0  # of monitors without a chardev of their own
+        self._journal: JobJournal | None = None
 
     async def act(self, action: Action) -> None:
         """Do what one option asks for."""
@@ -63,6 +68,18 @@ class Startup:
 
         options = parse(JobsOptions, action.value, keyval=not action.typed)
         set_max_concurrent(self._context, options.max_concurrent)
+        path = options.journal
+        if path is None and (directory := os.environ.get("STATE_DIRECTORY")):
+            path = os.path.join(directory.partition(":")[0], "jobs.journal")
+        if path is not None:
+            from liveblockd.daemon.journal import JobJournal
+
+            self._journal = JobJournal(self._context, path, resumes=options.resume)
+
+    async def resume_jobs(self) -> None:
+        """Every node is open: jobs that the last daemon was at go on."""
+        if self._journal is not None:
+            await self._journal.resume_jobs()
 
     async def _blockdev(self, action: Action) -> None:
         from liveblockd.storage.options import BlockdevOptions
@@ -76,7 +93,10 @@ class Startup:
         from liveblockd.graph.drives import DriveOptions, open_drive
 
         options = DriveOptions.split(action.value, keyval=not action.typed)
-        await open_drive(self._context.graph, options)
+        if self._journal is None:
+            await open_drive(self._context.graph, options)
+        else:
+            await self._journal.open_drive(options)
 
     async def _object(self, action: Action) -> None:
         options = parse(ObjectOptions, action.value, keyval=not action.typed)
@@ -141,6 +161,10 @@ def expand(line: CommandLine) -> tuple[list[Action], str | None]:
             raise ConfigError(f"{action.where}: {exc}") from exc
         actions.extend(configured(configuration, path))
         pidfile = pidfile or configuration.pidfile
+    if os.environ.get("STATE_DIRECTORY") and all(a.option != "jobs" for a in actions):
+        actions.append(Action("jobs", "STATE_DIRECTORY", {}, typed=True))
+    # the journal tells where a drive was last, so it comes before the drives
+    actions.sort(key=lambda action: action.option != "jobs")
     return actions, pidfile
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from errno import EIO
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from liveblockd.errors import BlockError
@@ -46,6 +46,11 @@ def chain(top: Node) -> list[Node]:
         found.append(node)
         node = layer_below(node)
     return found
+
+
+def layers_between(top: Node, base: Node | None) -> list[Node]:
+    """The layers from ``top`` down to above ``base`` (None: all of them)."""
+    return list(takewhile(lambda layer: layer is not base, chain(top)))
 
 
 def is_above(top: Node, node: Node) -> bool:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockWriteThreshold, Publisher
@@ -55,6 +56,8 @@ class Graph:
         #: the named backends by their id
         self.drives: dict[str, Backend] = {}
         self.lock = SurgeryLock()
+        #: asked when requests are about to go on after a drain; what it returns is awaited first
+        self.on_drained: Callable[[], Coroutine[Any, Any, None] | None] = lambda: None
         self._generated = 0
 
     # -- names
@@ -402,8 +405,12 @@ class Graph:
                     await backend.idle()
                 yield
         finally:
-            for backend in backends:
-                backend.resume()
+            try:
+                if (work := self.on_drained()) is not None:
+                    await to_its_end(work)
+            finally:
+                for backend in backends:
+                    backend.resume()
 
     @contextmanager
     def _nothing_held(self, backends: Iterable[Backend]) -> Iterator[None]:

@@ -150,6 +150,10 @@ class Backup(CopyJob):
             bitmap.freeze()
             self.bitmap = bitmap
 
+    def images(self) -> tuple[list[Node], Node | None]:
+        """Source and target."""
+        return chain.chain(self.source)[:1], chain.skip_filters(self.target)
+
     @property
     def end(self) -> int:
         """Where the disk ends."""

@@ -99,6 +99,11 @@ class Commit(CopyJob):
         self.reader = await hold.stand(self.top, Permission.NONE, Permission.ALL)
         self.writer = await hold.stand_on_base()
 
+    def images(self) -> tuple[list[Node], Node | None]:
+        """From the top to the last one to go; the base."""
+        base = chain.skip_filters(self.base)
+        return chain.layers_between(self.top, base), base
+
     # -- the work
 
     async def run(self) -> None:

@@ -28,6 +28,7 @@ from liveblockd.jobs.ratelimit import RateLimit
 from liveblockd.jobs.transitions import JobStatus
 
 if TYPE_CHECKING:
+    from liveblockd.graph.node import Node
     from liveblockd.jobs.scheduler import Scheduler, Transaction
 
 
@@ -169,6 +170,10 @@ class Job:
 
     def end_gently(self) -> None:
         """A cancel that is not forced: end as completed, without switching over."""
+
+    def images(self) -> tuple[list[Node], Node | None]:
+        """The layers that it works on, the highest first, and the base below or the target."""
+        return [], None
 
     # -- where it stands
 

@@ -175,6 +175,14 @@ class MirrorCore(Job):
             self.source.remove_bitmap(self.bitmap)
             self.graph.rebind_above(self.source)
 
+    def images(self) -> tuple[list[Node], Node | None]:
+        """Source and target; of a commit the layers down to the base."""
+        layers = chain.chain(self.source)
+        target = chain.skip_filters(self.target)
+        if target in layers:
+            return chain.layers_between(self.source, target), target
+        return layers[:1], target
+
     # -- what clients ask for
 
     def complete(self) -> None:

@@ -98,6 +98,10 @@ class Stream(CopyJob):
         """The layer that stays below ``top``; None: none does."""
         return chain.layer_below(self.bottom)
 
+    def images(self) -> tuple[list[Node], Node | None]:
+        """From the top to the last one to go; the base."""
+        return chain.layers_between(self.top, self.base), self.base
+
     # -- the work
 
     async def plan(self, offset: int) -> tuple[list[Run], int]:

@@ -1,0 +1,97 @@
+"""What the daemon does by its journal of jobs: opens drives where they were last, resumes jobs.
+
+Specification: docs/job-journal.md. Runs on the event loop.
+
+Invariant: where a drive is now is durable before a guest's first write goes there. Errors:
+BlockError from the constructor and ``open_drive``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from liveblockd.errors import BlockError
+from liveblockd.graph import chain
+from liveblockd.graph.drives import DriveOptions, open_drive
+from liveblockd.graph.node import Node
+from liveblockd.jobs.journal import Journal, image_of
+from liveblockd.jobs.resuming import resume
+from liveblockd.qmp.context import Context
+
+log = logging.getLogger(__name__)
+
+
+class JobJournal:
+    """The journal ``path``, attached to the parts of the daemon."""
+
+    def __init__(self, context: Context, path: str, *, resumes: bool) -> None:
+        if "journal" in context.parts:
+            raise BlockError("There is a journal of jobs already")
+        self._context = context
+        self._resumes = resumes
+        #: drive -> the file that it was opened with, and the layer that the journal knows
+        self._drives: dict[str, tuple[str, Node]] = {}
+        self._journal = Journal.open(path, context.workers)
+        context.parts["journal"] = self._journal
+        self._journal.attend(context.scheduler)
+        context.graph.on_drained = self._moved
+
+    async def open_drive(self, options: DriveOptions) -> None:
+        """Open a drive, on the image on which its guest was last."""
+        file = options.file
+        if not isinstance(file, str) or options.snapshot or options.id is None:
+            await open_drive(self._context.graph, options)
+            return
+        opened = os.path.realpath(file)  # noqa: ASYNC240 (before anybody is served)
+        last = self._journal.drive(options.id)
+        if last is not None and last.opened == opened:
+            log.warning(
+                "drive '%s' was last on '%s', and is opened there and not on '%s' (%s)",
+                options.id, last.active.file, file, self._journal.path,
+            )  # fmt: skip
+            changes = {"file": last.active.file, "format": last.active.format, "driver": None}
+            options = options.model_copy(update=changes)
+        drive = await open_drive(self._context.graph, options)
+        layer = chain.skip_filters(drive.node)
+        if layer is None or not image_of(layer).file:
+            return
+        self._drives[drive.name] = opened, layer
+        if last is not None and last.opened != opened:
+            # Somebody decided otherwise; what was known of it is worth nothing.
+            self._journal.drive_moved(drive.name, opened, layer)
+
+    def _moved(self) -> Coroutine[Any, Any, None] | None:
+        """Write down drives that are elsewhere now; what is to be awaited for that."""
+        moved = False
+        for name, (opened, known) in list(self._drives.items()):
+            drive = self._context.graph.drives.get(name)
+            if drive is None:
+                del self._drives[name]
+                continue
+            layer = chain.skip_filters(drive.node)
+            if layer is None or layer is known:
+                continue
+            self._drives[name] = opened, layer
+            self._journal.drive_moved(name, opened, layer)
+            moved = True
+        return self._journal.synced() if moved else None
+
+    async def resume_jobs(self) -> None:
+        """Let go on what the last daemon was at, as far as its images are as they were."""
+        if not self._resumes:
+            return
+        graph, scheduler = self._context.graph, self._context.scheduler
+        for record in self._journal.history.under_way():
+            try:
+                went_on = await resume(graph, scheduler, record, self._journal)
+            except (BlockError, OSError) as error:
+                log.warning(
+                    "job '%s' (%s) was under way and is not resumed: %s",
+                    record.id, record.type, error,
+                )  # fmt: skip
+            else:
+                how = "goes on" if went_on else "had come to its end"
+                log.warning("job '%s' (%s) was under way and %s", record.id, record.type, how)
