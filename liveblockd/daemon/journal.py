@@ -15,10 +15,12 @@ from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
+from liveblockd.graph.backend import Backend
 from liveblockd.graph.drives import DriveOptions, open_drive
 from liveblockd.graph.node import Node
+from liveblockd.jobs.history import DriveRecord, Image
 from liveblockd.jobs.journal import Journal, image_of
-from liveblockd.jobs.resuming import resume
+from liveblockd.jobs.resuming import RESUMABLE, resume
 from liveblockd.qmp.context import Context
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ class JobJournal:
             raise BlockError("There is a journal of jobs already")
         self._context = context
         self._resumes = resumes
-        #: drive -> the file that it was opened with, and the layer that the journal knows
-        self._drives: dict[str, tuple[str, Node]] = {}
+        #: what each drive was opened on, and the layer that the journal knows
+        self._drives: dict[Backend, tuple[Image, Node]] = {}
         self._journal = Journal.open(path, context.workers)
         context.parts["journal"] = self._journal
         self._journal.attend(context.scheduler)
@@ -42,40 +44,42 @@ class JobJournal:
     async def open_drive(self, options: DriveOptions) -> None:
         """Open a drive, on the image on which its guest was last."""
         file = options.file
+        graph = self._context.graph
         if not isinstance(file, str) or options.snapshot or options.id is None:
-            await open_drive(self._context.graph, options)
+            await open_drive(graph, options)
             return
-        opened = os.path.realpath(file)  # noqa: ASYNC240 (before anybody is served)
         last = self._journal.drive(options.id)
-        if last is not None and last.opened == opened:
+        elsewhere = last is not None and last.opened.file == _real(file)
+        if last is not None and elsewhere:
+            _check_unchanged(options.id, last, self._journal.path)
             log.warning(
                 "drive '%s' was last on '%s', and is opened there and not on '%s' (%s)",
                 options.id, last.active.file, file, self._journal.path,
             )  # fmt: skip
             changes = {"file": last.active.file, "format": last.active.format, "driver": None}
             options = options.model_copy(update=changes)
-        drive = await open_drive(self._context.graph, options)
+        drive = await open_drive(graph, options)
         layer = chain.skip_filters(drive.node)
         if layer is None or not image_of(layer).file:
             return
-        self._drives[drive.name] = opened, layer
-        if last is not None and last.opened != opened:
+        opened = last.opened if last is not None and elsewhere else image_of(layer)
+        self._drives[drive] = opened, layer
+        if last is not None and not elsewhere:
             # Somebody decided otherwise; what was known of it is worth nothing.
             self._journal.drive_moved(drive.name, opened, layer)
 
     def _moved(self) -> Coroutine[Any, Any, None] | None:
         """Write down drives that are elsewhere now; what is to be awaited for that."""
         moved = False
-        for name, (opened, known) in list(self._drives.items()):
-            drive = self._context.graph.drives.get(name)
-            if drive is None:
-                del self._drives[name]
+        for drive, (opened, known) in list(self._drives.items()):
+            if self._context.graph.drives.get(drive.name) is not drive:
+                del self._drives[drive]
                 continue
             layer = chain.skip_filters(drive.node)
             if layer is None or layer is known:
                 continue
-            self._drives[name] = opened, layer
-            self._journal.drive_moved(name, opened, layer)
+            self._drives[drive] = opened, layer
+            self._journal.drive_moved(drive.name, opened, layer)
             moved = True
         return self._journal.synced() if moved else None
 
@@ -92,6 +96,26 @@ class JobJournal:
                     "job '%s' (%s) was under way and is not resumed: %s",
                     record.id, record.type, error,
                 )  # fmt: skip
+                if record.type not in RESUMABLE:
+                    self._journal.give_up(record.id, "interrupted", str(error))
             else:
                 how = "goes on" if went_on else "had come to its end"
                 log.warning("job '%s' (%s) was under way and %s", record.id, record.type, how)
+
+
+def _real(file: str) -> str:
+    return os.path.realpath(file)
+
+
+def _check_unchanged(name: str, last: DriveRecord, journal: str) -> None:
+    """BlockError if either file is not the one that the journal knows: somebody has to decide."""
+    for image in (last.opened, last.active):
+        try:
+            inode = os.stat(image.file).st_ino
+        except OSError:
+            continue  # opening it tells, if it is needed
+        if image.inode and inode != image.inode:
+            raise BlockError(
+                f"Drive '{name}' was last on '{last.active.file}', but '{image.file}' is another "
+                f"file now: name the image that is right, or remove '{journal}'"
+            )

@@ -31,6 +31,7 @@ from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.copying import FIRST_CHUNK, MIB, READ_CHUNK, CopyJob, PieceFailedError
+from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, JobType
 from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
@@ -132,7 +133,7 @@ class Backup(CopyJob):
         self.filter: Node | None = None
         self.user: JobUser | None = None
         # Given back by ``free``.
-        self.blocked: list[Node] = []
+        self.held = HeldNodes(graph, BLOCKER)
 
     def begin(self, bitmap: DirtyBitmap | None) -> None:
         """What there is to do is settled; writes are recorded apart from now on.
@@ -388,7 +389,7 @@ class Backup(CopyJob):
         async with self.graph.lock:
             await self.release()
             # Who hears of the end may open the target, or delete the nodes, before `null`.
-            await self.unblock()
+            await self.held.unblock()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
@@ -418,16 +419,3 @@ class Backup(CopyJob):
             bitmap.thaw(keep=False, undone=self.core.todo)
         else:
             bitmap.thaw(keep=not (self._succeeded and mode is BitmapSyncMode.ON_SUCCESS))
-
-    def block(self, node: Node) -> None:
-        """Keep ``node`` and let nobody else work on it."""
-        node.op_blockers.append(BLOCKER)
-        self.blocked.append(node)
-
-    async def unblock(self) -> None:
-        """Undo all ``block``; holds the graph lock."""
-        blocked, self.blocked = self.blocked, []
-        for node in blocked:
-            node.op_blockers.remove(BLOCKER)
-        for node in blocked:
-            await self.graph.unref(node)

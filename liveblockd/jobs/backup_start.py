@@ -137,7 +137,7 @@ async def create_backup(
 
 async def _give_back(job: Backup) -> None:
     await job.release()
-    await job.unblock()
+    await job.held.unblock()
 
 
 def _filter_of(job: Backup) -> Node:
@@ -232,7 +232,7 @@ async def _take(job: Backup, bitmap: DirtyBitmap | None) -> None:
         )
         job.begin(bitmap)
     for node in (job.filter, source, job.target):
-        job.block(node)
+        job.held.block(node)
 
 
 def _staying(source: Node) -> list[Edge]:

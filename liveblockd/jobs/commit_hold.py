@@ -19,6 +19,7 @@ from liveblockd.graph import chain, surgery
 from liveblockd.graph.filter import JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
+from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Permission
 
@@ -34,11 +35,11 @@ def nodes_between(top: Node, base: Node) -> list[Node]:
     return [top, *(edge.child for edge in chain.edges_between(top, base))]
 
 
-class CommitHold:
+class CommitHold(HeldNodes):
     """Of the job ``job_id``, which commits ``top`` into ``base``."""
 
     def __init__(self, graph: Graph, job_id: str, top: Node, base: Node) -> None:
-        self.graph = graph
+        super().__init__(graph, BLOCKER)
         self.top = top
         self.base = base
         self.filter: Node | None = None
@@ -48,7 +49,6 @@ class CommitHold:
         self._frozen: list[Edge] = []
         self._committed: list[Edge] = []
         self._users: list[JobUser] = []
-        self._blocked: list[Node] = []
 
     async def open_base(self) -> None:
         """Make the base writable, if it is not."""
@@ -144,16 +144,3 @@ class CommitHold:
                 await self.graph.set_read_only(self.base, True)
             except (BlockError, OSError) as error:
                 log.warning("%s: the base does not become read-only: %s", self.name, error)
-
-    def block(self, node: Node) -> None:
-        """Keep ``node`` and let nobody else work on it."""
-        node.op_blockers.append(BLOCKER)
-        self._blocked.append(node)
-
-    async def unblock(self) -> None:
-        """Undo all ``block``; what nobody uses any more is closed."""
-        blocked, self._blocked = self._blocked, []
-        for node in blocked:
-            node.op_blockers.remove(BLOCKER)
-        for node in blocked:
-            await self.graph.unref(node)

@@ -92,7 +92,7 @@ async def _set_up(
             job.new_backing = (stands_on,)
             job.backing_to_come = stands_on is not None
             if stands_on is not None:
-                job.block(stands_on)
+                job.held.block(stands_on)
             return await launch(job, scheduler)
         except BaseException:
             for node in opened:

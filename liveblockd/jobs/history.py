@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 HEADER: Final = {"journal": "liveblockd jobs", "version": 1}
-#: ended jobs that are remembered
+#: ended jobs that are remembered; of all jobs twice as many
 KEPT: Final = 200
 
 
@@ -57,7 +57,7 @@ class JobRecord:
 class DriveRecord:
     """A drive that was opened on ``opened`` and was last on ``active``."""
 
-    opened: str
+    opened: Image
     active: Image
 
 
@@ -106,6 +106,8 @@ class History:
             )
             self.jobs.pop(record.id, None)  # the newest goes to the end
             self.jobs[record.id] = record
+            if len(self.jobs) > 2 * KEPT:
+                del self.jobs[next(iter(self.jobs))]
         elif "ended" in line:
             found = self.jobs[line["ended"]]
             error = line["error"]
@@ -117,9 +119,9 @@ class History:
             )
             self._forget()
         else:
-            name, opened = str(line["drive"]), str(line["opened"])
-            active = Image.from_json(line["active"])
-            if opened == active.file:
+            name = str(line["drive"])
+            opened, active = Image.from_json(line["opened"]), Image.from_json(line["active"])
+            if opened.file == active.file:
                 self.drives.pop(name, None)
             else:
                 self.drives[name] = DriveRecord(opened, active)
@@ -157,6 +159,6 @@ def ended_line(job_id: str, time: float, result: str, error: str | None) -> dict
     return {"time": time, "ended": job_id, "result": result, "error": error}
 
 
-def drive_line(name: str, opened: str, active: Image) -> dict[str, Any]:
-    """A drive that was opened on the file ``opened`` is on ``active`` now."""
-    return {"drive": name, "opened": opened, "active": active.to_json()}
+def drive_line(name: str, opened: Image, active: Image) -> dict[str, Any]:
+    """A drive that was opened on ``opened`` is on ``active`` now."""
+    return {"drive": name, "opened": opened.to_json(), "active": active.to_json()}

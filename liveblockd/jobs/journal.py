@@ -158,8 +158,8 @@ class Journal:
         if job_id in self.history.jobs:
             self._add(ended_line(job_id, time.time(), result, error))
 
-    def drive_moved(self, name: str, opened: str, node: Node) -> None:
-        """A drive that was opened on the file ``opened`` is on ``node`` now."""
+    def drive_moved(self, name: str, opened: Image, node: Node) -> None:
+        """A drive that was opened on ``opened`` is on ``node`` now."""
         self._add(drive_line(name, opened, image_of(node)))
 
     def drive(self, name: str) -> DriveRecord | None:

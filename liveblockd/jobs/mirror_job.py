@@ -16,6 +16,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node, Operation
+from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
 from liveblockd.jobs.mirror import MirrorCore, MirrorOptions
 from liveblockd.storage.driver import Permission
@@ -82,7 +83,7 @@ class Mirror(MirrorCore):
         #: what is put below the target at the end; () leaves it alone
         self.new_backing: tuple[Node | None, ...] = ()
         # Given back by ``free``.
-        self.blocked: list[Node] = []
+        self.held = HeldNodes(graph, BLOCKER)
 
     def check_completion(self) -> None:
         """The node to be replaced is still there and free."""
@@ -90,9 +91,9 @@ class Mirror(MirrorCore):
         if name is None:
             return
         node = self.graph.find(name)
-        if node not in self.blocked:
+        if node not in self.held:
             node.check_operation(Operation.CHANGE)
-            self.block(node)
+            self.held.block(node)
         self.replaced = node
 
     async def pivot(self) -> None:
@@ -127,7 +128,7 @@ class Mirror(MirrorCore):
         async with self.graph.lock:
             await self.release()
             # Who hears of the end may open the target, or delete the nodes, before `null`.
-            await self.unblock()
+            await self.held.unblock()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
@@ -137,19 +138,6 @@ class Mirror(MirrorCore):
                 await self.graph.detach(user)
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
-
-    def block(self, node: Node) -> None:
-        """Keep ``node`` and let nobody else work on it."""
-        node.op_blockers.append(BLOCKER)
-        self.blocked.append(node)
-
-    async def unblock(self) -> None:
-        """Undo all ``block``; holds the graph lock."""
-        blocked, self.blocked = self.blocked, []
-        for node in blocked:
-            node.op_blockers.remove(BLOCKER)
-        for node in blocked:
-            await self.graph.unref(node)
 
 
 def _unit(target: Node) -> int | None:

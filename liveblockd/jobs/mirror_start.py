@@ -62,7 +62,7 @@ async def launch(job: Mirror, scheduler: Scheduler) -> Mirror:
         await job.track()
     except BaseException:
         await job.release()
-        await job.unblock()
+        await job.held.unblock()
         raise
     return job
 
@@ -132,7 +132,7 @@ async def _cover(job: Mirror) -> None:
         job.graph, job.source, name=job.parameters.filter_node_name, kind=MirrorTop
     )
     for node in (job.filter, job.source, job.target):
-        job.block(node)
+        job.held.block(node)
 
 
 async def _attach(job: Mirror) -> None:

@@ -11,7 +11,7 @@ Errors: BlockError, and nothing is begun.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
@@ -26,10 +26,12 @@ from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.stream import StreamParameters
 from liveblockd.jobs.stream_start import start_stream
 
+RESUMABLE: Final = (JobType.STREAM, JobType.COMMIT)
+
 
 async def resume(graph: Graph, scheduler: Scheduler, record: JobRecord, journal: Journal) -> bool:
     """Let the job go on; False if it had come to its end, which the journal then says."""
-    if record.type not in (JobType.STREAM, JobType.COMMIT) or not record.images:
+    if record.type not in RESUMABLE or not record.images:
         raise BlockError(f"A job of type '{record.type}' cannot be resumed: start it again")
     if any(not image.file for image in record.images) or (record.base and not record.base.file):
         raise BlockError("Its images have no names to find them by")

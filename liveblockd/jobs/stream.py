@@ -32,6 +32,7 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.jobs.backing_link import backing_format, backing_string
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
+from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
@@ -91,7 +92,7 @@ class Stream(CopyJob):
         self.made_writable = False
         self.user: JobUser | None = None
         # Given back by ``free``.
-        self.blocked: list[Node] = []
+        self.held = HeldNodes(graph, BLOCKER)
 
     @property
     def base(self) -> Node | None:
@@ -257,17 +258,4 @@ class Stream(CopyJob):
     async def free(self) -> None:
         """Let go of the nodes; those that nobody uses any more are closed."""
         async with self.graph.lock:
-            await self.unblock()
-
-    def block(self, node: Node) -> None:
-        """Keep ``node`` and let nobody else work on it."""
-        node.op_blockers.append(BLOCKER)
-        self.blocked.append(node)
-
-    async def unblock(self) -> None:
-        """Undo all ``block``; holds the graph lock."""
-        blocked, self.blocked = self.blocked, []
-        for node in blocked:
-            node.op_blockers.remove(BLOCKER)
-        for node in blocked:
-            await self.graph.unref(node)
+            await self.held.unblock()

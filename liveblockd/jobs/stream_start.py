@@ -48,7 +48,7 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
                 raise
         except BaseException:
             await job.release()
-            await job.unblock()
+            await job.held.unblock()
             raise
     if not job.immediate:
         job.warn_of_snapshots()
@@ -139,17 +139,17 @@ async def _take(job: Stream) -> None:
                 )
             except BlockError as error:
                 raise BlockError(f"Could not create node: {error.message}") from error
-            job.block(job.filter)
-        job.block(top)
+            job.held.block(job.filter)
+        job.held.block(top)
         for layer in chain.chain(top)[1:]:
             if job.immediate:
                 break
-            job.block(layer)
+            job.held.block(layer)
             if layer is bottom:
                 break
     except BaseException:
         await job.release()
-        await job.unblock()
+        await job.held.unblock()
         raise
 
 

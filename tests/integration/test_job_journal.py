@@ -195,7 +195,13 @@ def test_what_cannot_be_resumed_is_told(images):
         assert record["result"] == "interrupted"
         assert record["base"] == str(images / "copy.qcow2")
         second.stop()
-        assert "a job of type 'mirror' cannot be resumed" in second.errors.decode().lower()
+        assert "A job of type 'mirror' cannot be resumed" in second.errors.decode()
+    with daemon(images) as third:
+        qmp = third.qmp()
+        with pytest.raises(QmpError, match="A job of type 'mirror' cannot be resumed"):
+            qmp("x-liveblock-resume-job", id="m")
+        third.stop()
+        assert not third.errors, "it is told once"
 
 
 EXPORT = (
@@ -238,6 +244,31 @@ class TestDrives:
             assert drive["inserted"]["image"]["filename"] == "top.qcow2"
             second.stop()
             assert "was last on" not in second.errors.decode()
+
+    @pytest.mark.parametrize("name", ["top.qcow2", "new.qcow2"])
+    def test_another_file_of_that_name_is_an_error(self, images, name):
+        with daemon(images) as first:
+            first.qmp()("blockdev-snapshot-sync", device="d", snapshot_file="new.qcow2")
+            first.stop()
+        shutil.copy(images / name, images / "other")
+        (images / "other").rename(images / name)
+        said = f"Drive 'd' was last on .*, but '{images / name}' is another file now"
+        with pytest.raises(AssertionError, match=said), daemon(images):
+            pass
+        (images / "journal").unlink()
+        with daemon(images) as second:
+            (drive,) = second.qmp()("query-block")
+            assert drive["inserted"]["image"]["filename"] == "top.qcow2"
+
+    def test_the_configuration_is_obeyed_when_it_changes(self, images):
+        with daemon(images) as first:
+            first.qmp()("blockdev-snapshot-sync", device="d", snapshot_file="new.qcow2")
+            first.stop()
+        for name in ("new", "mid", "top"):  # what was known is forgotten with the second
+            drive = ("--drive", f"file={name}.qcow2,id=d,format=qcow2")
+            with DaemonProcess(images, "--jobs", "journal=journal", *drive) as next_one:
+                (found,) = next_one.qmp()("query-block")
+                assert found["inserted"]["image"]["filename"] == f"{name}.qcow2"
 
     def test_an_overlay_that_has_gone_is_an_error(self, images):
         with daemon(images) as first:

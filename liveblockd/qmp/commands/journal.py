@@ -92,6 +92,6 @@ async def x_liveblock_resume_job(context: Context, arguments: LiveblockResumeJob
     """Let a stream or commit go on that a daemon before this one was at when it ended."""
     journal = find_journal(context)
     record = journal.history.jobs.get(arguments.id)
-    if record is None or record.result is not None or context.scheduler.find(arguments.id):
+    if record is None or _info(context, record).result is not LiveblockJobResult.INTERRUPTED:
         raise BlockError(f"No job '{arguments.id}' was interrupted")
     await resume(context.graph, context.scheduler, record, journal)

@@ -44,7 +44,7 @@ def random_lines(rng):
             case 1:
                 yield ended_line(name, 2.0, rng.choice(["completed", "failed"]), None)
             case _:
-                yield drive_line(name, "/f", image(rng.choice("fg")))
+                yield drive_line(name, image("f"), image(rng.choice("fg")))
 
 
 def content(history):
@@ -125,7 +125,7 @@ class TestFile:
         path = tmp_path / "journal"
         journal = Journal.open(str(path), InlineWorkers())
         for _ in range(500):
-            journal._add(drive_line("d", "/f", image("g")))
+            journal._add(drive_line("d", image("f"), image("g")))
             await asyncio.sleep(0)
         await journal.synced()
         assert path.stat().st_size <= 4000
