@@ -79,7 +79,10 @@ class JobJournal:
             if layer is None or layer is known:
                 continue
             self._drives[drive] = opened, layer
-            self._journal.drive_moved(drive.name, opened, layer)
+            try:
+                self._journal.drive_moved(drive.name, opened, layer)
+            except Exception:  # the switch has been made
+                log.exception("the journal of jobs: drive %s", drive.name)
             moved = True
         return self._journal.synced() if moved else None
 

@@ -125,10 +125,13 @@ class Journal:
             job = scheduler.find(event.id)
             if job is None or job.immediate:
                 return
-            if event.status == JobStatus.RUNNING and not job.started:
-                self._began(job)
-            elif event.status == JobStatus.CONCLUDED and job.started:
-                self._ended(job)
+            try:
+                if event.status == JobStatus.RUNNING and not job.started:
+                    self._began(job)
+                elif event.status == JobStatus.CONCLUDED and job.started:
+                    self._ended(job)
+            except Exception:  # no job shall fail for it
+                log.exception("the journal of jobs: job %s", job.id)
 
         scheduler.publisher.subscribe(note)
 

@@ -403,3 +403,37 @@ async def test_a_drain_lets_all_go_on_whatever_happens(world, monkeypatch):
     for user in users:
         await asyncio.wait_for(user.write(0, b"x"), 1)
         assert user.in_flight == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_requests_wait_for_what_has_to_be_known_of_a_switch(world, cancelled):
+    """As the journal, which must say where a drive is before its guest writes there."""
+    _disk, over, user = await pair(world)
+    durable = asyncio.Event()
+    seen = []
+
+    async def wait():
+        await durable.wait()
+
+    def on_drained():
+        seen.append(user.node)
+        return wait()
+
+    world.graph.on_drained = on_drained
+    task = asyncio.create_task(snapshot.snapshot(world.graph, "disk", "over"))
+    while over not in seen:  # noqa: ASYNC110
+        if seen:
+            durable.set()  # a drain before the switch
+        await asyncio.sleep(0)
+        durable.clear()
+    assert not user.write_nowait(0, b"x")
+    write = asyncio.create_task(user.write(0, b"x"))
+    if cancelled:
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert not write.done() and not task.done()
+    world.graph.on_drained = lambda: None
+    durable.set()
+    await asyncio.wait_for(asyncio.wait((write, task)), 1)
+    assert user.node is over and IMAGES["over"].clusters[0][:1] == b"x"
+    await write
