@@ -421,7 +421,7 @@ async def test_requests_wait_for_what_has_to_be_known_of_a_switch(world, cancell
 
     world.graph.on_drained = on_drained
     task = asyncio.create_task(snapshot.snapshot(world.graph, "disk", "over"))
-    while over not in seen:  # noqa: ASYNC110
+    while over not in seen:
         if seen:
             durable.set()  # a drain before the switch
         await asyncio.sleep(0)
