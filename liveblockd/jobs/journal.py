@@ -65,6 +65,8 @@ class Journal:
         self._size = 0
         self._lock_fd = -1
         self._fd = -1
+        #: jobs that have a line, and have not ended
+        self._known: set[Job] = set()
         self._lines: list[dict[str, Any]] = []
         self._writer: asyncio.Task[None] | None = None
 
@@ -126,16 +128,28 @@ class Journal:
             if job is None or job.immediate:
                 return
             try:
-                if event.status == JobStatus.RUNNING and not job.started:
+                if event.status == JobStatus.RUNNING:
                     self._began(job)
-                elif event.status == JobStatus.CONCLUDED and job.started:
+                elif event.status == JobStatus.CONCLUDED and job in self._known:
                     self._ended(job)
             except Exception:  # no job shall fail for it
                 log.exception("the journal of jobs: job %s", job.id)
 
         scheduler.publisher.subscribe(note)
+        scheduler.write_down = self._write_down
+
+    async def _write_down(self, job: Job) -> None:
+        if job.immediate:
+            return
+        try:
+            self._began(job)
+        except Exception:  # it shall start all the same
+            log.exception("the journal of jobs: job %s", job.id)
+        await self.synced()
 
     def _began(self, job: Job) -> None:
+        if job in self._known:
+            return
         layers, base = job.images()
         parameters = getattr(job, "parameters", None)
         given = dataclasses.asdict(parameters) if dataclasses.is_dataclass(parameters) else {}  # type: ignore[arg-type]
@@ -148,9 +162,11 @@ class Journal:
             None if base is None else image_of(base),
             lasting | {"speed": job.speed},
         )
+        self._known.add(job)
         self._add(began_line(record))
 
     def _ended(self, job: Job) -> None:
+        self._known.discard(job)
         if job.cancelled and self.ending:
             return
         result = "cancelled" if job.cancelled else "failed" if job.error else "completed"

@@ -73,6 +73,8 @@ class Scheduler:
         self.clock: Clock = clock or SystemClock()
         #: who may copy, where not all may at once
         self.turns: Turns[Job] = Turns(max_concurrent)
+        #: of the journal: returns when it is durable that the job, which is to start, was there
+        self.write_down: Callable[[Job], Coroutine[Any, Any, None]] | None = None
         self.jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._working: set[Job] = set()

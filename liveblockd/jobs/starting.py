@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from liveblockd.errors import BlockError
+from liveblockd.graph.lock import to_its_end
 from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Scheduler
 
@@ -28,6 +29,11 @@ async def start_job(scheduler: Scheduler, work: Coroutine[Any, Any, J]) -> J:
         except (BlockError, OSError):
             break
     job = set_up.result()
+    if scheduler.write_down is not None:
+        try:
+            await to_its_end(scheduler.write_down(job))
+        except asyncio.CancelledError:
+            cancelled = True
     # Nothing waits from here to the return: what the job does comes after the answer.
     await scheduler.start(job)
     if cancelled:
