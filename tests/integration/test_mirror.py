@@ -189,7 +189,7 @@ async def test_it_converges_while_writing_is_slower_than_copying(tmp_path):
         tmp_path, "raw", 5, MirrorCopyMode.BACKGROUND, speed=24 * MIB
     )
     await bench.open(node_name="target", **target)
-    async with Lanes(drive, model, 5, pause=0.1) as guest:
+    async with Lanes(drive, model, 5, pause=0.05) as guest:
         job = await start_mirror(bench.graph, bench.scheduler, parameters)
         await bench.end(job, JobStatus.READY, 20)
         bench.scheduler.complete(job)
