@@ -36,7 +36,7 @@ class GraphBackends:
         """A user of the node."""
         async with self._graph.lock:
             node = self._graph.lookup(None, node_name)
-            if writable and node.read_only:
+            if writable and node.read_only and not node.fell_back:
                 raise BlockError("Cannot export read-only node as writable")
             used = Permission.CONSISTENT_READ
             if writable:

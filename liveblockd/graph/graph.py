@@ -275,6 +275,14 @@ class Graph:
             async with self.drained(node):
                 await self._set_read_only(node, parts, read_only)
 
+    async def reopen_for(self, node: Node, used: Permission) -> None:
+        """Open ``node`` for writing if a user needs that and it was read-only of itself alone.
+
+        An image on a file that nobody might write to then may be writable by now. BlockError.
+        """
+        if node.fell_back and used & permissions.WRITES:
+            await self.set_read_only(node, False)
+
     async def _set_read_only(self, node: Node, parts: list[Node], read_only: bool) -> None:
         done: list[Node] = []
         try:
@@ -297,6 +305,7 @@ class Graph:
             await self.refresh_permissions(node)
             raise
         for part in parts:
+            part.fell_back = False
             part.change_options(read_only=read_only)
         self.rebind_above(node)
 
@@ -319,6 +328,7 @@ class Graph:
         async with self.lock:
             if name and (name in self.drives or name in self.nodes):
                 raise BlockError(f"Device with id '{name}' already exists")
+            await self.reopen_for(node, used)
             backend = Backend(self, node, name=name, user=user)
             backend.edge.used, backend.edge.shared = used, shared
             self.connect(backend.edge)
@@ -506,6 +516,7 @@ def _own_parts(node: Node) -> list[Node]:
     for part in found:
         for role, edge in part.children.items():
             child = edge.child
-            if role != "backing" and child.inherits and child.given.read_only is None:
+            follows = child.inherits and child.given.read_only is None
+            if role != "backing" and (follows or child.fell_back):
                 found.append(child)
     return found

@@ -126,6 +126,8 @@ class Node:
         self.driver_class = driver_class
         #: with what was inherited from the parent
         self.options = options
+        #: read-only since it could not be opened for writing, which auto-read-only allows
+        self.fell_back = False
         #: as they were given, for the file name that is shown
         self.given = options if given is None else given
         self.read_only = read_only

@@ -253,6 +253,7 @@ class Opener:
         children = {child_role: edge.child for child_role, edge in node.children.items()}
         environment = graph.environment_for(node, filenames.base_for_relative(node) or "")
         node.bind(await driver_class.open(node.options, children, environment))
+        node.fell_back = node.read_only and not options.read_only
         await graph.refresh_permissions(node)
         return node
 

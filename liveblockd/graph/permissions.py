@@ -31,7 +31,7 @@ _NAMES = (
     (Permission.RESIZE, "resize"),
 )
 _CHANGES = Permission.WRITE | Permission.RESIZE
-_WRITES = _CHANGES | Permission.WRITE_UNCHANGED
+WRITES = _CHANGES | Permission.WRITE_UNCHANGED
 
 
 def describe(permissions: Permission) -> str:
@@ -101,7 +101,7 @@ def _is_storage(parent: Node) -> bool:
 def check_no_writer(node: Node, *, apart_from: Collection[Node] = ()) -> None:
     """BlockError when a user of ``node`` writes: it cannot become read-only."""
     for edge in node.parents:
-        if edge.parent not in apart_from and edge.used & _WRITES:
+        if edge.parent not in apart_from and edge.used & WRITES:
             raise BlockError(
                 f"Read-only block node '{node.name}' cannot support read-write users", errno=1
             )
@@ -111,7 +111,7 @@ def check(node: Node) -> None:
     """BlockError when two users of ``node`` conflict, or one writes to it though read-only."""
     edges = node.parents
     for edge in edges:
-        if node.read_only and edge.used & _WRITES:
+        if node.read_only and edge.used & WRITES:
             raise BlockError("Block node is read-only", errno=1)
     for edge in edges:
         for other in edges:

@@ -37,6 +37,7 @@ class JobUser(Backend):
 
         ``role`` and ``user`` are for messages, as QEMU has them.
         """
+        await graph.reopen_for(node, used)
         found = cls(graph, node, user=user)
         found.edge.role = role
         found.edge.used, found.edge.shared = used, shared
