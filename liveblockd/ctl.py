@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("snapshot", snapshot, "put a new overlay on a device; the old image stays as it is")
     one.add_argument("device", help="drive or node")
     one.add_argument("file", type=os.path.abspath, help="the new image")
-    one.add_argument("--format", default="qcow2")
+    one.add_argument("--format", default="qcow2", help="default: qcow2")
     one.add_argument("--node-name", help="name of the overlay's node")
     one.add_argument("--existing", action="store_true", help="the new image is there already")
 
@@ -380,7 +380,7 @@ def _job_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) -> 
         if name == "cancel":
             one.add_argument("--force", action="store_true", help="also when it is paused")
         if name == "set-speed":
-            one.add_argument("speed", type=_size, help="bytes per second (10M); 0: no limit")
+            one.add_argument("speed", type=_size, help="bytes per second, such as 10M; 0: no limit")
 
 
 def _export_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) -> None:
@@ -410,7 +410,8 @@ async def _run(args: argparse.Namespace) -> int:
     except (QMPError, OSError) as exc:
         cause = getattr(exc, "exc", None) or exc
         reason = getattr(cause, "strerror", None) or cause
-        raise ControlError(f"{args.socket}: {reason}", NO_CONNECTION) from exc
+        text = f"{args.socket}: {reason} (is liveblockd running there? -s names its QMP socket)"
+        raise ControlError(text, NO_CONNECTION) from exc
     try:
         handler: Handler = args.handler
         return await handler(client, args)

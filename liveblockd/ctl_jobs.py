@@ -312,7 +312,7 @@ def job_verbs(verb: Verb, size: Callable[[str], int]) -> None:
     one.add_argument("--bitmap", help="only what this dirty bitmap says has changed")
     one.add_argument("--compress", action="store_true")
 
-    one = verb("create", create, "create an image")
+    one = verb("create", create, "create an image, by the daemon")
     one.add_argument("file", type=os.path.abspath)
     one.add_argument("size", type=size)
     one.add_argument("--format", choices=("raw", "qcow2"), default="qcow2")
@@ -322,9 +322,10 @@ def job_verbs(verb: Verb, size: Callable[[str], int]) -> None:
 
 def _job_words(one: argparse.ArgumentParser, size: Callable[[str], int]) -> None:
     one.add_argument("device", help="drive or node")
-    one.add_argument("--speed", type=size, help="limit in bytes per second (10M)")
+    one.add_argument("--speed", type=size, help="limit in bytes per second, such as 10M")
     one.add_argument("--job-id", help="default: the name of the device")
-    one.add_argument("--on-error", choices=("report", "ignore", "enospc", "stop"))
+    one.add_argument("--on-error", choices=("report", "ignore", "enospc", "stop"),
+                     help="after a failed read or write (report: the job fails)")  # fmt: skip
     one.add_argument("--wait", action="store_true", help="show progress until it is done or ready")
 
 
@@ -341,8 +342,9 @@ def _copy_words(
     one.add_argument("device", help="drive or node")
     one.add_argument("target", help="the new image")
     one.add_argument("--format", help="default: that of the disk")
-    one.add_argument("--sync", choices=syncs, default="full")
+    one.add_argument("--sync", choices=syncs, default="full",
+                     help="all that is read (full, the default), or the top image")  # fmt: skip
     one.add_argument("--existing", action="store_true", help="the image is there already")
-    one.add_argument("--speed", type=size, help="limit in bytes per second (10M)")
+    one.add_argument("--speed", type=size, help="limit in bytes per second, such as 10M")
     one.add_argument("--job-id", help="default: the name of the device")
     one.add_argument("--wait", action="store_true", help="show progress until it is done or ready")

@@ -18,6 +18,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from errno import EPERM
+from functools import partial
 from typing import Any, Final
 
 from liveblockd.errors import BlockError
@@ -191,14 +192,18 @@ def _digest(header: LuksHeader, master: bytes) -> bytes:
 # -- the anti-forensic splitter
 
 
-def _diffuse(data: bytes, hash_name: str) -> bytes:
-    size = hashlib.new(hash_name).digest_size
-    parts = []
-    for number, start in enumerate(range(0, len(data), size)):
-        part = data[start : start + size]
-        digest = hashlib.new(hash_name, struct.pack(">I", number) + part).digest()
-        parts.append(digest[: len(part)])
-    return b"".join(parts)
+def _mix(stripes: bytes, key_bytes: int, hash_name: str) -> bytes:
+    """What all stripes come to; thousands of rounds, each time an image is opened."""
+    new = getattr(hashlib, hash_name, None) or partial(hashlib.new, hash_name)
+    size = new().digest_size
+    starts = range(0, key_bytes, size)
+    parts = [(number.to_bytes(4, "big"), start) for number, start in enumerate(starts)]
+    mixed = bytes(key_bytes)
+    for start in range(0, len(stripes), key_bytes):
+        mixed = _xor(mixed, stripes[start : start + key_bytes])
+        digests = [new(number + mixed[at : at + size]).digest() for number, at in parts]
+        mixed = b"".join(digests)[:key_bytes]
+    return mixed
 
 
 def _xor(one: bytes, other: bytes) -> bytes:
@@ -208,20 +213,14 @@ def _xor(one: bytes, other: bytes) -> bytes:
 
 def merge(split: bytes, key_bytes: int, hash_name: str) -> bytes:
     """The key that was spread over many stripes."""
-    mixed = bytes(key_bytes)
     last = len(split) - key_bytes
-    for start in range(0, last, key_bytes):
-        mixed = _diffuse(_xor(mixed, split[start : start + key_bytes]), hash_name)
-    return _xor(mixed, split[last:])
+    return _xor(_mix(split[:last], key_bytes, hash_name), split[last:])
 
 
 def spread(key: bytes, hash_name: str, stripes: int = STRIPES) -> bytes:
     """The opposite of ``merge``, with random stripes."""
     noise = os.urandom(len(key) * (stripes - 1))
-    mixed = bytes(len(key))
-    for start in range(0, len(noise), len(key)):
-        mixed = _diffuse(_xor(mixed, noise[start : start + len(key)]), hash_name)
-    return noise + _xor(mixed, key)
+    return noise + _xor(_mix(noise, len(key), hash_name), key)
 
 
 # -- a new header

@@ -14,6 +14,7 @@ Errors: BlockError from the finders; OSError from a driver's ``map``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from errno import EIO
 from itertools import pairwise, takewhile
@@ -70,7 +71,11 @@ def overlay_of(top: Node, node: Node) -> Node | None:
 
 
 def find_base_by_filename(top: Node, filename: str) -> Node | None:
-    """The layer below ``top`` that is called ``filename``, as shown, as written or as resolved."""
+    """The layer below ``top`` that is called ``filename``, as shown, as written or as resolved.
+
+    A name is resolved from the directory of the image above, as the names in headers are, and
+    through symbolic links.
+    """
     layers = chain(top)
     for above, below in pairwise(layers):
         written = above.driver.backing_file
@@ -83,11 +88,14 @@ def find_base_by_filename(top: Node, filename: str) -> Node | None:
 
 def _same_file(above: Node, written: str, wanted: str) -> bool:
     try:
-        return filenames.full_backing_filename(above, written) == (
-            filenames.full_backing_filename(above, wanted)
-        )
+        one, other = (filenames.full_backing_filename(above, n) for n in (written, wanted))
     except BlockError:
         return False
+    if one == other:
+        return True
+    if filenames.has_protocol(one) or filenames.has_protocol(other):
+        return False
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def edges_between(top: Node, base: Node | None) -> Iterator[Edge]:

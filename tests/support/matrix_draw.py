@@ -99,7 +99,7 @@ def draw(rng: random.Random) -> Combination:
             return found
 
 
-def possible_pairs(rng: random.Random, tries: int = 6000) -> set[Pair]:
+def possible_pairs(rng: random.Random, tries: int = 3000) -> set[Pair]:
     """Those that some combination has; found by drawing."""
     found: set[Pair] = set()
     for _ in range(tries):
@@ -114,7 +114,7 @@ def pairwise(seed: int) -> list[Combination]:
     chosen: list[Combination] = []
     while missing:
         wanted = dict(rng.choice(sorted(missing, key=repr)))
-        candidates = [c for c in (draw(rng) for _ in range(60)) if True]
+        candidates = [draw(rng) for _ in range(20)]
         candidates += _with(rng, wanted)
         best = max(candidates, key=lambda c: len(pairs(c) & missing))
         chosen.append(best)

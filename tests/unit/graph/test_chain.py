@@ -45,6 +45,23 @@ async def test_base_by_filename(world):
         assert chain.find_base_by_filename(top, name) is None
 
 
+async def test_base_by_a_name_that_leads_there(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "images/base").touch()
+    (tmp_path / "other/link").symlink_to("../images/base")
+    world.image("images/base")
+    world.image("images/top", backing="base")
+    top = await world.layer("top", "images/top")
+    names = ("base", "images/base", "./base", "../images/base", "../other/link",
+             f"{tmp_path}/images/base", f"{tmp_path}/other/link")  # fmt: skip
+    for name in names:
+        assert chain.find_base_by_filename(top, name) is top.backing, name
+    for name in ("other/link", f"{tmp_path}/base", f"{tmp_path}/images/top", f"file:{tmp_path}/b"):
+        assert chain.find_base_by_filename(top, name) is None, name
+
+
 async def test_freeze(world):
     top, mid, base = await three(world)
     edges = chain.freeze(top, base)
