@@ -27,10 +27,30 @@ class Abort(Action):
         raise BlockError("Transaction aborted using Abort action")
 
 
-class SnapshotSync(Action):
-    """blockdev-snapshot-sync."""
+class _Overlaying(Action):
+    """What is put above a disk; ``prepare`` sets ``_placed``."""
 
     flushes = True
+    _placed: PlacedOverlay | None = None
+
+    async def seal(self) -> None:
+        """The old image becomes read-only."""
+        assert self._placed is not None
+        await self._placed.seal()
+
+    async def commit(self) -> None:
+        """The users take the overlay for their disk."""
+        assert self._placed is not None
+        self._placed.announce()
+
+    async def undo(self) -> None:
+        """As it was."""
+        if self._placed is not None:
+            await self._placed.undo()
+
+
+class SnapshotSync(_Overlaying):
+    """blockdev-snapshot-sync."""
 
     def __init__(
         self, graph: Graph, request: SnapshotRequest, console: Callable[[str], None]
@@ -39,7 +59,6 @@ class SnapshotSync(Action):
         self._request = request
         self._console = console
         self._new: NewOverlay | None = None
-        self._placed: PlacedOverlay | None = None
 
     def names(self) -> Iterable[str]:
         """The node that is to have an overlay."""
@@ -62,37 +81,28 @@ class SnapshotSync(Action):
         assert self._new is not None and self._new.overlay is not None
         self._placed = await surgery.place_overlay(self._graph, self._new.node, self._new.overlay)
 
-    async def seal(self) -> None:
-        """The old image becomes read-only."""
-        assert self._placed is not None
-        await self._placed.seal()
-
     async def commit(self) -> None:
-        """The users take the overlay for their disk."""
+        """The users take the overlay for their disk; without any it is closed."""
+        await super().commit()
         assert self._placed is not None
-        self._placed.announce()
         await self._graph.unref(self._placed.overlay)
 
     async def undo(self) -> None:
         """The overlay is closed; its file stays, unless it was not its turn yet."""
-        if self._placed is not None:
-            await self._placed.undo()
+        await super().undo()
         if self._new is not None and self._new.overlay is not None:
             await self._graph.unref(self._new.overlay)
         if self._new is not None and self.too_early:
             await self._new.discard()
 
 
-class Snapshot(Action):
+class Snapshot(_Overlaying):
     """blockdev-snapshot."""
-
-    flushes = True
 
     def __init__(self, graph: Graph, node: str, overlay: str) -> None:
         self._graph = graph
         self._node = node
         self._overlay = overlay
-        self._placed: PlacedOverlay | None = None
 
     def names(self) -> Iterable[str]:
         """Both nodes."""
@@ -102,21 +112,6 @@ class Snapshot(Action):
         """Put the overlay in its place."""
         node, overlay = check_snapshot(self._graph, self._node, self._overlay)
         self._placed = await surgery.place_overlay(self._graph, node, overlay)
-
-    async def seal(self) -> None:
-        """The old image becomes read-only."""
-        assert self._placed is not None
-        await self._placed.seal()
-
-    async def commit(self) -> None:
-        """The users take the overlay for their disk."""
-        assert self._placed is not None
-        self._placed.announce()
-
-    async def undo(self) -> None:
-        """As it was."""
-        if self._placed is not None:
-            await self._placed.undo()
 
 
 class InternalSnapshot(Action):

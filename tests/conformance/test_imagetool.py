@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import io
 import json
 import os
 import shutil
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from liveblockd import ctl
+from tests.support.imagetool import ours, qemu, qemu_io
 from tests.support.qcow2_damage import make, make_damaged
 from tests.support.qcow2_images import needs
 
 pytestmark = needs("qemu-img", "qemu-io")
-
-Answer = tuple[int, str, str]
-
-
-def ours(*words: str | Path) -> Answer:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = ctl.main(["image", *map(str, words)])
-        except SystemExit as exc:
-            status = int(exc.code or 0)
-    return status, out.getvalue(), err.getvalue().replace("liveblockctl: ", "", 1)
-
-
-def qemu(*words: str | Path) -> Answer:
-    done = subprocess.run(
-        ["qemu-img", *map(str, words)], capture_output=True, text=True, timeout=60, check=False
-    )
-    return done.returncode, done.stdout, done.stderr.replace("qemu-img: ", "", 1)
-
-
-def qemu_io(path: Path, *commands: str, image_format: str = "qcow2") -> None:
-    words = [word for command in commands for word in ("-c", command)]
-    subprocess.run(
-        ["qemu-io", "-f", image_format, *words, str(path)],
-        check=True, timeout=60, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,8 @@ class Oracle:
             elif counted > used:
                 self.leaks.append(cluster)
 
-    def entry(self, offset: int, l1: list[int] | None = None) -> int:
+    def entry(self, offset: int, l1: list[int] | None = None, word: int = 0) -> int:
+        """The L2 entry of a guest offset, 0 without a table; ``word`` 1 is the bitmap."""
         cluster = offset >> self.cluster_bits
         l1 = self.l1 if l1 is None else l1
         if cluster // self.l2_entries >= len(l1):
@@ -239,18 +240,8 @@ class Oracle:
         l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
         if not l2_offset:
             return 0
-        return self._entries(l2_offset + cluster % self.l2_entries * 8 * self.words, 1)[0]
-
-    def bitmap(self, offset: int, l1: list[int] | None = None) -> int:
-        """The second word of an extended entry."""
-        cluster = offset >> self.cluster_bits
-        l1 = self.l1 if l1 is None else l1
-        if cluster // self.l2_entries >= len(l1):
-            return 0
-        l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
-        if not l2_offset:
-            return 0
-        return self._entries(l2_offset + cluster % self.l2_entries * 16 + 8, 1)[0]
+        index = cluster % self.l2_entries * self.words + word
+        return self._entries(l2_offset + index * 8, 1)[0]
 
     def read_snapshot(self, number: int, below: bytes = b"") -> bytes:
         """The disk as a snapshot has kept it."""
@@ -271,7 +262,7 @@ class Oracle:
                 place, length = self._compressed(entry)
                 data = self._inflate(self._bytes(place, length))
             elif self.extended:
-                data = self._read_subclusters(offset, entry, self.bitmap(offset, l1), below)
+                data = self._read_subclusters(offset, entry, self.entry(offset, l1, 1), below)
             elif entry & 1:
                 data = b""
             elif entry & 0x00FFFFFFFFFFFE00:
