@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 
 import pytest
 
@@ -114,10 +115,11 @@ def chain(directory, name):
     return [image["filename"].removesuffix(".qcow2").rpartition("/")[2] for image in told]
 
 
-def assert_sound(directory, *names, crashed=False):
+def assert_sound(directory, *names, crashed=False, leaks=False):
     """The images are, and so is the file system in the first one, as QEMU's tools read it."""
     for name in names:
-        assert not check(directory / f"{name}.qcow2"), name
+        found = check(directory / f"{name}.qcow2")
+        assert not found or (leaks and set(found) == {"leaks"}), (name, found)
     raw = directory / "sound.raw"
     run("qemu-img", "convert", "-O", "raw", directory / f"{names[0]}.qcow2", raw)
     if crashed:
@@ -173,6 +175,34 @@ def test_mirror(host, tmp_path, mode):
         guest.finish()
     host.stop()
     assert_sound(tmp_path, "new")
+
+
+JOBS = {
+    "merge": ("block-stream", {"device": "virtio0"}),
+    "commit": ("block-commit", {"device": "virtio0", "top_node": "b", "base_node": "a"}),
+    "active commit": ("block-commit", {"device": "virtio0"}),
+    "mirror": ("drive-mirror", {"device": "virtio0", "target": "new.qcow2", "format": "qcow2",
+                                "sync": "full", "copy_mode": "write-blocking"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_killed(host, tmp_path, job):
+    """SIGKILL in the middle of a job: the guest's disk is as it was then, without repair."""
+    command, arguments = JOBS[job]
+    with host.guest() as guest:
+        for name in "bc":
+            guest.wait(6)
+            host.snapshot(name)
+        host.qmp(command, job_id="job", speed=4 * MIB, **arguments)
+        guest.wait(4)
+        host.daemon.stop(signal.SIGKILL)
+    host.daemon.pidfile.unlink()  # who waits for the next daemon looks for it
+    with Host(tmp_path, "c.qcow2") as host:
+        with Guest(tmp_path, host.nbd, "disk", only_check=True) as guest:
+            guest.ended()
+        host.stop()
+    assert_sound(tmp_path, "c", leaks=True)
 
 
 def backup(host, guest, number):
