@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -100,7 +100,15 @@ def initramfs(modules: Path) -> bytes:
 class Guest:
     """``with Guest(directory, socket, export) as guest``: booted, its file system is in use."""
 
-    def __init__(self, directory: Path, nbd: Path, export: str, *, only_check: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        nbd: Path,
+        export: str,
+        *,
+        only_check: bool = False,
+        must: Sequence[str] = (),
+    ):
         found = kernel()
         assert found
         self.only_check = only_check
@@ -111,11 +119,12 @@ class Guest:
         server = {"type": "unix", "path": str(nbd)}
         disk = {"driver": "nbd", "node-name": "disk", "discard": "unmap"}
         words = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off"]
+        words += ["only-check"] * only_check + [f"must={name}" for name in must]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
                  "-accel", "tcg", "-m", "192", "-kernel", found[0], "-initrd", initrd,
-                 "-append", " ".join([*words, *["only-check"] * only_check]), "-serial", "stdio",
+                 "-append", " ".join(words), "-serial", "stdio",
                  "-blockdev", json.dumps({**disk, "server": server, "export": export}),
                  "-device", "virtio-blk-pci,drive=disk,discard=on,write-zeroes=on"],
                 stdin=subprocess.PIPE, stdout=log, stderr=log,
@@ -140,6 +149,13 @@ class Guest:
     def done(self) -> int:
         """Rounds of work so far, each with writes that were made durable."""
         return self.said().count("GUEST DID ")
+
+    def kept(self) -> list[str]:
+        """Files that were said to be durable, and that the guest was not about to change."""
+        lines = re.findall(r"GUEST DID (\w+) (\d+) (\w{64})", self._log.read_text(errors="replace"))
+        newest = {worker: (int(number) + 1, name) for worker, number, name in lines}
+        # In each third round it overwrites, in each eighth it removes some.
+        return [f"{worker}/{n}" for worker, (i, n) in newest.items() if i % 3 and i % 8]
 
     def _until(self, what: str) -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE

@@ -195,11 +195,12 @@ def test_killed(host, tmp_path, job):
             guest.wait(6)
             host.snapshot(name)
         host.qmp(command, job_id="job", speed=4 * MIB, **arguments)
-        guest.wait(4)
+        guest.wait(2)
         host.daemon.stop(signal.SIGKILL)
+        kept = guest.kept()
     host.daemon.pidfile.unlink()  # who waits for the next daemon looks for it
     with Host(tmp_path, "c.qcow2") as host:
-        with Guest(tmp_path, host.nbd, "disk", only_check=True) as guest:
+        with Guest(tmp_path, host.nbd, "disk", only_check=True, must=kept) as guest:
             guest.ended()
         host.stop()
     assert_sound(tmp_path, "c", leaks=True)
