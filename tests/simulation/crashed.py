@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,33 @@ HALF = np.uint64(32)
 
 class NoImageError(Exception):
     """There is no header that could be read."""
+
+
+class Flat:
+    """A raw image: the bytes of the file are the disk's. Looked at as ``Crashed`` is."""
+
+    leaks = 0
+    backing = data_file = key = None
+    raw = False
+
+    def __init__(self, content: Bytes) -> None:
+        self.content = content
+        self.errors: list[str] = []
+        self.bitmaps: dict[str, tuple[int, npt.NDArray[np.bool_]]] = {}
+
+    def view(self, below: Bytes | None) -> Bytes:
+        """All of the disk."""
+        del below
+        return self.content
+
+    def raw_view(self) -> Bytes:
+        """The same."""
+        return self.content
+
+    def snapshot_views(self, below: Bytes | None) -> dict[str, tuple[Bytes, Bytes]]:
+        """There are none."""
+        del below
+        return {}
 
 
 class Kept(NamedTuple):
@@ -426,18 +453,24 @@ def decrypt(key: bytes, sectors: npt.NDArray[np.int64], data: Bytes) -> Bytes:
     return found.reshape(-1, 512)
 
 
+Image: TypeAlias = Crashed | Flat
+
+
 class Chains:
     """Chains of crashed images; what has not changed since the last cut is not read again."""
 
-    def __init__(self, names: Mapping[str, int], key: bytes | None = None) -> None:
+    def __init__(
+        self, names: Mapping[str, int], key: bytes | None = None, raw: Collection[str] = ()
+    ) -> None:
         self.names = names
         self.key = key
-        self._images: dict[int, tuple[object, Crashed]] = {}
+        self._raw = {names[name] for name in raw}
+        self._images: dict[int, tuple[object, Image]] = {}
         self._views: dict[int, tuple[object, Bytes]] = {}
 
     def image(
         self, index: int, disks: list[Bytes], versions: list[int | None]
-    ) -> tuple[Crashed, object]:
+    ) -> tuple[Image, object]:
         """The image of a disk, and its version; None: draw nothing from an earlier one."""
         known = self._images.get(index)
         version: object = versions[index]
@@ -447,7 +480,9 @@ class Chains:
             version = None if other is None else (version, other)
             if version is not None and known[0] == version:
                 return known[1], version
-        image = Crashed(disks[index], key=self.key)
+        image: Image = (
+            Flat(disks[index]) if index in self._raw else Crashed(disks[index], key=self.key)
+        )
         version = versions[index]
         if image.data_file is not None:
             number = self.names[image.data_file]
@@ -464,9 +499,9 @@ class Chains:
 
     def read(
         self, top: str, disks: list[Bytes], versions: list[int | None]
-    ) -> tuple[list[tuple[str, Crashed]], list[Bytes]]:
+    ) -> tuple[list[tuple[str, Image]], list[Bytes]]:
         """The images that the headers lead to from ``top`` on, and what a guest sees of each."""
-        found: list[tuple[str, Crashed]] = []
+        found: list[tuple[str, Image]] = []
         name: str | None = top
         indices: list[tuple[int, object]] = []
         while name is not None:

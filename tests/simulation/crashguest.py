@@ -45,6 +45,8 @@ class CrashGuest:
         self.unknown: list[tuple[int, int]] = []
         self.requests = 0
         self.stopping = False
+        #: each is told the places of requests that begin
+        self.watchers: list[list[tuple[int, int]]] = []
         self._busy: list[tuple[int, int]] = []
         self._halted = 0
         self._going = asyncio.Event()
@@ -94,7 +96,13 @@ class CrashGuest:
         if any(offset < end and start < offset + length for start, end in self._busy):
             return None
         self._busy.append((offset, offset + length))
+        for watcher in self.watchers:
+            watcher.append((offset, offset + length))
         return offset, length
+
+    def under_way(self) -> list[tuple[int, int]]:
+        """Where requests are."""
+        return list(self._busy)
 
     def _give(self, offset: int, length: int) -> None:
         self._busy.remove((offset, offset + length))

@@ -85,12 +85,26 @@ def data_name(name: str) -> str:
     return name.removesuffix(".qcow2") + ".data"
 
 
+def driver(form: dict[str, Any]) -> str:
+    """Of an image of that form; ``raw`` is the only one that is no qcow2."""
+    return "raw" if form.get("raw") else "qcow2"
+
+
+def can_compress(form: dict[str, Any]) -> bool:
+    """Whether there are compressed clusters in an image."""
+    return not form.get("data_file") and not form.get("encrypt") and not form.get("raw")
+
+
 def members(name: str, form: dict[str, Any]) -> dict[str, Any]:
-    """Of blockdev-add, for an image of that form, but for driver and name of the node."""
+    """Of blockdev-add, for an image of that form, but for the name of the node."""
     found: dict[str, Any] = {
+        "driver": driver(form),
         "discard": "unmap",
         "file": {"driver": "simdisk", "filename": name},
     }
+    if form.get("raw"):
+        # What a discard leaves nobody has promised, and here the guest would see it.
+        found["file"]["discard"] = "ignore"
     if form.get("data_file"):
         found["data-file"] = {"driver": "simdisk", "filename": data_name(name)}
     return found | unlocking(encrypted=bool(form.get("encrypt")))

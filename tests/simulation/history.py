@@ -4,7 +4,7 @@ The guest notes its requests in the log of the machine, among those of the disks
 number, the place and the bytes), ``done`` (with the bytes that a discard left), ``failed``,
 ``sync`` and ``synced``, ``resize`` and ``resized``, ``switch`` (the image that is the top now),
 ``keep`` and ``kept``, ``forget`` and ``forgotten`` (an internal snapshot), ``apply`` and
-``applied``.
+``applied``; ``backup``, ``backed`` and ``base`` (``copies``).
 
 ``History`` walks along with ``crash.Replay``. At every moment each byte is either what the last
 durable request made it, or what one of the requests since then would make it.
@@ -56,6 +56,33 @@ class Kept:
     possible: bool = True
 
 
+@dataclass(slots=True)
+class Copy:
+    """An image that is to hold, or holds, the disk of one instant."""
+
+    image: str
+    content: Bytes
+    known: npt.NDArray[np.bool_]
+    done: bool = False
+
+    def wrong(self, view: Bytes) -> str | None:
+        """What cannot be so in the bytes of a finished one."""
+        if len(view) != len(self.content):
+            return f"the backup {self.image} has {len(view)} bytes"
+        bad = np.flatnonzero((view != self.content) & self.known)
+        if not len(bad):
+            return None
+        return f"{len(bad)} wrong bytes in the backup {self.image} from {int(bad[0]):#x}"
+
+
+def copy_of(image: str, content: bytes, unknown: tuple[tuple[int, int], ...]) -> Copy:
+    """From a line of the log."""
+    known = np.ones(len(content), np.bool_)
+    for start, end in unknown:
+        known[start:end] = False
+    return Copy(image, np.frombuffer(content, np.uint8), known)
+
+
 @dataclass
 class History:
     """``durable`` has the largest size that the disk ever has, zeros behind its end."""
@@ -73,6 +100,10 @@ class History:
     going: dict[int, Kept] = field(default_factory=dict)
     #: the state to which the whole disk goes back at one instant
     applied: dict[int, tuple[int, Bytes]] = field(default_factory=dict)
+    #: by the number of their instant
+    copies: dict[int, Copy] = field(default_factory=dict)
+    #: the source and the backup that its bitmap counts from
+    base: tuple[str, Copy] | None = None
     #: the disk was never smaller, nor is it on its way there
     least: int = 1 << 62
 
@@ -95,7 +126,18 @@ class History:
                 for covered in self.syncs.pop(number):
                     if covered in self.open:
                         self._make_durable(self.open.pop(covered))
+            case "backup":
+                self.copies[number] = copy_of(*entry.data)
+            case "backed":
+                self.copies[number].done = True
+            case "base":
+                self.base = None
+                if entry.data is not None:
+                    source, image = entry.data
+                    found = next(c for c in self.copies.values() if c.image == image)
+                    self.base = (source, found)
             case "resize":
+                self.base = None
                 self.sizes[number] = entry.offset
                 self.least = min(self.least, entry.offset)
                 low = min(self.size, entry.offset)
@@ -116,6 +158,7 @@ class History:
             case "forgotten":
                 self.going.pop(number).possible = False
             case "apply":
+                self.base = None
                 whole = np.zeros(len(self.durable), np.uint8)
                 whole[: len(entry.data)] = np.frombuffer(entry.data, np.uint8)
                 self.applied[number] = (entry.offset, whole)

@@ -20,8 +20,9 @@ import numpy as np
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer
 from tests.simulation import forms, virtual
+from tests.simulation.copies import SINCE
 from tests.simulation.crash import Bytes, Replay
-from tests.simulation.crashed import Chains, Crashed, NoImageError
+from tests.simulation.crashed import Chains, Crashed, Flat, Image, NoImageError
 from tests.simulation.history import History
 from tests.simulation.machine import Course
 from tests.simulation.upkeep import BITMAP
@@ -62,6 +63,7 @@ class Figures:
     leaking: int = 0
     bitmaps: int = 0
     snapshots: int = 0
+    backups: int = 0
     corrupt: int = 0
     lost: int = 0
     found: list[Found] = field(default_factory=list)
@@ -82,7 +84,7 @@ class Figures:
             f"machines {self.machines}, guest requests {self.requests}, cuts {self.cuts} (of which "
             f"SIGKILL {self.kills}; reopened by the engine {self.by_engine}, by qemu-img "
             f"{self.by_qemu}), leaking {self.leaking}, bitmaps {self.bitmaps}, "
-            f"internal snapshots {self.snapshots}, "
+            f"internal snapshots {self.snapshots}, backups {self.backups}, "
             f"corrupt {self.corrupt}, lost {self.lost}"
         )
 
@@ -116,7 +118,7 @@ class Judge:
                                course.top)  # fmt: skip
         self.replay = Replay(course.log, course.initial)
         self.replay.listeners.append(self.history)
-        self.chains = Chains(course.names, forms.KEY)
+        self.chains = Chains(course.names, forms.KEY, course.raw)
         self.first = np.frombuffer(course.content, np.uint8)
 
     def cut_at(self, position: int, *, kill: bool | None = None) -> None:
@@ -152,7 +154,9 @@ class Judge:
         found.lost = (
             self.history.wrong(view)
             or self._bitmap_misses(images, views)
+            or self._bitmap_misses_since(images, views)
             or self._snapshots_wrong(images, views)
+            or self._copies_wrong(disks, versions)
         )
         if found.lost is None and images[0][1].raw:
             wrong = self.history.wrong(images[0][1].raw_view())
@@ -169,7 +173,7 @@ class Judge:
             found.corrupt = _ask_qemu(images, content)
         return found if found.corrupt or found.lost else None
 
-    def _snapshots_wrong(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
+    def _snapshots_wrong(self, images: list[tuple[str, Image]], views: list[Bytes]) -> str | None:
         """Internal snapshots are there, and read as the disk did when they were taken."""
         for number, (name, image) in enumerate(images):
             if not any(kept.image == name for kept in self.history.kept.values()):
@@ -181,7 +185,7 @@ class Judge:
                 return wrong
         return None
 
-    def _bitmap_misses(self, images: list[tuple[str, Crashed]], views: list[Bytes]) -> str | None:
+    def _bitmap_misses(self, images: list[tuple[str, Image]], views: list[Bytes]) -> str | None:
         """A bitmap that may be believed has a bit for all that is not as at first."""
         for (name, image), view in zip(images, views, strict=True):
             if name != self.course.bitmap_in or BITMAP not in image.bitmaps:
@@ -193,6 +197,37 @@ class Judge:
             if not bits[changed].all():
                 missed = changed[~bits[changed]]
                 return f"{name}: the bitmap misses granule {int(missed[0])}"
+        return None
+
+    def _bitmap_misses_since(
+        self, images: list[tuple[str, Image]], views: list[Bytes]
+    ) -> str | None:
+        """The bitmap of increments has all that is not as in the backup that they build on."""
+        if self.history.base is None:
+            return None
+        source, base = self.history.base
+        for (name, image), view in zip(images, views, strict=True):
+            if name != source or SINCE not in image.bitmaps or len(view) != len(base.content):
+                continue
+            self.figures.bitmaps += 1
+            granularity, bits = image.bitmaps[SINCE]
+            changed = np.flatnonzero((view != base.content) & base.known) // granularity
+            if not bits[changed].all():
+                missed = changed[~bits[changed]]
+                return f"{name}: increments would miss granule {int(missed[0])}"
+        return None
+
+    def _copies_wrong(self, disks: list[Bytes], versions: list[int | None]) -> str | None:
+        """A backup is sound, and exact once its job has completed."""
+        for copy in self.history.copies.values():
+            images, views = self.chains.read(copy.image, disks, versions)
+            for name, image in images:
+                if image.errors:
+                    return f"{name}: {image.errors}"
+            if copy.done:
+                self.figures.backups += 1
+                if wrong := copy.wrong(views[0]):
+                    return wrong
         return None
 
 
@@ -231,12 +266,17 @@ class _Found(BlockDriver):
 
 
 async def _reopen(
-    images: list[tuple[str, Crashed]], content: dict[str, Bytes], view: Bytes
+    images: list[tuple[str, Image]], content: dict[str, Bytes], view: Bytes
 ) -> str | None:
     """The engine reads the same, goes on writing, and leaves a sound image."""
-    below: Qcow2 | None = None
+    below: BlockIO | None = None
+    if isinstance(images[0][1], Flat):
+        return None  # there is nothing to open
     for name, image in reversed(images):
         file, data_file = _Found(content[name]), None
+        if isinstance(image, Flat):
+            below = file
+            continue
         if image.data_file is not None:
             data_file = _Found(content[image.data_file])
         below = await open_qcow2(
@@ -247,7 +287,10 @@ async def _reopen(
             secret=forms.secret,
             **forms.unlocking(encrypted=image.key is not None),
         )
-    assert below is not None
+        usable = {stored.name for stored in below.stored_bitmaps() if not stored.inconsistent}
+        if usable != set(image.bitmaps):
+            return f"{name}: of the bitmaps {usable} are believed, {set(image.bitmaps)} may be"
+    assert isinstance(below, Qcow2)
     wanted = bytearray(view.tobytes())
     if bytes(await below.read(0, below.length)) != wanted:
         return "the engine reads something else"
@@ -265,11 +308,13 @@ async def _reopen(
     return None
 
 
-def _ask_qemu(images: list[tuple[str, Crashed]], content: dict[str, Bytes]) -> str | None:
+def _ask_qemu(images: list[tuple[str, Image]], content: dict[str, Bytes]) -> str | None:
     """qemu-img check of every image of the chain; its word on corruptions."""
     key = f"secret,id={forms.SECRET},data={forms.PASSPHRASE.decode()}"
     with tempfile.TemporaryDirectory(prefix="liveblockd-powercut-") as directory:
         for name, image in images:
+            if isinstance(image, Flat):
+                continue
             path, data_path = Path(directory, "image.qcow2"), Path(directory, "image.data")
             path.write_bytes(content[name].tobytes())
             node: dict[str, object] = {
@@ -302,7 +347,9 @@ def judge(course: Course, cuts: int) -> Figures:
     return figures
 
 
-def judge_at(course: Course, positions: Iterator[int], *, kill: bool, each: int = 1) -> Figures:
+def judge_at(
+    course: Course, positions: Iterator[int], *, kill: bool | None, each: int = 1
+) -> Figures:
     """Cut at given, ascending moments."""
     figures = Figures(machines=1, requests=course.requests)
     walk = Judge(course, figures)

@@ -22,6 +22,7 @@ from liveblockd.graph.snapshot import snapshot
 from liveblockd.storage.driver import Permission
 from tests.simulation import forms, virtual
 from tests.simulation.bench import Bench
+from tests.simulation.copies import Copies
 from tests.simulation.crashed import plain_name
 from tests.simulation.crashguest import CrashGuest
 from tests.simulation.disks import Entry, Machine, SimulatedDisk, SimulatedWorkers
@@ -34,7 +35,10 @@ KIB, MIB = 1024, 1024 * 1024
 STEPS = (
     "stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "restart", "rest",
     "internal", "internal_gone", "internal_apply", "amend", "commit", "commit_active",
+    "mirror", "mirror", "backup", "increment", "increment",
 )  # fmt: skip
+#: what is no good on another image
+OF_QCOW2 = ("resize", "internal", "internal_gone", "internal_apply", "amend", "check")
 GRANULARITY = 4096
 
 
@@ -56,6 +60,10 @@ class Plan:
     #: many L2 tables with a few clusters in each, in images of one form
     wide: bool = False
     bitmap: bool | None = None
+    #: of the disk, in bytes
+    size: int | None = None
+    #: of mirrors
+    copy_mode: str | None = None
 
 
 @dataclass
@@ -66,6 +74,8 @@ class Course:
     log: list[Entry]
     initial: list[bytes]
     names: dict[str, int]
+    #: those that are raw images
+    raw: set[str]
     top: str
     size: int
     content: bytes  # of the guest's disk at first, zeros up to the largest size
@@ -75,7 +85,7 @@ class Course:
     requests: int = 0
 
 
-class Scene(Upkeep, Merging):
+class Scene(Upkeep, Merging, Copies):
     """A machine at work."""
 
     def __init__(self, plan: Plan) -> None:
@@ -88,6 +98,8 @@ class Scene(Upkeep, Merging):
         self.internal: list[tuple[str, str]] = []
         #: what is in them, where that is known: (size, bytes)
         self.kept: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self._under_way = {}
+        self._early = set()
         #: by the name of its file
         self.forms: dict[str, dict[str, Any]] = {}
 
@@ -106,6 +118,7 @@ class Scene(Upkeep, Merging):
             self.machine.log,
             [medium.content() for medium in self.machine.media],
             {},
+            set(),
             self.top,
             self.guest.size,
             content,
@@ -119,6 +132,7 @@ class Scene(Upkeep, Merging):
         finally:
             self.machine.quiet = True
         course.names = {name: medium.index for name, medium in self.machine.names.items()}
+        course.raw = {name for name, form in self.forms.items() if form.get("raw")}
         course.requests = self.guest.requests
         await self._end()
         return course
@@ -126,6 +140,7 @@ class Scene(Upkeep, Merging):
     def _note(self, event: Event) -> None:
         if isinstance(event, BlockJobCompleted) and event.error is None:
             self.machine.note("note", 0, 0, event.name)
+            self._copy_ended(event)
 
     # -- before
 
@@ -145,6 +160,7 @@ class Scene(Upkeep, Merging):
             size = 2 * MIB + 256 * KIB
         if plan.wide:
             form, cluster_size, size = {"cluster_size": 512}, 512, MIB + 128 * KIB
+        size = plan.size or size
         self.largest = size * 2
         options: dict[str, object] = {}
         model = bytearray()
@@ -165,7 +181,6 @@ class Scene(Upkeep, Merging):
             await self._fill(name, model, filled)
             below = options or None
             options = {
-                "driver": "qcow2",
                 "node-name": f"n{number}",
                 "l2-cache-size": rng.choice((4, 8, 64)) * cluster_size,
                 "backing": below,
@@ -196,7 +211,7 @@ class Scene(Upkeep, Merging):
             SimulatedDisk(self.machine.add(name)),
             size=size,
             backing_file=backing,
-            backing_format=backing and "qcow2",
+            backing_format=backing and forms.driver(self.forms.get(plain_name(backing), {})),
             **options,
         )
 
@@ -208,7 +223,7 @@ class Scene(Upkeep, Merging):
         if form.get("data_file"):
             data_file = SimulatedDisk(names[forms.data_name(name)])
         members = forms.members(name, form)
-        for child in ("file", "data-file"):
+        for child in ("driver", "file", "data-file"):
             members.pop(child, None)
         return await open_qcow2(
             SimulatedDisk(names[name]),
@@ -222,7 +237,7 @@ class Scene(Upkeep, Merging):
         """Give an image clusters of its own; what is below it does not matter to whole ones."""
         rng = self.random
         image = await self._alone(name)
-        packs = rng.random() < 0.3 and can_compress(self.forms[name])
+        packs = rng.random() < 0.3 and forms.can_compress(self.forms[name])
         size = image.cluster_size
         assert size is not None
         if filled:
@@ -261,7 +276,7 @@ class Scene(Upkeep, Merging):
             random.Random(f"guest {self.plan.seed}"),
             limit=min(size // 2, 8 * cluster_size if cluster_size > 4096 else 64 * cluster_size),
             cluster_size=cluster_size,
-            can_compress=lambda: can_compress(self.forms[self.top]),
+            can_compress=lambda: forms.can_compress(self.forms[self.top]),
         )
         bitmap = self.plan.bitmap if self.plan.bitmap is not None else self.random.random() < 0.4
         self.bitmap_in = None
@@ -274,7 +289,6 @@ class Scene(Upkeep, Merging):
         """Open the chain and put the drive on it."""
         options = {**options, "detect-zeroes": self.detect_zeroes}
         node = await self.bench.graph.open(self.bench.options(**options))
-        assert isinstance(node.driver, Qcow2)
         self.backend = await self.bench.graph.attach(
             node, Permission.CONSISTENT_READ | Permission.WRITE, name="drive0"
         )
@@ -295,10 +309,10 @@ class Scene(Upkeep, Merging):
         ]
         options: dict[str, object] = {}
         for node_name, name in reversed(names):
+            below = {} if self.forms[name].get("raw") else {"backing": options or None}
             options = {
-                "driver": "qcow2",
                 "node-name": node_name,
-                "backing": options or None,
+                **below,
                 **forms.members(name, self.forms[name]),
             }
         await self.bench.graph.detach(self.backend)
@@ -343,6 +357,9 @@ class Scene(Upkeep, Merging):
 
     async def _step(self, step: str) -> None:
         self.story.append(step)
+        if step in OF_QCOW2 and self.forms[self.top].get("raw"):
+            self.story.append("  not a qcow2 image")
+            return
         try:
             await getattr(self, f"_do_{step}")()
         except (OSError, BlockError) as error:
@@ -414,7 +431,6 @@ class Scene(Upkeep, Merging):
             form = forms.choose(rng, kind=self.plan.kind)
         await self._create(name, node.length, form, node.filename)
         overlay = await self.bench.open(
-            driver="qcow2",
             node_name=f"overlay{self.overlays}",
             backing=None,
             detect_zeroes=self.detect_zeroes,
@@ -481,11 +497,6 @@ class Scene(Upkeep, Merging):
         await self.bench.close()
         self.machine.close()
         SimulatedDisk.machine = None
-
-
-def can_compress(form: dict[str, Any]) -> bool:
-    """Whether there are compressed clusters in an image."""
-    return not form.get("data_file") and not form.get("encrypt")
 
 
 def squeezable(rng: random.Random, length: int) -> bytes:

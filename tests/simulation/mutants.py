@@ -26,6 +26,7 @@ from liveblockd.graph import backend
 from liveblockd.jobs.commit import Commit
 from liveblockd.jobs.commit_active import CommitActive
 from liveblockd.jobs.stream import Stream
+from tests.simulation.copy_mutants import COPY_MUTANTS, COPY_PLANS
 from tests.simulation.disks import SimulatedDisk
 
 
@@ -347,9 +348,11 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "zeroes-in-version-2": _zeroes_in_version_2,
     "zeroes-in-clear": _zeroes_in_clear,
     "zeroes-by-first-byte": _zeroes_by_first_byte,
+    **COPY_MUTANTS,
 }
 #: members of ``machine.Plan`` for defects of something that few machines have
 PLANS: dict[str, dict[str, Any]] = {
+    **COPY_PLANS,
     "link-before-base": {"depth": 4, "steps": ("commit",)},
     "switch-before-base": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
     "commit-without-the-rest": {"depth": 2, "steps": ("commit_active",), "bitmap": False},

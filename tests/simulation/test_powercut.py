@@ -71,6 +71,35 @@ def test_snapshots_read_as_they_did() -> None:
     assert_nothing_lost(figures)
 
 
+def test_guests_go_over_to_mirrors() -> None:
+    """Cuts while they copy, at READY, around the switch: to qcow2 and raw, in both copy modes."""
+    figures, switches = Figures(), 0
+    for seed in range(90, 102):
+        mode = ("background", "write-blocking")[seed % 2]
+        course = run_machine(
+            Plan(seed, steps=("mirror", "rest", "mirror"), copy_mode=mode, large=False)
+        )
+        found = [n for n, entry in enumerate(course.log) if entry.kind == "switch"]
+        switches += len(found)
+        around = sorted({p for end in found for p in range(end - 8, end + 16, 2)})
+        positions = [p for p in around if 0 <= p <= len(course.log)]
+        figures.add(judge_at(course, iter(positions), kill=None))
+        figures.add(judge(course, 12))
+    assert switches > 8
+    assert_nothing_lost(figures)
+
+
+def test_backups_are_of_one_instant_or_unfinished() -> None:
+    """Full ones and increments, cancelled ones among them, with internal snapshots and restarts."""
+    figures = Figures()
+    for seed in range(120, 132):
+        steps = ("backup", "increment", "restart", "increment", "rest", "restart", "increment")
+        figures.add(run_seed(seed, 20, steps=steps, large=False))
+    assert figures.backups > 150
+    assert figures.bitmaps > 4
+    assert_nothing_lost(figures)
+
+
 def test_encrypted_images_change_their_version() -> None:
     """In version 2 their zeros are data: encrypted, in the disk and in its internal snapshots."""
     pytest.importorskip("cryptography")

@@ -18,6 +18,7 @@ from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.graph import internal_snapshot
 from liveblockd.graph.node import Node
 from tests.simulation.bench import Bench
+from tests.simulation.copies import SINCE
 from tests.simulation.crashed import plain_name
 from tests.simulation.crashguest import CrashGuest
 from tests.simulation.disks import Machine
@@ -187,6 +188,7 @@ class Upkeep:
 
     async def _forget_bitmap(self, image: Qcow2) -> None:
         """Without a graph nobody keeps the bitmap true: it would be inconsistent from now on."""
+        await image.remove_bitmap(SINCE)
         if self.bitmap_in == self.top:
             await image.remove_bitmap(BITMAP)
             self.bitmap_in = None

@@ -1,0 +1,141 @@
+"""Known defects of mirrors, backups and their bitmaps; a part of ``mutants``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+from liveblockd.formats.qcow2.bitmaps import BitmapEntry
+from liveblockd.graph.before_write import BeforeWrite
+from liveblockd.graph.bitmaps import DirtyBitmap
+from liveblockd.jobs.backup import Backup
+from liveblockd.jobs.mirror import MirrorCore
+from liveblockd.jobs.mirror_job import Mirror
+
+
+def _mirror_not_flushed(stack: ExitStack) -> None:
+    """Guests go over to a target that is not durable."""
+    track, pivot = Mirror.track, Mirror.pivot
+
+    async def mutated(self: Mirror) -> None:
+        await track(self)
+        self.target.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+    async def switch(self: Mirror) -> None:
+        del self.target.flush
+        await pivot(self)
+
+    stack.enter_context(mock.patch.object(Mirror, "track", mutated))
+    stack.enter_context(mock.patch.object(Mirror, "pivot", switch))
+
+
+def _mirror_without_the_rest(stack: ExitStack) -> None:
+    """What guests write while the mirror comes to its end does not reach the target."""
+
+    async def mutated(self: Mirror) -> None:
+        self.chunks.bitmap.reset(0, self.source.length)
+
+    stack.enter_context(mock.patch.object(Mirror, "_copy_rest", mutated))
+
+
+def _mirror_clean_after_copy(stack: ExitStack) -> None:
+    """A chunk is called clean when its copy has ended: what was written meanwhile is forgotten."""
+    copy = MirrorCore._copy
+
+    async def mutated(self: MirrorCore, offset: int, length: int) -> None:
+        await copy(self, offset, length)
+        self.bitmap.reset(offset, length)
+
+    stack.enter_context(mock.patch.object(MirrorCore, "_copy", mutated))
+
+
+def _mirror_one_side_only(stack: ExitStack) -> None:
+    """In copy mode write-blocking a write that the target did not get is not recorded."""
+
+    async def mutated(self: MirrorCore, *_: Any) -> None:
+        await asyncio.sleep(0)
+
+    stack.enter_context(mock.patch.object(MirrorCore, "_store", mutated))
+
+
+def _write_before_backup(stack: ExitStack) -> None:
+    """Guests overwrite what the backup does not have yet."""
+
+    async def mutated(self: BeforeWrite, *_: Any) -> None:
+        return
+
+    stack.enter_context(mock.patch.object(BeforeWrite, "before", mutated))
+
+
+def _backup_not_flushed(stack: ExitStack) -> None:
+    """A backup is called complete before it is durable."""
+
+    async def mutated(self: Backup) -> None:
+        return
+
+    stack.enter_context(mock.patch.object(Backup, "prepare", mutated))
+
+
+def _bitmap_of_a_cancelled_backup(stack: ExitStack) -> None:
+    """The bitmap of a backup that failed forgets what was to be copied."""
+    thaw = DirtyBitmap.thaw
+
+    def mutated(self: DirtyBitmap, *, keep: bool, undone: DirtyBitmap | None = None) -> None:
+        del keep
+        thaw(self, keep=False, undone=undone)
+
+    stack.enter_context(mock.patch.object(DirtyBitmap, "thaw", mutated))
+
+
+def _bitmap_without_successor(stack: ExitStack) -> None:
+    """What is written while a backup runs is in no bitmap."""
+    thaw = DirtyBitmap.thaw
+
+    def mutated(self: DirtyBitmap, **options: Any) -> None:
+        assert self.successor is not None
+        self.successor.clear()
+        thaw(self, **options)
+
+    stack.enter_context(mock.patch.object(DirtyBitmap, "thaw", mutated))
+
+
+def _stale_bitmap_believed(stack: ExitStack) -> None:
+    """A bitmap that was in use when the power went is taken for true."""
+    stack.enter_context(mock.patch.object(BitmapEntry, "usable", property(lambda _: True)))
+
+
+#: by name
+COPY_MUTANTS: dict[str, Callable[[ExitStack], None]] = {
+    "mirror-not-flushed": _mirror_not_flushed,
+    "mirror-without-the-rest": _mirror_without_the_rest,
+    "mirror-clean-after-copy": _mirror_clean_after_copy,
+    "mirror-one-side-only": _mirror_one_side_only,
+    "write-before-backup": _write_before_backup,
+    "backup-not-flushed": _backup_not_flushed,
+    "bitmap-of-a-cancelled-backup": _bitmap_of_a_cancelled_backup,
+    "bitmap-without-successor": _bitmap_without_successor,
+    "stale-bitmap-believed": _stale_bitmap_believed,
+}
+_MIRROR: dict[str, Any] = {"steps": ("mirror",), "faults": False, "bitmap": False, "depth": 2}
+_BACKUP: dict[str, Any] = {"faults": False, "bitmap": False, "depth": 1, "large": False}
+#: on a disk of which a guest does not write all again before the next one
+_CHAIN: dict[str, Any] = {
+    "size": 512 << 10,
+    "cluster_size": 1024,
+    "steps": ("backup", *["increment"] * 4),
+}
+#: as ``mutants.PLANS``
+COPY_PLANS: dict[str, dict[str, Any]] = {
+    "mirror-not-flushed": _MIRROR,
+    "mirror-without-the-rest": _MIRROR,
+    "mirror-clean-after-copy": _MIRROR,
+    "mirror-one-side-only": {**_MIRROR, "copy_mode": "write-blocking"},
+    "write-before-backup": {**_BACKUP, "steps": ("backup", "rest")},
+    "backup-not-flushed": {**_BACKUP, "steps": ("backup", "rest")},
+    "bitmap-of-a-cancelled-backup": {**_BACKUP, **_CHAIN},
+    "bitmap-without-successor": {**_BACKUP, **_CHAIN},
+    "stale-bitmap-believed": {"bitmap": True, "depth": 1, "steps": ("rest", "restart", "rest")},
+}
