@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.simulation.chaos import run_seed
+from tests.simulation.mutants import planted
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
 
@@ -21,6 +22,37 @@ def run(seeds, directory):
 @pytest.mark.parametrize("first", range(0, 50, 5))
 def test_fifty_seeds(first, tmp_path):
     run(range(first, first + 5), tmp_path)
+
+
+#: a defect, and what shows it; those of ``mutants``
+DEFECTS = {
+    "mirror-without-the-rest": ("mirror",),
+    "mirror-clean-after-copy": ("mirror",),
+    "mirror-one-side-only": ("mirror",),
+    "errors-unseen": ("mirror",),
+    "write-before-backup": ("backup",),
+    "bitmap-of-a-cancelled-backup": ("backup",),
+    "bitmap-without-successor": ("backup",),
+    "commit-without-the-rest": ("commit",),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_is_noticed(name, tmp_path):
+    with planted(name):
+        for seed in range(60):
+            place = tmp_path / str(seed)
+            place.mkdir()
+            try:
+                asyncio.run(run_seed(seed, str(place), DEFECTS[name]))
+            except AssertionError:
+                return
+            except BaseExceptionGroup as group:
+                if group.subgroup(AssertionError) is not None:
+                    return
+                raise
+            shutil.rmtree(place)
+    pytest.fail("no seed showed it")
 
 
 @pytest.mark.slow

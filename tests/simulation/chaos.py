@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
@@ -35,73 +36,18 @@ from liveblockd.qmp.context import Context
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
-from tests.simulation.guest import Guest
-from tests.simulation.jitter import JitterPool
+from tests.simulation.chaos_faults import FaultyPool, below_blkdebug
 from tests.simulation.small_chunks import small_chunks
+from tests.simulation.watched import Moment, Watched
 
 KIB, MIB = 1024, 1024 * 1024
 
 registry.load()
 
-Span = tuple[int, int]
 #: so often, every 4 ms on the average, a job is looked at before it is called stuck: where the
 #: processor is not ours for long, time says nothing
 PATIENCE = 10_000
-
-
-class Watched(Guest):
-    """A guest whose writes can be looked at for a while."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.watchers: dict[int, list[Span]] = {}
-
-    def _take(self, writing: bool) -> Span | None:
-        place = super()._take(writing)
-        if place is not None and writing:
-            for watcher in self.watchers.values():
-                watcher.append((place[0], sum(place)))
-        return place
-
-    def unfinished(self) -> list[Span]:
-        """Where writes are under way."""
-        return [(start, end) for start, end, writing in self._busy if writing]
-
-
-class Moment:
-    """What the disk holds at an instant within the block, and where that is not known."""
-
-    def __init__(self, guest: Watched) -> None:
-        self.guest = guest
-        self.unknown: list[Span] = []
-        self.data = b""
-
-    def begin(self) -> None:
-        """The instant is not before this, or begins anew."""
-        self.unknown = self.guest.unfinished()
-        self.guest.watchers[id(self)] = self.unknown
-
-    def end(self) -> None:
-        """It has passed."""
-        del self.guest.watchers[id(self)]
-        self.data = bytes(self.guest.model)
-
-    def __enter__(self) -> Self:
-        self.begin()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def compare(self, found: bytes, what: str) -> None:
-        """Everything but what is not known; raises AssertionError."""
-        one, other = bytearray(self.data), bytearray(found[: len(self.data)])
-        assert len(one) == len(other), f"{what}: {len(other)} bytes, not {len(one)}"
-        for start, end in self.unknown:
-            one[start:end] = other[start:end] = bytes(len(one[start:end]))
-        if one != other:
-            wrong = [i for i in range(0, len(one), 512) if one[i : i + 512] != other[i : i + 512]]
-            raise AssertionError(f"{what}: {len(wrong)} wrong sectors from {wrong[0]:#x} on")
+POLICIES = ("report", "ignore", "stop", "enospc")
 
 
 def path_of(node: Node) -> str:
@@ -148,6 +94,10 @@ class Drive:
         self.paths: list[tuple[str, str]] = []
         self.log: list[str] = []
         self.done: Counter[str] = Counter()
+        #: images whose requests failed: clusters may have been lost
+        self.leaking: set[str] = set()
+        #: what operators do; (): everything
+        self.only: tuple[str, ...] = ()
         self._numbers = 0
         #: the backup that increments build on, and how many there are
         self._backup: str | None = None
@@ -224,6 +174,8 @@ class Drive:
             self.bitmaps: 2,
             self.internal: 1,
         }
+        if self.only:
+            kinds = {getattr(self, name): 1 for name in self.only}
         for _ in range(self.rng.randrange(3, 9)):
             await asyncio.sleep(self.rng.random() * 0.02)
             kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
@@ -266,7 +218,10 @@ class Drive:
         layers = self.layers()
         sync = "top" if len(layers) > 1 and self.rng.random() < 0.3 else "full"
         below = layers[1] if sync == "top" else None
-        target, path = await self._target(below and path_of(below), below and below.name)
+        faulty = self.rng.random() < 0.4
+        target, path = await self._target(
+            below and path_of(below), below and below.name, faulty=faulty
+        )
         with Moment(self.guest) as moment:
             job = await self._begin(
                 "blockdev-mirror",
@@ -276,11 +231,13 @@ class Drive:
                 sync=sync,
                 copy_mode=self.rng.choice(("background", "write-blocking")),
                 granularity=self.rng.choice((4, 64)) * KIB,
+                on_target_error=self.rng.choice(POLICIES),
+                on_source_error=self.rng.choice(POLICIES),
             )
             if below is not None and self.layers()[1:2] != [below]:
                 self.bench.scheduler.cancel(job, force=True)  # the other operator was quicker
-            await self._steer(job, moment.begin)
-            assert job.error is None or job.cancelled or _grown(job), f"{job.id}: {job.error}"
+            await self._steer(job, moment.begin, may_switch=not faulty)
+            self._check_end(job, faulty)
         switched = self.backend.node.name == target
         if not switched:
             await self.qmp("blockdev-del", node_name=target)
@@ -296,29 +253,84 @@ class Drive:
         if self._backup is None or self.rng.random() < 0.3:
             await self._full_backup()
             return
-        target, path = await self._target(self._backup)
-        with Moment(self.guest) as moment:
-            job = await self._begin(
-                "blockdev-backup",
-                give_up=target,
-                device=self.name,
-                target=target,
-                sync="incremental",
-                bitmap="backup",
-            )
-        await self._end_backup(job, target, path, moment, "an increment")
+        faulty = self.rng.random() < 0.4
+        target, path = await self._target(self._backup, faulty=faulty)
+        with self._guest_may_fail(faulty):
+            with Moment(self.guest) as moment:
+                job = await self._begin(
+                    "blockdev-backup",
+                    give_up=target,
+                    device=self.name,
+                    target=target,
+                    sync="incremental",
+                    bitmap="backup",
+                    **self._policies(),
+                )
+            await self._end_backup(job, target, path, moment, "an increment")
+
+    def _policies(self) -> dict[str, str]:
+        rng = self.rng
+        return {
+            "on_target_error": rng.choice(POLICIES),
+            "on_source_error": rng.choice(POLICIES),
+            "on_cbw_error": rng.choice(("break-guest-write", "break-snapshot")),
+        }
+
+    @contextmanager
+    def _guest_may_fail(self, faulty: bool) -> Iterator[None]:
+        """A write that has to wait for the target gets its error."""
+        self.guest.may_fail += faulty
+        try:
+            yield
+        finally:
+            self.guest.may_fail -= faulty
+
+    def _check_end(self, job: Job, faulty: bool) -> bool:
+        """Whether it succeeded; AssertionError if it had no reason to fail."""
+        self.log.append(f"  {job.id}: ended: {job.error}")
+        if job.error is None:
+            return True
+        if faulty or self.bench.workers.injected:
+            self.done["failed"] += 1
+        else:
+            assert job.cancelled or _grown(job), f"{job.id}: {job.error}"
+        return False
 
     async def _full_backup(self) -> None:
-        target, path = await self._target(None)
+        faulty = self.rng.random() < 0.4
+        target, path = await self._target(None, faulty=faulty)
         more: dict[str, Any] = {"compress": True} if self.rng.random() < 0.2 else {}
         node = self.layers()[0].name
         job_id = f"{self.name}-job{self.number()}"
+        more |= {key.replace("_", "-"): value for key, value in self._policies().items()}
         backup = {"job-id": job_id, "device": self.name, "target": target, "sync": "full", **more}
         actions: list[dict[str, Any]] = [{"type": "blockdev-backup", "data": backup}]
         old = self._backup is not None and self.layers()[0].find_bitmap("backup") is not None
         bitmap = {"node": node, "name": "backup"}
         kind = "block-dirty-bitmap-clear" if old else "block-dirty-bitmap-add"
         actions.insert(self.rng.randrange(2), {"type": kind, "data": bitmap})
+        with self._guest_may_fail(faulty):
+            done = await self._full_backup_at_once(actions, job_id, target, path)
+        if not done:
+            with_bitmap = self.bench.graph.nodes.get(node)
+            if with_bitmap is not None and with_bitmap.find_bitmap("backup") is not None:
+                await self._quietly("block-dirty-bitmap-remove", node=node, name="backup")
+
+    async def _end_backup(
+        self, job: Job, target: str, path: str, moment: Moment, what: str
+    ) -> bool:
+        await self._steer(job)
+        await self.qmp("blockdev-del", node_name=target)
+        if not self._check_end(job, path in self.leaking):
+            return False
+        moment.compare(await self._content(path), what)
+        self._backup = path if path.endswith("qcow2") else None
+        self.done[what] += 1
+        return True
+
+    async def _full_backup_at_once(
+        self, actions: list[dict[str, Any]], job_id: str, target: str, path: str
+    ) -> bool:
         try:
             with Moment(self.guest) as moment:
                 await self.qmp("transaction", actions=actions)
@@ -329,24 +341,8 @@ class Drive:
         job = self.bench.scheduler.find(job_id)
         if job is None:  # it is over already
             await self.qmp("blockdev-del", node_name=target)
-            return
-        if not await self._end_backup(job, target, path, moment, "a backup"):
-            with_bitmap = self.bench.graph.nodes.get(node)
-            if with_bitmap is not None and with_bitmap.find_bitmap("backup") is not None:
-                await self._quietly("block-dirty-bitmap-remove", node=node, name="backup")
-
-    async def _end_backup(
-        self, job: Job, target: str, path: str, moment: Moment, what: str
-    ) -> bool:
-        await self._steer(job)
-        await self.qmp("blockdev-del", node_name=target)
-        if job.error is not None or job.cancelled:
-            assert job.cancelled or _grown(job), f"{job.id}: {job.error}"
-            return False
-        moment.compare(await self._content(path), what)
-        self._backup = path if path.endswith("qcow2") else None
-        self.done[what] += 1
-        return True
+            return True
+        return await self._end_backup(job, target, path, moment, "a backup")
 
     async def grow(self) -> None:
         """The guest learns of it at once."""
@@ -387,7 +383,9 @@ class Drive:
 
     # -- jobs
 
-    async def _target(self, below: str | None, backing: str | None = None) -> tuple[str, str]:
+    async def _target(
+        self, below: str | None, backing: str | None = None, *, faulty: bool = False
+    ) -> tuple[str, str]:
         """A new image as large as the disk, named ``below``, and its node on ``backing``."""
         rng, number = self.rng, self.number()
         raw = below is None and rng.random() < 0.25
@@ -397,7 +395,8 @@ class Drive:
             "driver": "raw" if raw else "qcow2",
             "node-name": f"{self.name}t{number}",
         }
-        node["file"] = {"driver": "file", "filename": path}
+        file: dict[str, Any] = {"driver": "file", "filename": path}
+        node["file"] = below_blkdebug(rng, file, size) if faulty else file
         node["discard"] = "unmap"
         if raw:
             await asyncio.to_thread(_make_raw, path, size)
@@ -412,6 +411,8 @@ class Drive:
             )
             if below is not None:
                 node["backing"] = backing
+        if faulty:
+            self.leaking.add(path)
         await self.qmp("blockdev-add", **node)
         self.paths.append((path, node["driver"]))
         return node["node-name"], path
@@ -435,11 +436,14 @@ class Drive:
         return job
 
     async def _job(self, command: str, /, **arguments: Any) -> None:
-        job = await self._begin(command, **arguments)
+        on_error = self.rng.choice(POLICIES)
+        job = await self._begin(command, on_error=on_error, **arguments)
         await self._steer(job)
-        assert job.error is None or job.cancelled, f"{job.id}: {job.error}"
+        self._check_end(job, False)
 
-    async def _steer(self, job: Job, at_end: Callable[[], object] | None = None) -> None:
+    async def _steer(
+        self, job: Job, at_end: Callable[[], object] | None = None, *, may_switch: bool = True
+    ) -> None:
         """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there."""
         scheduler, rng = self.bench.scheduler, self.rng
         may_cancel = rng.random() < 0.2
@@ -460,6 +464,8 @@ class Drive:
                     at_end()
                     at_end = None
                 verb = rng.choice(("complete", "complete", "stop here"))
+                if not may_switch:
+                    verb = "stop here"
             try:
                 match verb:
                     case "pause":
@@ -492,18 +498,23 @@ class Drive:
         """By qemu-img, after all is closed."""
         for path, image_format in self.paths:
             if image_format == "qcow2":
-                images.check(path)
+                images.check(path, leaks=path in self.leaking)
         # A commit into a longer image makes the disk as long as that.
         found = _content(active)[: len(self.guest.model)]
         assert found == self.guest.model, "qemu-img reads something else"
 
 
-async def run_seed(seed: int, directory: str) -> str:
-    """Raises AssertionError (or whatever went wrong); a line about what was done else."""
+async def run_seed(seed: int, directory: str, kinds: tuple[str, ...] = ()) -> str:
+    """Raises AssertionError (or whatever went wrong); a line about what was done else.
+
+    ``kinds``: only these are done (names of ``Drive``).
+    """
     rng = random.Random(seed)
     unseen: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
-    bench = Bench(JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.004))))
+    worst, share = rng.choice((0, 0.001, 0.004)), rng.choice((0, 0, 0, 0.05, 0.3))
+    pool = FaultyPool(random.Random(rng.random()), worst, share=share)
+    bench = Bench(pool)
     drives = [
         Drive(bench, random.Random(rng.random()), directory, name)
         for name in ("vda", "vdb")[: rng.choice((1, 1, 2))]
@@ -516,6 +527,7 @@ async def run_seed(seed: int, directory: str) -> str:
     ):
         try:
             for drive in drives:
+                drive.only = kinds
                 await drive.build(lock)
             asyncio.get_running_loop().call_later(
                 95, lambda: sys.stdout.write(stuck(*bench.scheduler.jobs.values()))

@@ -190,8 +190,11 @@ class Copies:
             if job.user_paused:
                 scheduler.resume(job)
             working = job.status in ("running", "paused", "ready", "standby")
-            if (cancel is not None or self.machine.injected) and working and loop.time() > end:
-                scheduler.cancel(job, force=True)
+            if working and loop.time() > end:
+                if cancel is not None or self.machine.injected:
+                    scheduler.cancel(job, force=True)
+                elif job.speed:
+                    scheduler.set_speed(job, 0)  # guests can be faster than the limit for ever
             await asyncio.sleep(0.001)
         if job.status == "null" and job.error is not None:
             self.story.append(f"  ended: {job.error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.jobs.backup import Backup
 from liveblockd.jobs.mirror import MirrorCore
 from liveblockd.jobs.mirror_job import Mirror
+from liveblockd.jobs.user import JobUser
 
 
 def _mirror_not_flushed(stack: ExitStack) -> None:
@@ -59,6 +60,17 @@ def _mirror_one_side_only(stack: ExitStack) -> None:
         await asyncio.sleep(0)
 
     stack.enter_context(mock.patch.object(MirrorCore, "_store", mutated))
+
+
+def _errors_unseen(stack: ExitStack) -> None:
+    """A mirror does not notice that its target took nothing."""
+    store = JobUser.store
+
+    async def mutated(self: JobUser, offset: int, data: Any) -> None:
+        with suppress(OSError):
+            await store(self, offset, data)
+
+    stack.enter_context(mock.patch.object(JobUser, "store", mutated))
 
 
 def _write_before_backup(stack: ExitStack) -> None:
@@ -113,6 +125,7 @@ COPY_MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "mirror-without-the-rest": _mirror_without_the_rest,
     "mirror-clean-after-copy": _mirror_clean_after_copy,
     "mirror-one-side-only": _mirror_one_side_only,
+    "errors-unseen": _errors_unseen,
     "write-before-backup": _write_before_backup,
     "backup-not-flushed": _backup_not_flushed,
     "bitmap-of-a-cancelled-backup": _bitmap_of_a_cancelled_backup,
@@ -133,6 +146,7 @@ COPY_PLANS: dict[str, dict[str, Any]] = {
     "mirror-without-the-rest": _MIRROR,
     "mirror-clean-after-copy": _MIRROR,
     "mirror-one-side-only": {**_MIRROR, "copy_mode": "write-blocking"},
+    "errors-unseen": {**_MIRROR, "faults": True},
     "write-before-backup": {**_BACKUP, "steps": ("backup", "rest")},
     "backup-not-flushed": {**_BACKUP, "steps": ("backup", "rest")},
     "bitmap-of-a-cancelled-backup": {**_BACKUP, **_CHAIN},

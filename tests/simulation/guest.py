@@ -28,6 +28,8 @@ class Guest:
         self.name = name
         self.stop = asyncio.Event()
         self.requests = 0
+        #: above 0: a write may fail, and its bytes are as before or as they should be
+        self.may_fail = 0
         self._busy: list[tuple[int, int, bool]] = []
 
     async def run(self, at_once: int = 4) -> None:
@@ -81,26 +83,48 @@ class Guest:
         offset, length = place
         kind = self.rng.random()
         data = bytes(length) if kind < 0.1 else self.rng.randbytes(length)
-        if self.rng.random() < 0.7:
-            await write_as_export(self.backend, offset, data)
+        try:
+            if self.rng.random() < 0.7:
+                await write_as_export(self.backend, offset, data)
+            else:
+                await self.backend.write(offset, data)
+        except OSError as error:
+            await self._failed(offset, data, error)
         else:
-            await self.backend.write(offset, data)
-        self.model[offset : offset + length] = data
+            self.model[offset : offset + length] = data
         self._give(offset, length, True)
+
+    async def _failed(self, offset: int, data: bytes, error: OSError) -> None:
+        """See what has come of a write."""
+        if not self.may_fail:
+            raise error
+        found = bytes(await self.backend.read(offset, len(data)))
+        old = self.model[offset : offset + len(data)]
+        got, was, wanted = (np.frombuffer(part, np.uint8) for part in (found, old, data))
+        assert ((got == was) | (got == wanted)).all(), f"{self.name}: neither old nor new bytes"
+        self.model[offset : offset + len(data)] = found
 
     async def _zeroes(self) -> None:
         if (place := self._take(True)) is None:
             return
         offset, length = place
-        await self.backend.write_zeroes(offset, length, may_unmap=self.rng.random() < 0.5)
-        self.model[offset : offset + length] = bytes(length)
+        try:
+            await self.backend.write_zeroes(offset, length, may_unmap=self.rng.random() < 0.5)
+        except OSError as error:
+            await self._failed(offset, bytes(length), error)
+        else:
+            self.model[offset : offset + length] = bytes(length)
         self._give(offset, length, True)
 
     async def _discard(self) -> None:
         if (place := self._take(True)) is None:
             return
         offset, length = place
-        await self.backend.discard(offset, length)
+        try:
+            await self.backend.discard(offset, length)
+        except OSError:
+            if not self.may_fail:
+                raise
         data = bytes(await self.backend.read(offset, length))
         old = self.model[offset : offset + length]
         if data != old and any(data):
