@@ -6,14 +6,15 @@ Runs on the loop, on the request path: no coroutine, no copy and no call that wa
 backend answers at once. What comes in one wake-up is done in one round and answered with one
 ``writelines``; the rest becomes tasks.
 
-* The payload of a large WRITE is read from the socket into the buffer that is handed to the
-  backend. A small one is handed over where it stands (``write_nowait``) or copied into a task.
+* The payload of a large WRITE is stored while it comes (``nbd_payload``), or read from the socket
+  into the buffer that is handed to the backend. A small one is handed over where it stands
+  (``write_nowait``) or copied into a task.
 * At most ``MAX_REQUESTS`` requests and ``MAX_BYTES`` bytes are in flight; then, and while the
   client does not read its replies, nothing more is read from it.
 * Replies go to the socket at once, past the transport, as long as that has nothing to send; and
   where requests come one by one the next is looked for before the loop sleeps (``polling``).
   What is received so, and what the transport receives, takes the same way. Nobody else waits for
-  longer than ``TURN``: then the loop goes round once.
+  longer than ``nbd_looking.TURN``: then the loop goes round once.
 * A request that was begun is ended whatever becomes of the client; the connection leaves the
   clients of its export only after that. No task of a request is ever cancelled from here.
 
@@ -27,12 +28,13 @@ import asyncio
 import logging
 import socket
 from functools import partial
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.exports.backend import Buffer
 from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
 from liveblockd.exports.nbd_line import Line, SecureLine
+from liveblockd.exports.nbd_looking import Looking
+from liveblockd.exports.nbd_payload import PIECE, Payload
 from liveblockd.exports.polling import Polling
 from liveblockd.nbd.constants import REQUEST_MAGIC, Command
 from liveblockd.nbd.options import GREETING, Negotiation, Phase
@@ -43,7 +45,6 @@ from liveblockd.nbd.transmission import (
     data_chunk,
     simple_reply,
 )
-from liveblockd.storage.hostcalls import new_buffer
 
 if TYPE_CHECKING:
     from liveblockd.exports.nbd_server import NbdServer
@@ -55,6 +56,8 @@ BUFFER_SIZE: Final = 256 << 10
 NEGOTIATION_READ: Final = 64 << 10
 #: a payload up to this size waits in the buffer until it is complete; bytes
 SMALL_WRITE: Final = 64 << 10
+#: bytes of one receive where the payload of a large WRITE may follow: that is not to come with it
+HEAD_READ: Final = 4 << 10
 #: reads up to this size are done on the loop when they need no wait; bytes
 INLINE_READ: Final = 256 << 10
 #: in flight for one client
@@ -65,10 +68,6 @@ ROUND_REQUESTS: Final = 128
 ROUND_BYTES: Final = 2 << 20
 #: replies that wait for the client before nothing more is done for it; bytes
 WRITE_HIGH: Final = 1 << 20
-#: a client that had so many requests in one wake-up has others to wait for: no look for the next
-POLL_REQUESTS: Final = 2
-#: the loop goes round at least so often while requests are found by looking; nanoseconds
-TURN: Final = 100_000
 
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
@@ -76,7 +75,7 @@ _DISC: Final = int(Command.DISC)
 _WITH_DATA: Final = frozenset((_READ, _WRITE))
 
 
-class NbdConnection(asyncio.BufferedProtocol):
+class NbdConnection(Looking, asyncio.BufferedProtocol):
     """The protocol object of one connection."""
 
     def __init__(self, server: NbdServer, connected: socket.socket) -> None:
@@ -94,10 +93,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         # a large WRITE whose payload is coming in
-        self._payload: memoryview | None = None
-        self._payload_view = self._view[:0]
-        self._payload_request: Request | None = None
-        self._received = 0
+        self._payload: Payload | None = None
+        self._chunk: memoryview | None = None
+        self._head_only = False  # the last request was one: what follows the next is not wanted
         # a refused WRITE: bytes still to come, and the reply for when they have (a client need
         # not expect an answer to a request that it is still sending)
         self._unwanted = 0
@@ -113,7 +111,6 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._stalled = False  # complete requests may be in the buffer; nothing is read
         self._round_due = False
         self._polling = Polling(0)
-        self._poll_due = False
         self._served_in_round = 0
         self._write_paused = False  # the client does not read its replies
         self._closing = False  # no more requests are taken
@@ -137,9 +134,11 @@ class NbdConnection(asyncio.BufferedProtocol):
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Where the next bytes go."""
         if self._payload is not None:
-            return self._payload_view[self._received :]
+            return self._payload.room
         if self.session is None:
             return self._view[:NEGOTIATION_READ]
+        if self._head_only:
+            return self._view[self._end : self._end + HEAD_READ]
         return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -147,23 +146,13 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._closing:
             return
         if self._payload is not None:
-            self._received += nbytes
-            if self._received == len(self._payload):
-                self._end_payload()
+            self._payload_came(self._payload, nbytes)
             return
         if self.session is None:
             self._negotiate(self._view[:nbytes])
         else:
             self._end += nbytes
-            self._polling.arrived(perf_counter_ns())
-            if self.server.active is not self:
-                self.server.active = self
-                self._polling.interrupted()
-            self._round()
-            if self._polling.worthwhile and not self._poll_due:
-                self._poll()
-            else:
-                self._polling.answered(perf_counter_ns())
+            self._round_and_look()
 
     def eof_received(self) -> bool:
         """The client sends no more; answer what it asked for."""
@@ -183,7 +172,6 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Let go, now or when the last request in flight has ended."""
         self._lost = self._closing = True
         self._payload = None
-        self._payload_view = self._view[:0]
         if self._deadline is not None:
             self._deadline.cancel()
         self._out.clear()
@@ -362,6 +350,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                 return self._payload is not None
         self._start = position
         self._served_in_round = ROUND_REQUESTS - left
+        if self._payload is None and self._served_in_round > 1:
+            self._head_only = False
         return True
 
     def _read(self, session: Session, cookie: int, offset: int, length: int) -> None:
@@ -448,18 +438,41 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif length <= SMALL_WRITE:
             return 0
         else:
-            self._payload = self._payload_view = memoryview(new_buffer(length))
-            self._payload_view[:available] = self._view[start : start + available]
-            self._payload_request = request
-            self._received = available
+            self._begin_payload(request, self._view[start : start + available])
         return REQUEST_SIZE + available
 
-    def _end_payload(self) -> None:
-        request, payload = self._payload_request, self._payload
-        assert request is not None and payload is not None
-        self._payload = self._payload_request = None
-        self._payload_view = self._view[:0]
-        self._serve(request, payload)
+    def _begin_payload(self, request: Request, begin: memoryview) -> None:
+        assert self.session is not None
+        export = self.session.export
+        if self._chunk is None:
+            self._chunk = memoryview(bytearray(PIECE))
+        at_once = not request.flags and not export.writethrough
+        store = export.backend.write_nowait if at_once else None
+        self._payload = Payload(request, store, self._chunk)
+        self._payload.put(begin)
+        self._head_only = True
+
+    def _payload_came(self, payload: Payload, count: int) -> None:
+        """And what else is there of it already."""
+        came = 0
+        while not payload.arrived(count):
+            came += count
+            if came > ROUND_BYTES:
+                return
+            count = self._line.look(payload.room, 0)
+            if count <= 0:
+                return
+        self._payload = None
+        rest = payload.rest()
+        if rest is None:
+            reply = simple_reply(payload.request.cookie)
+            if payload.error is not None:
+                assert self.session is not None
+                reply = self.session.failed(payload.request, payload.error)
+            self._out.append(reply)
+            self._flush()
+        else:
+            self._serve(*rest)
         if self._full():
             self._stall()
 
@@ -512,51 +525,6 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._out = []
             if not self._lost:
                 self._line.write(out)
-
-    # -- looking for the next request
-
-    def _quiet(self) -> bool:
-        """Whether all that has come is answered and nobody else has to do with it."""
-        return (
-            not self._closing
-            and self._served_in_round <= POLL_REQUESTS
-            and not self._tasks
-            and not self._begun
-            and not self._out
-            and not self._stalled
-            and self._payload is None
-            and self.server.active is self
-            and not self.server.busy()
-            and not self._line.unsent
-        )
-
-    def _poll(self) -> None:
-        """Receive what comes soon, for one turn of the loop at most."""
-        polling, look = self._polling, self._line.look
-        now = perf_counter_ns()
-        turn_end = now + TURN
-        while self._quiet():
-            if now > turn_end:
-                self._poll_due = True
-                self._loop.call_soon(self._poll_on)
-                break
-            count = look(self._view[self._end :], polling.limit)
-            if count <= 0:
-                if not count:
-                    polling.missed()
-                break
-            self.server.found_early += 1
-            polling.found()
-            self._end += count
-            self._round()
-            now = perf_counter_ns()
-        polling.answered(now)
-
-    def _poll_on(self) -> None:
-        """In the next turn."""
-        self._poll_due = False
-        if self.session is not None and not self._lost and self._polling.worthwhile:
-            self._poll()
 
     def _serve(self, request: Request, payload: Buffer = b"") -> None:
         """Make a task of a request."""

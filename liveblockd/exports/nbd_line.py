@@ -69,7 +69,7 @@ class Line:
                 now = perf_counter_ns()
                 if not until:
                     until = now + nanoseconds
-                elif now > until:
+                elif now >= until:
                     return 0
             except OSError:
                 return -1

@@ -53,7 +53,7 @@ class NbdServer:
         #: whether workers are busy, who need the processors more than a look for requests does
         self.busy: Callable[[], bool] = lambda: False
         #: the client who sent something last
-        self.active: NbdConnection | None = None
+        self.active: object = None
         #: requests that were found by looking
         self.found_early = 0
         self.tls: ssl.SSLContext | None = None

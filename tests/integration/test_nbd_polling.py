@@ -5,6 +5,7 @@ import random
 import socket
 import struct
 import time
+from errno import ENOSPC
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from liveblockd.exports import nbd_line, polling
 from liveblockd.nbd.constants import Command
 from liveblockd.nbd.transmission import Request
 from tests.integration.test_nbd_server import SIZE, Setup, pattern
+from tests.support.memory import fail_once
 
 KI = 1 << 10
 MI = 1 << 20
@@ -228,3 +230,48 @@ def test_what_is_left_of_buffers():
     out = [b"abc", bytearray(b""), memoryview(b"defg"), b"h"]
     for sent in range(9):
         assert b"".join(nbd_line.rest(out, sent)) == b"abcdefgh"[sent:]
+
+
+@pytest.mark.parametrize("nowait", [True, False])
+async def test_large_writes_are_stored_while_they_come(disk, nowait):
+    """Pieces where the backend stores at once, one coroutine where it does not: the same bytes."""
+    rng, model = random.Random(5), bytearray(SIZE)
+    disk.driver.nowait = nowait
+
+    def client():
+        one = OneByOne(disk.path)
+        for number in range(20):
+            length = rng.randrange(65 * KI, 2 * MI)
+            offset = rng.randrange(SIZE - length)
+            data = rng.randbytes(length)
+            model[offset : offset + length] = data
+            one.write(offset, data, apart=number % 2)
+        one.send(Command.WRITE, 0, MI, bytes(MI // 2))  # half of it
+        model[: MI // 2] = bytes(MI // 2)
+        one.socket.close()
+
+    async with disk.served() as registry:
+        await asyncio.to_thread(client)
+        for connection in tuple(registry.nbd_server.connections):
+            await asyncio.wait_for(gone(connection), 10)
+    sizes = [r.length for r in disk.driver.log if r.operation == "write"]
+    content = disk.driver.content()
+    assert content[MI:] == model[MI:]
+    if nowait:  # what has come of the last one is there, or not, by pieces
+        assert max(sizes) <= 256 * KI and len(sizes) > 60
+    else:
+        assert len(sizes) == 20
+
+
+async def test_an_error_in_the_middle_of_a_large_write(disk):
+    def client():
+        one = OneByOne(disk.path)
+        one.send(Command.WRITE, 0, MI, b"x" * MI)
+        assert struct.unpack(">IIQ", one.exactly(16)) == (0x67446698, 28, 1)
+        one.write(0, b"y" * MI)
+        assert one.read(0, MI) == b"y" * MI
+        one.socket.close()
+
+    async with disk.served():
+        disk.driver.hook = fail_once("write", ENOSPC)
+        await asyncio.to_thread(client)
