@@ -47,6 +47,8 @@ registry.load()
 #: so often, every 4 ms on the average, a job is looked at before it is called stuck: where the
 #: processor is not ours for long, time says nothing
 PATIENCE = 10_000
+#: seconds after which commands are called stuck
+LONG = 1000
 POLICIES = ("report", "ignore", "stop", "enospc")
 
 
@@ -447,7 +449,7 @@ class Drive:
         """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there."""
         scheduler, rng = self.bench.scheduler, self.rng
         may_cancel = rng.random() < 0.2
-        deadline = asyncio.get_running_loop().time() + rng.random() * 0.3
+        deadline = asyncio.get_running_loop().time() + rng.random() * 0.15
         looks = 0
         while job.status != "null":
             await asyncio.sleep(rng.choice((0, 0.001, 0.01)))
@@ -530,9 +532,9 @@ async def run_seed(seed: int, directory: str, kinds: tuple[str, ...] = ()) -> st
                 drive.only = kinds
                 await drive.build(lock)
             asyncio.get_running_loop().call_later(
-                95, lambda: sys.stdout.write(stuck(*bench.scheduler.jobs.values()))
+                LONG - 5, lambda: sys.stdout.write(stuck(*bench.scheduler.jobs.values()))
             )
-            async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(LONG), asyncio.TaskGroup() as group:
                 for drive in drives:
                     group.create_task(drive.guest.run(rng.choice((2, 5))))
                     group.create_task(drive.run())

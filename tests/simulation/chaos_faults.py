@@ -13,8 +13,8 @@ from collections.abc import Callable
 from errno import EIO, ENOSPC
 from typing import Any, TypeVar
 
-from liveblockd.formats.qcow2 import gather, populate
-from liveblockd.runtime.workers import JobGroup
+from liveblockd.formats.qcow2 import gather, new_tables, populate
+from liveblockd.runtime.workers import JobGroup, Lane
 from tests.simulation.jitter import JitterPool
 
 T = TypeVar("T")
@@ -50,15 +50,19 @@ class FaultyPool(JitterPool):
         self.injected = 0
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], group: JobGroup | None
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        group: JobGroup | None,
+        lane: Lane | None = None,
     ) -> asyncio.Future[T]:
         descriptors: set[int] = set()
         if fn is populate.clone_or_copy:
             descriptors = {args[0].source_fd, args[0].fd}
-        elif fn is gather.copy_segments:
+        elif fn in (gather.copy_segments, new_tables.copy_with_tables):
             descriptors = {args[1], *(segment.source_fd for segment in args[0])}
         if not descriptors or self._rng.random() >= self.share:
-            return super()._submit(fn, args, group)
+            return super()._submit(fn, args, group, lane)
         self.injected += 1
         code, before = self._rng.choice((EIO, ENOSPC)), self._rng.random() < 0.5
 
@@ -69,4 +73,4 @@ class FaultyPool(JitterPool):
                 os.close(descriptor)
             raise OSError(code, os.strerror(code))
 
-        return super()._submit(fail, (), group)
+        return super()._submit(fail, (), group, lane)
