@@ -20,6 +20,7 @@ Errors: what the job raised comes out of the future; ``RuntimeError`` from a poo
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import threading
 from collections import deque
@@ -59,7 +60,6 @@ class WorkerPool:
         self,
         threads: int = DEFAULT_THREADS,
         *,
-        name: str = "worker",
         demand: Demand | None = None,
     ) -> None:
         if threads < 1:
@@ -67,8 +67,8 @@ class WorkerPool:
         self._limit = threads
         #: what lanes give way to
         self.demand = demand or Demand()
-        self._name = name
-        self._threads: list[threading.Thread] = []
+        #: of each thread what it lets go of at its end
+        self._threads: list[threading.Lock] = []
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._done: deque[tuple[_Job, Any, BaseException | None]] = deque()
         self._wake_up_pending = False
@@ -93,7 +93,7 @@ class WorkerPool:
         if self._copies is None:
             if self._closed:
                 raise RuntimeError("the worker pool is closed")
-            self._copies = WorkerPool(COPY_THREADS, name=f"{self._name}-copy", demand=self.demand)
+            self._copies = WorkerPool(COPY_THREADS, demand=self.demand)
         return self._copies
 
     def lane(self) -> Lane:
@@ -132,8 +132,8 @@ class WorkerPool:
             self._copies.close()
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        for ended in self._threads:
+            ended.acquire()
         if self._threads:  # one of a lane may have come behind those
             self._queue.put(None)
             self._work()
@@ -163,20 +163,29 @@ class WorkerPool:
         return future
 
     def _start_thread(self) -> None:
-        name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        # The loop does not wait until the thread runs, as ``threading.Thread.start`` does: on a
+        # busy machine that takes milliseconds.
+        ended = threading.Lock()
+        ended.acquire()
         try:
-            thread.start()
+            _thread.start_new_thread(self._live, (ended,))
         except RuntimeError:
             # The host gives no more threads: those that run take the work, but one there must be.
             if not self._threads:
                 self._outstanding -= 1
                 raise
             return
-        self._threads.append(thread)
+        self._threads.append(ended)
+
+    def _live(self, ended: threading.Lock) -> None:
+        """The life of a thread."""
+        try:
+            self._work()
+        finally:
+            ended.release()
 
     def _work(self) -> None:
-        """The life of a thread."""
+        """Jobs, until there is None."""
         get, done = self._queue.get, self._done
         following: _Job | None = None
         while (job := following or get()) is not None:
