@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from tests.guest.machine import Guest, missing
+from tests.guest.machine import PATIENCE, Guest, missing
 from tests.support.daemon import DaemonProcess
 from tests.support.qcow2_images import check, run
 
@@ -67,6 +67,7 @@ class Host:
     def __enter__(self):
         self.daemon.__enter__()
         self.qmp = self.daemon.qmp()
+        self.qmp.socket.settimeout(PATIENCE)  # the guest takes most of the processor
         return self
 
     def __exit__(self, *exc):
