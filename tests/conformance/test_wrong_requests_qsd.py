@@ -180,6 +180,29 @@ SCENARIOS = {
         ("job-finalize", {"id": "b"}), *verbs("b", "finalize", "cancel", "complete", "pause"),
         bitmap("clear"), ("job-dismiss", {"id": "b"}), bitmap("remove"),
     ],
+    "drive-mirror, wrong": [
+        ("drive-mirror", {"job-id": "m", "device": "d0", "target": "n.qcow2", "sync": "full",
+                          **more})
+        for more in (
+            {"job-id": ""}, {"job-id": "1st"}, {"device": "ghost"}, {"device": "mid"},
+            {"device": "d0-file"}, {"target": "no/where"}, {"target": "d0.qcow2"},
+            {"target": "base.qcow2"}, {"format": "nosuch"}, {"sync": "x"},
+            {"sync": "bitmap"}, {"mode": "existing", "target": "absent"}, {"mode": "x"},
+            {"node-name": "top"}, {"node-name": "9"}, {"granularity": 1000}, {"replaces": "ghost"},
+            {"replaces": "d0"}, {"speed": -1}, {"nosuch": 1}, {"target": ""},
+            {"target": "nosuch:x"})
+    ],
+    "drive-backup, wrong": [
+        ("drive-backup", {"job-id": "b", "device": "d0", "target": "n.qcow2", "sync": "full",
+                          **more})
+        for more in (
+            {"job-id": ""}, {"job-id": "1st"}, {"device": "ghost"}, {"target": "no/where"},
+            {"target": "d0.qcow2"}, {"target": "base.qcow2"}, {"format": "nosuch"},
+            {"sync": "x"}, {"sync": "incremental"}, {"sync": "bitmap"},
+            {"bitmap": "ghost"}, {"mode": "existing", "target": "absent"}, {"mode": "x"},
+            {"speed": -1}, {"nosuch": 1}, {"target": ""}, {"filter-node-name": "top"},
+            {"compress": True, "format": "raw"})
+    ],
     "bitmaps, wrong": [
         bitmap("add"), bitmap("add"), bitmap("add", ""), bitmap("add", "x" * 1024),
         bitmap("add", "c", granularity=100), bitmap("add", "c", granularity=0),

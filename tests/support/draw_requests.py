@@ -145,6 +145,27 @@ def backup(d: Draw) -> Request:
     return "blockdev-backup", backup_arguments(d)
 
 
+def drive_backup(d: Draw) -> Request:
+    given = backup_arguments(d)
+    return "drive-backup", given | {
+        "target": d.one("m.qcow2", "m.qcow2", "no/where", "d0.qcow2", "base.qcow2"),
+        "format": d.maybe(0.5, "qcow2", "qcow2", "raw", "nosuch"),
+        "mode": d.maybe(0.3, "existing", "absolute-paths"),
+    }
+
+
+def drive_mirror(d: Draw) -> Request:
+    given = mirror(d)[1]
+    return "drive-mirror", given | {
+        "target": d.one("m.qcow2", "m.qcow2", "no/where", "d0.qcow2", "base.qcow2"),
+        "filter_node_name": None,
+        "node_name": d.maybe(0.3, "made", "top", "9"),
+        "format": d.maybe(0.5, "qcow2", "qcow2", "raw", "nosuch"),
+        "mode": d.maybe(0.3, "existing", "absolute-paths"),
+        "unmap": d.maybe(0.2, True, False),
+    }
+
+
 def steer(d: Draw) -> Request:
     verb = d.one("cancel", "pause", "resume", "complete", "finalize", "dismiss", "set-speed",
                  "finalize", "dismiss", "complete")  # fmt: skip
@@ -392,7 +413,8 @@ def change(d: Draw) -> Request:
 
 
 MAKERS: dict[Callable[[Draw], Request], float] = {
-    stream: 5, commit: 5, mirror: 5, backup: 5, steer: 16, bitmap: 8, digest: 1, snapshot_sync: 3,
+    stream: 5, commit: 5, mirror: 5, backup: 5, drive_backup: 2, drive_mirror: 2,
+    steer: 16, bitmap: 8, digest: 1, snapshot_sync: 3,
     snapshot: 2, internal: 2, internal_delete: 2, transaction: 4, export_add: 4, export_del: 2,
     server_add: 2, server_remove: 1, server: 2, add: 4, remove: 3, reopen: 3, resize: 2,
     backing_string: 1, threshold: 1, make: 2, thing_add: 2, thing_del: 1, change: 0.5,

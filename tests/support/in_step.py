@@ -45,6 +45,7 @@ ASIDE: list[tuple[str, str]] = [
 
 #: (theirs, ours) where releases say it in other words
 WORDED = (
+    (r"Permission conflict .*", r"Node '.*' is busy: .*"),
     (r"Node '.*' is busy: .* block job: .*", r"Node .* is in use"),
     (r"Block device .* is in use", r"Node '.*' is busy: .* block job: backup"),
     (r"Device '\(null\)' is in use", r"Node '.*' is busy: .*"),
@@ -57,7 +58,8 @@ REFUSED = (
     r"(block-)?job-complete: Job '.*' in state 'ready' cannot accept .*",  # it is on a pause
     r".*: The overlay is already in use",
     r"blockdev-snapshot: Node '.*' is busy: node is used as backing hd of '.*'",
-    r"(block-export|nbd-server)-add: Permission conflict .*: permissions 'write' are both .*",
+    r".*: Permission conflict .*: permissions 'write' are both .*",
+    r"drive-.*: Format driver 'file' does not support image creation",
     r"blockdev-reopen: Cannot change the option 'file'",
     r".*: Can't make bitmap '.*' persistent in '.*': Block node is read-only",
     r".*: Node '.*' is busy: block device is in use by block job: backup",
@@ -68,6 +70,11 @@ DONE = (r"Permission conflict .*: permissions 'resize' are .*",)
 
 #: what may be said first where a request has more than one mistake
 EITHER = (
+    r"Format driver '.*' does not support image creation",
+    r"NBD server already has export named '.*'",
+    r"No TLS credentials with id '.*'",
+    r"Could not create node: .*",
+    r"offset\(.*\) exceeds maximum\(.*\)",
     r"Parameter '.*' is unexpected",
     r"description '.*' too long",
     r"Unknown file format '.*'",
