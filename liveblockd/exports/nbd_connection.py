@@ -288,7 +288,7 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
 
     def _round(self) -> None:
         """Do the complete requests in the buffer, or as many as a round may have."""
-        self.server.demand.requests += 1
+        self.server.demand.guests.requests += 1
         self._skip_unwanted()
         if self._full():
             self._stall()

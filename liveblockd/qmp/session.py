@@ -209,7 +209,7 @@ class Session(AsyncProtocol[Any]):
             self._put({"error": {"class": ErrorClass.GENERIC, "desc": msg.message}})
             return
         self._answered.clear()
-        self._context.demand.requests += 1
+        self._context.demand.monitors.requests += 1
         try:
             reply = await self._answer(msg)
             if isinstance(msg, dict) and "id" in msg:

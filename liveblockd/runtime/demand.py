@@ -1,9 +1,11 @@
-"""Whether somebody outside waits for the daemon: what work in the background gives way to.
+"""Who outside is being served: what work in the background gives way to.
 
 Copies of jobs can keep every processor busy. A guest's request then waits until the event loop gets
 one, and its own client until it gets one too: on two processors that is most of the time that a
 small write takes (measured). So servers count what they are asked for, and who works in the
-background asks here whether to leave a processor free.
+background asks here how many processors to take: for a guest one is left free, for a monitor there
+are no more copies than processors (one fewer makes its answers only little faster, and where it
+asks without a pause the copies four times slower).
 
 Runs on: the event loop. Counting is one addition, on the request path; time is an argument.
 No errors escape.
@@ -18,14 +20,12 @@ from typing import Final
 WINDOW: Final = 0.05
 
 
-class Demand:
-    """Requests of guests and monitors; one a daemon."""
+class Arrivals:
+    """Requests of one kind of client."""
 
-    __slots__ = ("_recent_until", "_seen", "processors", "requests")
+    __slots__ = ("_recent_until", "_seen", "requests")
 
-    def __init__(self, processors: int | None = None) -> None:
-        #: that this process may run on
-        self.processors = len(os.sched_getaffinity(0)) if processors is None else processors
+    def __init__(self) -> None:
         #: so far; whoever is asked for something adds to it
         self.requests = 0
         self._seen = 0
@@ -41,8 +41,22 @@ class Demand:
             self._recent_until = now + WINDOW
         return now < self._recent_until
 
+
+class Demand:
+    """Of guests and of monitors; one a daemon."""
+
+    __slots__ = ("guests", "monitors", "processors")
+
+    def __init__(self, processors: int | None = None) -> None:
+        #: that this process may run on
+        self.processors = len(os.sched_getaffinity(0)) if processors is None else processors
+        self.guests = Arrivals()
+        self.monitors = Arrivals()
+
     def width(self, wanted: int, now: float) -> int:
-        """How many of ``wanted`` threads may be kept busy so that one processor is left free."""
-        if wanted > 1 and wanted >= self.processors and self.is_recent(now):
-            return max(1, self.processors - 1)
+        """How many of ``wanted`` threads work in the background may keep busy now (seconds)."""
+        if self.guests.is_recent(now):
+            return max(1, min(wanted, self.processors - 1))
+        if self.monitors.is_recent(now):
+            return max(1, min(wanted, self.processors))
         return wanted

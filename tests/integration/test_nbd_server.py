@@ -88,10 +88,11 @@ async def test_reads_and_writes(disk, structured, nowait):
 
 async def test_what_guests_ask_for_is_counted(disk):
     async with disk.served() as registry, disk.connected() as client:
-        demand, before = registry.nbd_server.demand, registry.nbd_server.demand.requests
+        guests = registry.nbd_server.demand.guests
+        before = guests.requests
         for _ in range(5):
             await client.read(0, 512)
-        assert demand.requests >= before + 5
+        assert guests.requests >= before + 5
 
 
 @pytest.mark.parametrize("structured", [True, False])

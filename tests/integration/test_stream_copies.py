@@ -175,8 +175,9 @@ class Served(Demand):
         super().__init__(2)
         self.served = served
 
-    def is_recent(self, now):
-        return self.served
+    def width(self, wanted, now):
+        self.guests.requests += self.served
+        return super().width(wanted, now)
 
 
 @pytest.mark.parametrize(("served", "direct", "most"), [(True, False, 1), (False, False, 3),

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from liveblockd.runtime import workers
-from liveblockd.runtime.demand import Demand
+from liveblockd.runtime.demand import Arrivals, Demand
 from liveblockd.runtime.workers import WorkerPool
 from tests.support.workers import InlineWorkers, SeededWorkers
 
@@ -248,8 +248,9 @@ class Served(Demand):
 
     served = True
 
-    def is_recent(self, now):
-        return self.served
+    def width(self, wanted, now):
+        self.guests.requests += self.served
+        return super().width(wanted, now)
 
 
 @pytest.fixture
@@ -272,6 +273,7 @@ async def test_copies_to_one_file_go_one_by_one_while_somebody_is_served(busy_po
     assert running.most == {"a": 1}
     # and again, once that is over
     busy_pool.demand.served = False
+    busy_pool.demand.guests = Arrivals()
     running = Running()
     await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12)))
     assert running.most["a"] > 1
