@@ -74,7 +74,7 @@ def test_snapshots_read_as_they_did() -> None:
 def test_guests_go_over_to_mirrors() -> None:
     """Cuts while they copy, at READY, around the switch: to qcow2 and raw, in both copy modes."""
     figures, switches = Figures(), 0
-    for seed in range(90, 102):
+    for seed in range(90, 98):
         mode = ("background", "write-blocking")[seed % 2]
         course = run_machine(
             Plan(seed, steps=("mirror", "rest", "mirror"), copy_mode=mode, large=False)
@@ -85,17 +85,17 @@ def test_guests_go_over_to_mirrors() -> None:
         positions = [p for p in around if 0 <= p <= len(course.log)]
         figures.add(judge_at(course, iter(positions), kill=None))
         figures.add(judge(course, 12))
-    assert switches > 8
+    assert switches > 5
     assert_nothing_lost(figures)
 
 
 def test_backups_are_of_one_instant_or_unfinished() -> None:
     """Full ones and increments, cancelled ones among them, with internal snapshots and restarts."""
     figures = Figures()
-    for seed in range(120, 132):
+    for seed in range(120, 128):
         steps = ("backup", "increment", "restart", "increment", "rest", "restart", "increment")
         figures.add(run_seed(seed, 20, steps=steps, large=False))
-    assert figures.backups > 150
+    assert figures.backups > 100
     assert figures.bitmaps > 4
     assert_nothing_lost(figures)
 
