@@ -42,6 +42,8 @@ PIECE = 256 << 10
 LEAST_SAMPLED = 32 << 10
 #: bytes of a piece among many that the kernel is asked to copy; the call costs as much as 4 KiB
 LEAST_SPLICED = 64 << 10
+#: the same where zeros are to be expected, of which nothing is written
+ZEROES_PIECE = 1 << 20
 #: the same with O_DIRECT, where nothing is cached and a disk wants large requests
 DIRECT_PIECE = 2 << 20
 #: bytes after which the disk is told to begin, and first words are looked at again
@@ -88,7 +90,7 @@ _local = _Local()
 def _piece_buffer(length: int) -> memoryview:
     buffer = _local.buffer
     if buffer is None or len(buffer) < length:
-        buffer = _local.buffer = hostcalls.aligned_buffer(max(length, PIECE))
+        buffer = _local.buffer = hostcalls.aligned_buffer(max(length, ZEROES_PIECE))
     return buffer[:length]
 
 
@@ -458,7 +460,13 @@ def _copy_in_kernel(
             begin = start + first * cluster_size
             size = min(start + last * cluster_size, length) - begin
             zero[number + first : number + last] = _copy_through_memory(
-                src_fd, src_offset + begin, dst_fd, dst_offset + begin, size, cluster_size
+                src_fd,
+                src_offset + begin,
+                dst_fd,
+                dst_offset + begin,
+                size,
+                cluster_size,
+                most=ZEROES_PIECE,
             )
         hostcalls.start_writeback(dst_fd, dst_offset + start, part)
     return length
@@ -483,9 +491,11 @@ def _copy_through_memory(
     *,
     source_direct: bool = False,
     direct: bool = False,
+    most: int = PIECE,
 ) -> Zeroes:
-    """``copy_nonzero`` by reading and writing."""
-    most = DIRECT_PIECE if source_direct or direct else PIECE
+    """``copy_nonzero`` by reading and writing, at most ``most`` bytes at a time."""
+    if source_direct or direct:
+        most = DIRECT_PIECE
     piece = max(most - most % cluster_size, cluster_size)
     answers = []
     begun = 0  # what the disk was told to begin with
