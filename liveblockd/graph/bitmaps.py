@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liveblockd.errors import BlockError
+from liveblockd.storage.flags import first_true
 
 #: bytes of the bitmap that are looked at in one step
 _STEP: Final = 8192
@@ -237,7 +238,7 @@ class DirtyBitmap:
         while index < len(self.bits):
             part = self.bits[index : index + _STEP]
             if part.any():
-                index += int((part != 0).argmax())
+                index += first_true(part != 0)
                 found = int(self.bits[index])
                 return (index << 3 | (found & -found).bit_length() - 1) << self._shift
             index += _STEP

@@ -33,6 +33,7 @@ from liveblockd.formats.qcow2.tables import (
     to_disk,
 )
 from liveblockd.storage.driver import Buffer
+from liveblockd.storage.flags import first_true, run_length
 
 Counts = npt.NDArray[Any]
 
@@ -401,13 +402,13 @@ class Refcounts:
     def _next_zero(block: RefcountBlock, within: int) -> int | None:
         if block.view[within] == 0:
             return within
-        # In pieces: the free cluster is mostly near, and argmin looks at all it is given.
+        # In pieces: the free cluster is mostly near, and the comparison looks at all it is given.
         counts = block.counts
         piece = 1024
         while within < len(counts):
             part = counts[within : within + piece] == 0
-            hit = int(part.argmax())
-            if part[hit]:
+            hit = first_true(part)
+            if hit >= 0:
                 return within + hit
             within += piece
             piece *= 4
@@ -417,9 +418,7 @@ class Refcounts:
     def _zeros_at(block: RefcountBlock, within: int, length: int) -> int:
         if length == 1:
             return int(block.view[within] == 0)
-        used = block.counts[within : within + length] != 0
-        hit = int(used.argmax())
-        return hit if used[hit] else length
+        return run_length(block.counts[within : within + length] == 0)
 
     def _create_blocks(self, index: int, count: int) -> int:
         """Refcount blocks for clusters none of which is in use; the index of the first.

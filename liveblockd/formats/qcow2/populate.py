@@ -29,6 +29,7 @@ from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
 from liveblockd.storage.driver import Buffer, HostFile, Packed
+from liveblockd.storage.flags import run_length
 from liveblockd.storage.unpacking import Unpacking, unpack_clusters
 
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
@@ -277,7 +278,7 @@ class Populator:
                 metadata.check_entries(table, index, part)
             held = table.holds(index, part)
             if held[0]:
-                done += _run_length(held)
+                done += run_length(held)
                 continue
             if cluster in claims:
                 await claims.wait(cluster)
@@ -287,9 +288,9 @@ class Populator:
                 done += 1
                 continue
             empty = table.entries[index : index + part] == 0
-            run = claims.free_count(cluster, _run_length(empty))
+            run = claims.free_count(cluster, run_length(empty))
             wanted = zero[done : done + run]
-            run = _run_length(wanted if wanted[0] else ~wanted)
+            run = run_length(wanted if wanted[0] else ~wanted)
             if wanted[0]:
                 if self._eraser.has_below:
                     metadata.publish(table, index, np.full(run, ZERO, np.uint64))
@@ -403,12 +404,6 @@ def _duplicates(source: HostFile, target: HostFile) -> tuple[int, int]:
     except OSError:
         os.close(source_fd)
         raise
-
-
-def _run_length(values: Zeroes) -> int:
-    """How many of the first values are True."""
-    hit = int(values.argmin())
-    return len(values) if values[hit] else hit
 
 
 def _runs(values: Zeroes) -> list[tuple[int, int]]:
