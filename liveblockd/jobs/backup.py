@@ -18,13 +18,11 @@ Errors: those of ``CopyJob``; what broke the snapshot with on-cbw-error=break-sn
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from liveblockd.formats.qcow2.populate import clone_or_copy
 from liveblockd.graph import chain, surgery
 from liveblockd.graph.before_write import BeforeWrite, OnCbwError
 from liveblockd.graph.bitmaps import DirtyBitmap
@@ -32,17 +30,15 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.copying import FIRST_CHUNK, MIB, READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
+from liveblockd.jobs.host_copy import copy_piece
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, JobType
 from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
 from liveblockd.jobs.user import JobUser
-from liveblockd.storage.copy_engine import Transfer
 from liveblockd.storage.driver import (
-    BlockDriver,
     BlockIO,
     Buffer,
     ExtentKind,
-    HostFile,
     Permission,
 )
 
@@ -308,7 +304,10 @@ class Backup(CopyJob):
             and (source := chain.host_file(piece.layer)) is not None
         ):
             try:
-                if await self._copy_by_worker(piece, source):
+                here, at = (piece.offset, piece.length), piece.host_offset
+                if await copy_piece(
+                    self.graph, source, at, self.target, here, may_unmap=True, unit=self.granularity
+                ):
                     return
             except OSError:
                 # Which side failed? Reading and writing it by turns tells, or gets around it.
@@ -330,40 +329,6 @@ class Backup(CopyJob):
     async def _store_compressed(self, target: BlockIO, offset: int, data: Buffer) -> None:
         assert isinstance(target, Node)
         await target.write_compressed(offset, data)
-
-    async def _copy_by_worker(self, piece: Run, source: HostFile) -> bool:
-        """From descriptor to descriptor; False, and nothing done, where that cannot be."""
-        target = self.target
-        if target.is_filter:
-            return False
-        if type(target.driver).populate_from is not BlockDriver.populate_from:
-            if source.direct and piece.host_offset % 4096:
-                return False
-            # What the image holds already would be left as it is.
-            extents = await target.map(piece.offset, piece.length)
-            if extents[0].kind is not ExtentKind.UNALLOCATED or extents[0].length < piece.length:
-                return False
-            await target.driver.populate_from(piece.offset, piece.length, source, piece.host_offset)
-            target.record(piece.offset, piece.length)
-            return True
-        host = target.host_file()
-        if host is None or host.direct or source.direct:
-            return False
-        transfer = Transfer(
-            os.dup(source.fd),
-            piece.host_offset,
-            os.dup(host.fd),
-            piece.offset,
-            piece.length,
-            self.granularity,
-        )
-        copied = await self.graph.environment.workers.copies.run(clone_or_copy, transfer)
-        target.record(piece.offset, piece.length)
-        for index in copied.zero.nonzero()[0].tolist():
-            start = piece.offset + index * self.granularity
-            length = min(self.granularity, piece.end - start)
-            await target.write_zeroes(start, length, may_unmap=True)
-        return True
 
     def _adapt(self, length: int, seconds: float) -> None:
         if seconds < SOON and length >= self._copy_chunk:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from errno import EIO
 from typing import ClassVar, Final
@@ -33,7 +33,9 @@ from liveblockd.graph.mirror_top import Apply, MirrorTop
 from liveblockd.graph.node import Node
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap
 from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
+from liveblockd.jobs.host_copy import copy_run
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, Job
+from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Buffer
 
@@ -382,7 +384,7 @@ class MirrorCore(Job):
         began = self.scheduler.clock.monotonic()
         try:
             await JobUser.run_on_both(
-                self.source_user, self.target_user, lambda: self._copy(claim.start, length)
+                self.source_user, self.target_user, lambda: self._transfer(claim.start, length)
             )
         except PieceFailedError as failure:
             self._failed(claim, failure)
@@ -402,6 +404,20 @@ class MirrorCore(Job):
     def _failed(self, claim: Claim, failure: PieceFailedError) -> None:
         self.bitmap.set(claim.start, claim.end - claim.start)
         self._failures.append(failure)
+
+    async def _transfer(self, offset: int, length: int) -> None:
+        """``_copy`` when no guest waits: a worker may do it, which has other copies to make too.
+
+        What guests change meanwhile is dirty again, so it does not matter what of it was copied.
+        """
+        if length >= LEAST_COPY and not self.backing_to_come:
+            with suppress(OSError):  # reading and writing it by turns tells which side failed
+                if await copy_run(
+                    self.graph, self.source, self.target, offset, length,
+                    may_unmap=self.options.unmap,
+                ):  # fmt: skip
+                    return
+        await self._copy(offset, length)
 
     async def _copy(self, offset: int, length: int) -> None:
         """Let the target have what the source has now; raises PieceFailedError."""

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from liveblockd.jobs import mirror
 from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_start import start_mirror
@@ -137,6 +138,44 @@ async def test_the_guest_goes_on_with_the_target(kind, mode, tmp_path):
         await bench.graph.detach(drive)
         await bench.close()
     # What the graph closed is whole, for others too.
+    (tmp_path / "model").write_bytes(model)
+    image_format = "qcow2" if kind == "qcow2" else "raw"
+    run("qemu-img", "compare", "-f", "raw", "-F", image_format, tmp_path / "model", path)
+    if kind == "qcow2":
+        run("qemu-img", "check", path)
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("by_worker", [True, False])
+async def test_a_worker_copies_what_lies_in_one_piece(kind, by_worker, tmp_path, monkeypatch):
+    """And the target is the same when everything is read and written."""
+    answers = []
+    real = mirror.copy_run
+
+    async def copy_run(*args, **options):
+        answers.append(by_worker and await real(*args, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(mirror, "copy_run", copy_run)
+    mode = MirrorCopyMode.BACKGROUND
+    bench, drive, model, path, target, parameters = await begin(tmp_path, kind, 4, mode)
+    data = random.Random(4).randbytes(4 * MIB)
+    for offset, part in ((4 * MIB, data), (8 * MIB, bytes(MIB)), (8 * MIB + 70000, data[:5000])):
+        await drive.write(offset, part)
+        model[offset : offset + len(part)] = part
+    if kind == "raw":  # what is there already has to go
+        path.write_bytes(b"old" * (SIZE // 3))
+    else:
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 85 6M 2M", path)
+    await bench.open(node_name="target", **target)
+    job = await start_mirror(bench.graph, bench.scheduler, parameters)
+    await bench.end(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    await bench.end(job)
+    assert any(answers) is by_worker and answers
+    assert bytes(await drive.read(0, SIZE)) == model
+    await bench.graph.detach(drive)
+    await bench.close()
     (tmp_path / "model").write_bytes(model)
     image_format = "qcow2" if kind == "qcow2" else "raw"
     run("qemu-img", "compare", "-f", "raw", "-F", image_format, tmp_path / "model", path)
