@@ -449,9 +449,9 @@ class Scene(Upkeep, Merging, Copies):
         await guest.resize(max(size, 4 * KIB))
 
     async def _do_restart(self) -> None:
-        """A clean close makes all durable, as a flush does."""
+        """A clean close makes all durable, as a flush does. Nobody could go on if it failed."""
         guest, machine = self.guest, self.machine
-        async with guest.halted():
+        async with guest.halted(), self._calm():
             if machine.injected:
                 return  # what could not be written back is not there afterwards
             await self._sync_and_restart()
