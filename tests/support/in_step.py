@@ -149,7 +149,9 @@ class InStep:
 
     def look(self) -> None:
         """Compare nodes with their bitmaps, jobs and exports."""
-        if not any(map(_idle_stream, self._both("query-block-jobs")[1]["return"])):
+        if not self.held and not any(
+            map(_idle_stream, self._both("query-block-jobs")[1]["return"])
+        ):  # jobs that are held have done some of their work, which bitmaps of targets show
             self._same("nodes", *map(_nodes, self._both("query-named-block-nodes")))
         self._same("jobs", *map(_jobs, self._both("query-jobs")))
         self._same("block jobs", *map(_jobs, self._both("query-block-jobs")))
@@ -265,7 +267,7 @@ def _nodes(answer: dict[str, Any]) -> list[Any]:
         keys = ("node-name", "drv", "file", "ro", "backing_file", "backing_file_depth",
                 "detect_zeroes", "write_threshold", "cache")  # fmt: skip
         if node["node-name"] == "#block":
-            del node["ro"]
+            del node["ro"], node["detect_zeroes"]
         found.append([*(_name(node.get(key)) for key in keys), bitmaps, snapshots])
     return sorted(found, key=_key)
 
