@@ -194,6 +194,7 @@ class InStep:
             )
             now = time.monotonic()
             if rests and found == before and (found[0] == found[1] or now > patience):
+                self.held &= found[1].keys()
                 return
             assert now < deadline, f"{found} after {self.requests[-1]}"
             before = found
