@@ -39,6 +39,7 @@ class JobJournal:
         self._journal = Journal.open(path, context.workers)
         context.parts["journal"] = self._journal
         self._journal.attend(context.scheduler)
+        self._journal.on_drive = self._has
         context.graph.on_drained = self._moved
 
     async def open_drive(self, options: DriveOptions) -> None:
@@ -67,6 +68,9 @@ class JobJournal:
         if last is not None and not elsewhere:
             # Somebody decided otherwise; what was known of it is worth nothing.
             self._journal.drive_moved(drive.name, opened, layer)
+
+    def _has(self, layer: Node) -> bool:
+        return any(known is layer for _, known in self._drives.values())
 
     def _moved(self) -> Coroutine[Any, Any, None] | None:
         """Write down drives that are elsewhere now; what is to be awaited for that."""

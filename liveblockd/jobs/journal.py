@@ -5,7 +5,8 @@ the start, before anything is served, on the loop).
 
 Invariants: lines reach the disk in order, each with what came before it, and ``synced`` returns
 after that. The file is replaced by a shorter one that says the same, never cut. One daemon at a
-time has it. A journal that cannot be written is logged, and stops no job.
+time has it. A journal that cannot be written is logged and tried again each second, and stops no
+job; while what it says of drives is not so, it is under another name, and no daemon starts by it.
 
 Errors: ``BlockError`` from ``open``.
 """
@@ -20,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from errno import EAGAIN
 from typing import Any, Final
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 
 #: bytes after which the file is written anew
 MOST: Final = 1 << 20
+#: seconds until a journal that could not be written is tried again
+RETRY: Final = 1.0
 #: parameters that mean something to the next daemon; node names may not
 _LASTING: Final = (
     "backing_file", "backing_mask_protocol", "on_error", "filter_node_name", "auto_finalize",
@@ -58,9 +61,13 @@ class Journal:
 
     def __init__(self, path: str, workers: WorkerPool) -> None:
         self.path = path
+        #: what the file is called while drives are elsewhere than it says
+        self._outdated = f"{path}.outdated"
         self.history = History()
         #: the daemon ends by a signal: jobs that it cancels are to go on when it is back
         self.ending = False
+        #: whether a layer is the active one of a drive whose place is written down here
+        self.on_drive: Callable[[Node], bool] = lambda _: False
         self._workers = workers
         self._size = 0
         self._lock_fd = -1
@@ -68,7 +75,10 @@ class Journal:
         #: jobs that have a line, and have not ended
         self._known: set[Job] = set()
         self._lines: list[dict[str, Any]] = []
+        #: lines were lost on the way to the file: it is to be written anew
+        self._behind = False
         self._writer: asyncio.Task[None] | None = None
+        self._again: asyncio.TimerHandle | None = None
 
     @classmethod
     def open(cls, path: str, workers: WorkerPool) -> Journal:
@@ -90,6 +100,11 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._lock_fd = os.open(f"{self.path}.lock", flags, 0o640)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(self._outdated):
+            raise ValueError(
+                f"where drives were last could not be written down; see that each names the image "
+                f"that its guest wrote last, then remove '{self._outdated}'"
+            )
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             if bad := self.history.load(file.read()):
                 log.warning("%s: %d lines make no sense and are left out", self.path, bad)
@@ -104,17 +119,15 @@ class Journal:
             _write(fd, data)
             os.fsync(fd)
             os.rename(new, self.path)
-            directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _sync_directory(self.path)
         except BaseException:
             os.close(fd)
             raise
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._size = fd, len(data)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._outdated)
 
     # -- what is written
 
@@ -188,27 +201,48 @@ class Journal:
     def _add(self, line: dict[str, Any]) -> None:
         self.history.apply(line)
         self._lines.append(line)
+        self._start_writer()
+
+    def _start_writer(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if self._writer is None:
             self._writer = asyncio.create_task(self._write(), name="journal")
 
     async def _write(self) -> None:
         try:
-            while self._lines:
+            while self._lines or self._behind:
                 lines, self._lines = self._lines, []
                 data = _encode(lines)
                 try:
-                    if self._size + len(data) > MOST:
-                        whole = _encode(self.history.lines())
-                        self._lines.clear()  # they are in it
-                        await self._workers.run(self._replace, whole)
+                    if self._behind or self._size + len(data) > MOST:
+                        self._behind = True
+                        await self._workers.run(self._replace, _encode(self.history.lines()))
+                        self._behind = False
                     else:
                         await self._workers.run(_append, self._fd, data)
                         self._size += len(data)
                 except OSError as error:
                     log.error("the journal of jobs %s: %s", self.path, error.strerror)
-                    self._size = MOST  # a line may be cut off: the next time all is written anew
+                    self._behind = True  # a line may be cut off
+                    if any("drive" in line for line in lines):
+                        await self._workers.run(self._set_aside)
+                    if not self._lines:
+                        again = asyncio.get_running_loop().call_later
+                        self._again = again(RETRY, self._start_writer)
+                        return
         finally:
             self._writer = None
+
+    def _set_aside(self) -> None:
+        """Guests write elsewhere than the file says: no daemon may go by it. Runs on a worker."""
+        try:
+            with contextlib.suppress(FileNotFoundError):  # it is aside already
+                os.rename(self.path, self._outdated)
+            _sync_directory(self.path)
+        except OSError as error:
+            log.error("'%s' says wrong places of drives: %s", self.path, error.strerror)
 
     async def synced(self) -> None:
         """Return when all that was told is durable, or could not be written."""
@@ -217,7 +251,11 @@ class Journal:
 
     async def close(self) -> None:
         """The end; twice is harmless."""
+        if self._again is not None:
+            self._start_writer()  # the last time
         await self.synced()
+        if self._again is not None:
+            self._again.cancel()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -239,6 +277,14 @@ def image_of(layer: Node) -> Image:
         if (host := node.host_file()) is not None:
             inode = os.fstat(host.fd).st_ino
     return Image(name, layer.driver_class.driver_name, inode)
+
+
+def _sync_directory(path: str) -> None:
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _encode(lines: Iterable[dict[str, Any]]) -> bytes:

@@ -4,13 +4,16 @@ Specification: docs/job-journal.md. Runs on the event loop.
 
 Both are begun anew with the images where they are now: what a stream has copied is in the top
 image and is left alone, a commit copies again what reads the same. So nothing depends on how far
-it had come, only on the chain: it must be, image by image, what the journal says.
+it had come, only on the chain: it must be, image by image, what the journal says. Only an active
+commit must not have switched its guest over: that is known of drives, whose images are written down
+before a guest goes on there.
 
 Errors: BlockError, and nothing is begun.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from liveblockd.errors import BlockError
@@ -44,7 +47,7 @@ async def resume(graph: Graph, scheduler: Scheduler, record: JobRecord, journal:
     if record.type == JobType.STREAM:
         await _stream(graph, scheduler, record, layers, given)
     else:
-        await _commit(graph, scheduler, record, layers, given)
+        await _commit(graph, scheduler, record, layers, given, journal.on_drive)
     return True
 
 
@@ -57,20 +60,33 @@ async def _stream(
 
 
 async def _commit(
-    graph: Graph, scheduler: Scheduler, record: JobRecord, layers: list[Node], given: dict[str, Any]
+    graph: Graph,
+    scheduler: Scheduler,
+    record: JobRecord,
+    layers: list[Node],
+    given: dict[str, Any],
+    on_drive: Callable[[Node], bool],
 ) -> None:
     top, base = layers[0], layers[len(record.images)]
+    root = _root(top)
+    if root is top and not on_drive(top):
+        # It may have switched its guest over, just before the end, and the base be newer.
+        raise BlockError(
+            "A commit of an active image whose guest may be on the base already is not resumed: "
+            "look which of the two the guest wrote last"
+        )
     parameters = CommitParameters(
-        record.id, _root(top).name, top_node=top.name, base_node=base.name, **given
+        record.id, root.name, top_node=top.name, base_node=base.name, **given
     )
     await start_commit(graph, scheduler, parameters)
 
 
 def _root(node: Node) -> Node:
     """The highest node above it; where the chain forks, that of the first overlay."""
+    top = node
     while above := [edge.parent for edge in node.parents if isinstance(edge.parent, Node)]:
         node = above[0]
-    return node
+    return top if chain.skip_filters(node) is top else node
 
 
 def _find_chain(graph: Graph, record: JobRecord) -> list[Node] | None:

@@ -116,6 +116,40 @@ def test_it_goes_on_after_a_kill(images, what):
         assert third.qmp()("query-block-jobs") == []
 
 
+def test_a_commit_of_a_drive_goes_on(images):
+    """Where its guest was last is written down, so that the base is known not to be newer."""
+    killed_at_work(images, "block-commit", base="base.qcow2")
+    with daemon(images) as second:
+        qmp = second.qmp()
+        qmp("block-job-set-speed", device="j", speed=0)
+        qmp.wait("BLOCK_JOB_READY", device="j")
+        qmp("block-job-complete", device="j")
+        qmp.wait("BLOCK_JOB_COMPLETED", device="j")
+    holds_what_it_did(images, "base.qcow2")
+
+
+def test_a_commit_of_an_active_node_does_not(images):
+    """Its guest may have been switched over, and what it wrote to the base since be lost by it."""
+    nodes = ("--blockdev", "qcow2,node-name=n,file.driver=file,file.filename=top.qcow2")
+    with DaemonProcess(images, "--jobs", "journal=journal", *nodes) as first:
+        qmp = first.qmp()
+        base = qmp("query-named-block-nodes")
+        (name,) = (n["node-name"] for n in base if n["image"]["filename"].endswith("base.qcow2")
+                   and n["drv"] == "qcow2")  # fmt: skip
+        qmp("block-commit", device="n", job_id="j", base_node=name, speed=MIB // 4)
+        until_copying(qmp, "j")
+        first.stop(signal.SIGKILL)
+    (images / "daemon.pid").unlink()
+    before = (images / "base.qcow2").read_bytes()
+    with DaemonProcess(images, "--jobs", "journal=journal", *nodes) as second:
+        qmp = second.qmp()
+        assert qmp("query-block-jobs") == []
+        assert remembered(qmp)["j"]["result"] == "interrupted"
+        with pytest.raises(QmpError, match="is not resumed"):
+            qmp("x-liveblock-resume-job", id="j")
+    assert (images / "base.qcow2").read_bytes() == before
+
+
 def test_it_does_not_where_that_is_not_wanted(images):
     killed_at_work(images, "block-stream")
     with daemon(images, journal="journal=journal,resume=off") as second:

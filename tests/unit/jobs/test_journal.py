@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import shutil
 from errno import ENOSPC
 
 import pytest
@@ -97,6 +98,10 @@ def test_it_remembers_only_so_many_that_have_ended():
     assert [record.id for record in history.under_way()] == ["under way"]
 
 
+def full(*_):
+    raise OSError(ENOSPC, "No space left on device")
+
+
 async def reread(path):
     history = History()
     assert history.load(path.read_bytes()) == 0
@@ -150,6 +155,44 @@ class TestFile:
         await journal.synced()
         assert list((await reread(path)).jobs) == ["a", "b"]
         await journal.close()
+
+    async def test_a_full_disk_is_tried_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "RETRY", 0.01)
+        path = tmp_path / "journal"
+        journal = Journal.open(str(path), InlineWorkers())
+        with monkeypatch.context() as context:
+            context.setattr(module, "_append", full)
+            context.setattr(module, "_write", full)
+            journal._add(began_line(job("a")))
+            await journal.synced()
+            await asyncio.sleep(0.05)
+            await journal.synced()
+            assert not path.with_name("journal.outdated").exists()  # no drive is elsewhere
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if (await reread(path)).jobs:
+                break
+        assert list((await reread(path)).jobs) == ["a"]
+        await journal.close()
+
+    async def test_no_daemon_starts_by_a_wrong_place_of_a_drive(self, tmp_path, monkeypatch):
+        path, outdated = tmp_path / "journal", tmp_path / "journal.outdated"
+        journal = Journal.open(str(path), InlineWorkers())
+        with monkeypatch.context() as context:
+            context.setattr(module, "_append", full)
+            journal._add(drive_line("d", image("f"), image("g")))
+            await journal.synced()
+        assert outdated.exists() and not path.exists()
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        shutil.copy(outdated, killed)
+        with pytest.raises(BlockError, match=r"then remove '.*journal\.outdated'"):
+            Journal.open(str(killed / "journal"), InlineWorkers())
+        await journal.close()  # tries once more
+        assert path.exists() and not outdated.exists()
+        again = Journal.open(str(path), InlineWorkers())
+        assert again.drive("d").active == image("g")
+        await again.close()
 
     async def test_not_a_journal(self, tmp_path):
         path = tmp_path / "journal"
