@@ -130,6 +130,27 @@ async def test_a_batch_keeps_few_tables(
     await pair.judge(image)
 
 
+@pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}], ids=str)
+async def test_between_what_the_guest_wrote_copies_go_together(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    pair = Pair(host, tmp_path, 6)
+    image = await pair.image("many.qcow2", **options)
+    calls = []
+    plain = gather.copy_segments
+    monkeypatch.setattr(gather, "copy_segments", lambda *args: calls.append(1) or plain(*args))
+    for cluster in sorted(pair.rng.sample(range(CLUSTERS), 60)):
+        data, offset = pair.rng.randbytes(4096), cluster * CLUSTER + 8192
+        pair.model[offset : offset + 4096] = data
+        await image.write(offset, data)
+    one_by_one = image._populator.copied
+    await image.populate_many([Source(0, CLUSTERS * CLUSTER, pair.file, 0)])
+    assert calls == [1], "one job of a worker has it all"
+    assert image._gatherer.gathered > 30
+    assert image._populator.copied - one_by_one == (CLUSTERS - 60) * CLUSTER
+    await pair.judge(image)
+
+
 async def test_what_the_guest_wrote_stays(
     tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from liveblockd.formats.qcow2.claims import Claims
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.new_tables import TableMaker
-from liveblockd.formats.qcow2.populate import Populator
+from liveblockd.formats.qcow2.populate import Populator, runs_of
 from liveblockd.storage import copy_engine
 from liveblockd.storage.copy_engine import Copied, Segment
 from liveblockd.storage.driver import HostFile, Source
@@ -162,16 +162,19 @@ class Gatherer:
                 await self._copy(pieces, target, left)
                 tables.clear()
             table = await metadata.writable(cluster // entries)
-            if (
-                table.bad
-                or table.entries[index : index + count].any()
-                or self._claims.free_count(cluster, count) < count
-            ):
+            if table.bad or self._claims.free_count(cluster, count) < count:
                 left.append(Source(offset, count << bits, source.file, at))
             else:
-                table.pins += 1
-                tables.add(table.l1_index)
-                pieces.append(_Piece(table, index, count, source.file, at))
+                # What a guest has written in between is held already: its neighbours go together.
+                empty = table.entries[index : index + count] == 0
+                for first, last in runs_of(~empty & ~table.holds(index, count)):
+                    there, length = first << bits, (last - first) << bits
+                    left.append(Source(offset + there, length, source.file, at + there))
+                for first, last in runs_of(empty):
+                    table.pins += 1
+                    tables.add(table.l1_index)
+                    there = at + (first << bits)
+                    pieces.append(_Piece(table, index + first, last - first, source.file, there))
             offset += count << bits
 
     async def _copy(self, pieces: list[_Piece], target: HostFile, left: list[Source]) -> None:

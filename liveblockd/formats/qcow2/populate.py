@@ -386,12 +386,12 @@ class Populator:
             return True
         wins = ~taken
         written = wins if zero is None else wins & ~zero
-        for begin, end in _runs(written):
+        for begin, end in runs_of(written):
             metadata.publish_run(table, index + begin, host_offset + begin * size, end - begin)
-        for begin, end in _runs(~written):
+        for begin, end in runs_of(~written):
             metadata.free_data(host_offset + begin * size, end - begin)
         if zero is not None:
-            for begin, end in _runs(wins & zero):
+            for begin, end in runs_of(wins & zero):
                 metadata.publish(table, index + begin, np.full(end - begin, ZERO, np.uint64))
         return not taken.any()
 
@@ -406,7 +406,7 @@ def _duplicates(source: HostFile, target: HostFile) -> tuple[int, int]:
         raise
 
 
-def _runs(values: Zeroes) -> list[tuple[int, int]]:
+def runs_of(values: Zeroes) -> list[tuple[int, int]]:
     """Ranges ``first <= i < last`` of True."""
     edges = np.flatnonzero(np.diff(values, prepend=False, append=False))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
