@@ -23,6 +23,9 @@ import numpy as np
 from liveblockd.graph.bitmaps import DirtyBitmap
 
 _WORD: Final = 8
+#: bytes of a copy that is small, and how many times more of them go on at a time
+_SMALL: Final = 64 * 1024
+_MORE_SMALL: Final = 4
 #: the bitmap of the mirror on whose behalf the current task writes to its source
 _mirrored: ContextVar[DirtyBitmap | None] = ContextVar("mirrored", default=None)
 
@@ -92,6 +95,15 @@ class MirrorBitmap(DirtyBitmap):
     def look_away(self) -> None:
         """What the current task writes from now on is not recorded."""
         _mirrored.set(self)
+
+
+def most_copies(share: int, under_way: int) -> int:
+    """How many copies may go on, where ``share`` large ones may; ``under_way`` is their bytes.
+
+    Small ones cost the loop and no worker. Were there not more of them, a guest that keeps the
+    loop busy with small writes would stay ahead of the mirror.
+    """
+    return share * _MORE_SMALL if under_way < share * _SMALL else share
 
 
 @dataclass(eq=False, slots=True)

@@ -31,7 +31,7 @@ from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.mirror_top import Apply, MirrorTop
 from liveblockd.graph.node import Node
-from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap
+from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap, most_copies
 from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
 from liveblockd.jobs.host_copy import copy_run
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, Job
@@ -45,9 +45,6 @@ MOST_CHUNK: Final = 2 * MIB
 LEAST_ZEROES: Final = 64 * KIB
 #: what is asked of the layers in one step of the first pass
 STRETCH: Final = 1024 * MIB
-#: bytes of a copy that is small, and how many times more of them go on at a time
-SMALL: Final = 64 * KIB
-MORE_SMALL: Final = 4
 #: seconds after which a job in step looks for new writes, or tries again what failed
 SLICE: Final = 0.1
 #: seconds for which guests may have to wait for the last rest
@@ -251,7 +248,7 @@ class MirrorCore(Job):
             elif self.ending and self._nearly_done():
                 if await self._flush_early():
                     return
-            elif self._busy_enough():
+            elif len(self._copies) >= most_copies(self.scheduler.share(self), self._under_way):
                 await self.wait()
             elif (delay := self._delay()) > 0:
                 await self.wait(delay)
@@ -262,15 +259,6 @@ class MirrorCore(Job):
             else:
                 # Woken by the end of a copy, by clients, or by time to look for new writes.
                 await self.wait(None if self._copies else SLICE)
-
-    def _busy_enough(self) -> bool:
-        """Small copies cost the loop and no worker: of them more go on at a time.
-
-        Else a guest that keeps the loop busy with small writes would stay ahead of them.
-        """
-        count, share = len(self._copies), self.scheduler.share(self)
-        small = self._under_way < share * SMALL
-        return count >= (share * MORE_SMALL if small else share)
 
     def _in_step(self) -> bool:
         rest = self.chunks.rest + self._under_way
