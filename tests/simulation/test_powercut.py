@@ -7,13 +7,13 @@ import pytest
 
 from liveblockd.formats.qcow2 import new_tables
 from tests.simulation import virtual
+from tests.simulation.copy_mutants import FIRST_SEED
 from tests.simulation.crash import Replay
 from tests.simulation.crashed import Crashed
 from tests.simulation.disks import Entry, Machine, SimulatedDisk
 from tests.simulation.forms import KINDS
 from tests.simulation.judging import Figures, judge, judge_at
 from tests.simulation.machine import Course, Plan, run_machine
-from tests.simulation.copy_mutants import FIRST_SEED
 from tests.simulation.mutants import MUTANTS, PLANS, planted
 from tests.simulation.powercut import run_seed
 
