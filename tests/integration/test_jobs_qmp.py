@@ -82,7 +82,9 @@ def test_pause_takes_effect_at_once_and_cancel_always(qmp):
     started = time.monotonic()
     qmp.wait("JOB_STATUS_CHANGE", status="paused")
     assert time.monotonic() - started < 0.1
-    only(qmp("query-block-jobs"), paused=True, status="paused", offset=512 << 10, speed=1)
+    (job,) = qmp("query-block-jobs")
+    only([job], paused=True, status="paused", speed=1)
+    assert job["offset"] in (0, 512 << 10), "at most the first piece, if that was begun"
     with pytest.raises(QmpError, match="currently paused"):
         qmp("block-job-cancel", device="virtio0")
     qmp("block-job-cancel", device="virtio0", force=True)
