@@ -49,7 +49,7 @@ from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
 from liveblockd.formats.qcow2.subclusters import mask
-from liveblockd.formats.qcow2.tables import DamageError
+from liveblockd.formats.qcow2.tables import DamageError, UnsettledError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
     BlockIO,
@@ -467,11 +467,11 @@ class Qcow2(InPlace, Management, Layered, Described):
                 await self._begun_ended()
 
     def _on_damage(self, damage: DamageError) -> None:
-        """Metadata cannot be: tell, and take no more writes."""
+        """Metadata cannot be, or is not known: tell, and take no more writes."""
         if self._damaged:
             return
         self._damaged = self._committer.damaged = True
-        fatal = not self.read_only
+        fatal = not (self.read_only or isinstance(damage, UnsettledError))
         self._environment.publisher.publish(
             BlockImageCorrupted(
                 device="",

@@ -35,6 +35,7 @@ from liveblockd.formats.qcow2.references import ForkedRefcounts
 from liveblockd.formats.qcow2.tables import (
     DamageError,
     Entries,
+    UnsettledError,
     bad_l1_entries,
     drop_idle_flags,
     from_disk,
@@ -212,11 +213,14 @@ class Switch:
         return _ranges(freed, self.geometry)
 
     async def _back_to(self, header: Any, error: BaseException) -> None:
-        """Nobody knows which header the disk has: write the old one, or nothing any more."""
+        """Nobody knows which header the disk has: write the old one, or nothing any more.
+
+        Either names a sound state, as long as nothing is allocated over the other's tables.
+        """
         try:
             await self._committer.write_header(header)
         except BaseException:
-            damage = DamageError(f"The header may be the old one or the new one: {error}")
+            damage = UnsettledError(f"The header may be the old one or the new one: {error}")
             with contextlib.suppress(Exception):
                 self._committer.on_damage(damage)
             self._committer.damaged = True

@@ -167,3 +167,10 @@ class DamageError(OSError):
         self.message = message
         self.offset = offset  # host offset in bytes
         self.size = size  # bytes
+
+
+class UnsettledError(DamageError):
+    """The disk has one of two states, both sound, and nobody knows which.
+
+    Nothing is written until the image is opened again; it is not marked, for it needs no repair.
+    """

@@ -212,6 +212,44 @@ async def test_an_error_anywhere_changes_nothing(seed):
             assert oracle.read_snapshot(number) == states[snapshot_id], seed
 
 
+async def test_a_switch_that_nobody_can_settle_stops_the_writes_and_marks_nothing():
+    """Neither header could be made durable: both are sound, and a repair would be for nothing."""
+    disk, image, model = await a_disk(random.Random(1))
+    await image.flush()
+    switched = False
+
+    real_flush = disk.flush
+
+    async def flush() -> None:
+        if switched:
+            raise OSError(EIO, "injected")
+        await real_flush()
+
+    real_write = disk.write
+
+    async def write(offset: int, data: Buffer) -> None:
+        nonlocal switched
+        await real_write(offset, data)
+        switched = switched or offset == 0
+
+    disk.flush, disk.write = flush, write  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="injected"):
+        await image.create_snapshot("one", date_nsec=1)
+    assert switched
+    for request in (image.write(0, b"x" * 512), image.flush(), image.discard(0, 65536)):
+        with pytest.raises(OSError):
+            await request
+    assert bytes(await image.read(0, len(model))) == bytes(model)
+    disk.flush, disk.write = real_flush, real_write  # type: ignore[method-assign]
+    await image.close()
+    oracle = Oracle(disk.content())
+    assert oracle.errors == []
+    assert oracle.read() == bytes(model)
+    again = await open_qcow2(MemoryDriver.of(disk.content()))  # for writing: it is not marked
+    await again.write(0, b"x" * 512)
+    await again.close()
+
+
 async def test_a_refcount_of_one_bit_cannot_take_a_snapshot():
     _, image, model = await a_disk(random.Random(1), version=3, refcount_bits=1)
     with pytest.raises(BlockError, match="more than 1 references"):
