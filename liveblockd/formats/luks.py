@@ -226,6 +226,15 @@ def spread(key: bytes, hash_name: str, stripes: int = STRIPES) -> bytes:
 # -- a new header
 
 
+def _new_material_bytes(key_bytes: int) -> int:
+    return -(-key_bytes * STRIPES // _ALIGNMENT) * _ALIGNMENT
+
+
+def new_header_bytes(key_bytes: int) -> int:
+    """Bytes of what ``new_luks`` gives."""
+    return _ALIGNMENT + SLOTS * _new_material_bytes(key_bytes)
+
+
 def new_luks(
     passphrase: bytes,
     *,
@@ -237,7 +246,7 @@ def new_luks(
 ) -> bytes:
     """A header with one key slot and a random key; ``iter_time``: milliseconds to unlock it."""
     master = os.urandom(key_bytes)
-    material = -(-key_bytes * STRIPES // _ALIGNMENT) * _ALIGNMENT
+    material = _new_material_bytes(key_bytes)
     iterations = iterations_for(hash_name, key_bytes, iter_time)
     salt, digest_salt = os.urandom(32), os.urandom(32)
     key = hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, key_bytes)
@@ -246,7 +255,7 @@ def new_luks(
     secret = sector_cipher(cipher, mode, key).encrypt(0, padded)
     digest_iterations = max(1000, iterations // 8)
     digest = hashlib.pbkdf2_hmac(hash_name, master, digest_salt, digest_iterations, 20)
-    payload = _ALIGNMENT + SLOTS * material
+    payload = new_header_bytes(key_bytes)
     data = _HEADER.pack(
         MAGIC, 1, cipher.encode(), mode.encode(), hash_name.encode(), payload // SECTOR, key_bytes,
         digest, digest_salt, digest_iterations, str(uuid.uuid4()).encode(),

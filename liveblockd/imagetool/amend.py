@@ -39,6 +39,8 @@ _QCOW2: Final = {
     "size": Kind.SIZE,
     **{_ENCRYPT + name: kind for name, kind in _SLOTS.items()},
 }
+#: the options, by format
+KNOWN: Final[Mapping[str, Mapping[str, Kind]]] = {"qcow2": _QCOW2, "luks": _SLOTS}
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -58,10 +60,10 @@ async def run(args: argparse.Namespace) -> int:
 async def _amend(images: Images, node: Node, args: argparse.Namespace, progress: Progress) -> None:
     driver = node.driver
     if isinstance(driver, Luks):
-        options = _parse(args.options, _SLOTS, "luks")
+        options = _parse(args.options, "luks")
         await _change_slots(images, driver, getattr(node.given, "key_secret", None), options, args)
     elif isinstance(driver, Qcow2):
-        options = _parse(args.options, _QCOW2, "qcow2")
+        options = _parse(args.options, "qcow2")
         slots = {
             name.removeprefix(_ENCRYPT): value
             for name, value in options.items()
@@ -80,7 +82,8 @@ async def _amend(images: Images, node: Node, args: argparse.Namespace, progress:
     progress.update(1, 1)
 
 
-def _parse(texts: list[str], known: Mapping[str, Kind], image_format: str) -> dict[str, Value]:
+def _parse(texts: list[str], image_format: str) -> dict[str, Value]:
+    known = KNOWN[image_format]
     found: dict[str, Value] = {}
     for part in (part for text in texts for part in split_commas(text)):
         name, equals, value = part.partition("=")

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError, ConfigError
+from liveblockd.imagetool import option_help
 from liveblockd.imagetool.images import OptionText, ToolError, reason
 from liveblockd.imagetool.output import warn
 from liveblockd.runtime.loop import run
@@ -64,6 +66,14 @@ def _describing(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     one.add_argument("-s", "--start-offset", help="begin there (64k, 1G)")
     one.add_argument("-l", "--max-length", help="so many bytes")
     one.add_argument("filename")
+
+    one = command("measure", "how many bytes a new image would take")
+    _image(one, output=True)
+    one.add_argument("-O", dest="output_format", default="raw", help="format of the new image")
+    one.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE,...")
+    one.add_argument("--size", help="of the disk in it, which is empty")
+    one.add_argument("-l", dest="snapshot", help="an internal snapshot, by its id or name")
+    one.add_argument("filenames", nargs="*", metavar="filename", help="what it is a copy of")
 
     one = command("compare", "whether two images hold the same bytes")
     _image(one)
@@ -211,9 +221,13 @@ def _cache(one: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit status."""
-    args = parser().parse_args(_with_negative_sizes(argv))
-    module = importlib.import_module(f"liveblockd.imagetool.{args.command}")
+    load_all_drivers()
     try:
+        if (asked := option_help.asked_for(argv)) is not None:
+            option_help.show(*asked)
+            return 0
+        args = parser().parse_args(_with_negative_sizes(argv))
+        module = importlib.import_module(f"liveblockd.imagetool.{args.command}")
         _take_option_texts(args)
         status: int = run(module.run(args))
         return status
@@ -250,8 +264,9 @@ def _take_option_texts(args: argparse.Namespace) -> None:
     for name in ("filename", "filename1", "filename2"):
         if hasattr(args, name):
             setattr(args, name, OptionText(getattr(args, name)))
-    if hasattr(args, "sources"):
-        args.sources = [OptionText(source) for source in args.sources]
+    for name in ("sources", "filenames"):
+        if hasattr(args, name):
+            setattr(args, name, [OptionText(text) for text in getattr(args, name)])
 
 
 def _with_negative_sizes(argv: Sequence[str]) -> list[str]:

@@ -28,8 +28,7 @@ from liveblockd.imagetool.images import (
     reason,
     size_of,
 )
-from liveblockd.imagetool.source import Source
-from liveblockd.keyval import split_commas
+from liveblockd.imagetool.source import Source, load_snapshot
 from liveblockd.storage.driver import BlockDriver
 
 _SECTOR: Final = 512
@@ -44,7 +43,7 @@ async def run(args: argparse.Namespace) -> int:
             for name in args.sources
         ]
         if args.snapshot is not None:
-            await _load_snapshot(nodes[0], args.snapshot)
+            await load_snapshot(nodes[0], args.snapshot)
         backends = [await images.use(node) for node in nodes]
         options: Options = {}
         if not args.no_create:
@@ -152,34 +151,6 @@ def _check_target(args: argparse.Namespace, sources: list[Node], target: Node) -
             raise ToolError("Source lacks bitmap support")
         if not isinstance(target.driver, Qcow2):
             raise ToolError(f"Format driver '{name}' does not support bitmaps")
-
-
-async def _load_snapshot(node: Node, text: str) -> None:
-    """``snapshot.id=ID,snapshot.name=NAME``, or one of the two; ToolError."""
-    wanted: dict[str, str] = {}
-    if text.startswith("snapshot."):
-        for part in split_commas(text):
-            name, _, value = part.partition("=")
-            wanted[name.removeprefix("snapshot.")] = value
-        if not wanted.keys() <= {"id", "name"}:
-            name = next(n for n in wanted if n not in ("id", "name"))
-            raise ToolError(
-                f"Invalid parameter 'snapshot.{name}'\nFailed in parsing snapshot param '{text}'"
-            )
-    try:
-        known = node.driver.list_snapshots()
-        if wanted:
-            found = [
-                s for s in known
-                if wanted.get("id", s.id) == s.id and wanted.get("name", s.name) == s.name
-            ]  # fmt: skip
-        else:
-            found = [s for s in known if s.id == text] or [s for s in known if s.name == text]
-        if not found or not isinstance(node.driver, Qcow2):
-            raise BlockError("Can't find snapshot")
-        await node.driver.load_snapshot(found[0].id)
-    except (BlockError, OSError) as error:
-        raise ToolError(f"Failed to load snapshot: {reason(error)}") from error
 
 
 async def _create(images: Images, args: argparse.Namespace, options: Options, size: int) -> None:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
-from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.events import Publisher
 from liveblockd.graph import filenames
@@ -116,7 +115,6 @@ class Images:
 
     def __init__(self, objects: Sequence[str] = ()) -> None:
         """``objects``: texts of ``--object``. Raises BlockError, ConfigError."""
-        load_all_drivers()
         registry = ObjectRegistry()
         for text in objects:
             members = parse_keyval(text, "qom-type")

@@ -1,8 +1,8 @@
-"""What ``convert`` reads: images one after the other, as one disk.
+"""What ``convert`` and others read: images one after the other, as one disk.
 
 Runs on the event loop. Invariants: runs follow each other without a gap and cover the whole disk;
 what an image does not hold in its last sector reads as zeros.
-Errors: OSError.
+Errors: OSError; ``ToolError`` of ``load_snapshot``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import enum
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
+from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.graph import chain
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.node import Node
+from liveblockd.imagetool.images import ToolError, reason
+from liveblockd.keyval import split_commas
 from liveblockd.storage.driver import Buffer, ExtentKind, HostFile
 
 
@@ -91,3 +95,34 @@ class Source:
             if inside < last:
                 found.append(bytes(last - inside))
         return found[0] if len(found) == 1 else b"".join(found)
+
+
+async def load_snapshot(node: Node, text: str) -> None:
+    """Let ``node`` show an internal snapshot; ToolError.
+
+    ``text``: ``snapshot.id=ID,snapshot.name=NAME`` or one of the two, or an id or a name.
+    """
+    wanted: dict[str, str] = {}
+    if text.startswith("snapshot."):
+        for part in split_commas(text):
+            name, _, value = part.partition("=")
+            wanted[name.removeprefix("snapshot.")] = value
+        if not wanted.keys() <= {"id", "name"}:
+            name = next(n for n in wanted if n not in ("id", "name"))
+            raise ToolError(
+                f"Invalid parameter 'snapshot.{name}'\nFailed in parsing snapshot param '{text}'"
+            )
+    try:
+        known = node.driver.list_snapshots()
+        if wanted:
+            found = [
+                s for s in known
+                if wanted.get("id", s.id) == s.id and wanted.get("name", s.name) == s.name
+            ]  # fmt: skip
+        else:
+            found = [s for s in known if s.id == text] or [s for s in known if s.name == text]
+        if not found or not isinstance(node.driver, Qcow2):
+            raise BlockError("Can't find snapshot")
+        await node.driver.load_snapshot(found[0].id)
+    except (BlockError, OSError) as error:
+        raise ToolError(f"Failed to load snapshot: {reason(error)}") from error
