@@ -151,6 +151,7 @@ class Daemon:
     async def _end(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=closing the images")
         self._monitors.stop_listening()
+        self._graph.stop_waiting(*self._graph.nodes.values())
         await self._last_command()
         journal = self._context.parts.get("journal")
         if journal is not None:

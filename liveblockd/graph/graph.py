@@ -441,6 +441,12 @@ class Graph:
             for driver in holding:
                 driver.drain_end()
 
+    def stop_waiting(self, *roots: Node) -> None:
+        """Requests to nodes at and below ``roots`` that wait for a lost server fail now."""
+        for node in _parents_first(roots):
+            if node.opened:
+                node.driver.stop_waiting()
+
     # -- operations on one node
 
     async def resize(self, node: Node, size: int) -> None:

@@ -151,6 +151,10 @@ class Backup(CopyJob):
         """Source and target."""
         return chain.chain(self.source)[:1], chain.skip_filters(self.target)
 
+    def let_go(self) -> None:
+        """Copies do not wait for a target whose server is gone."""
+        self.graph.stop_waiting(self.target)
+
     @property
     def end(self) -> int:
         """Where the disk ends."""

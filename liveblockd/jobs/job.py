@@ -168,6 +168,9 @@ class Job:
         """Whether a cancel ends the job as cancelled; a ready mirror ends as completed."""
         return True
 
+    def let_go(self) -> None:
+        """It was cancelled: what it has in flight need not come to a good end."""
+
     def end_gently(self) -> None:
         """A cancel that is not forced: end as completed, without switching over."""
 

@@ -85,6 +85,10 @@ class Mirror(MirrorCore):
         # Given back by ``free``.
         self.held = HeldNodes(graph, BLOCKER)
 
+    def let_go(self) -> None:
+        """Copies do not wait for a target whose server is gone."""
+        self.graph.stop_waiting(self.target)
+
     def check_completion(self) -> None:
         """The node to be replaced is still there and free."""
         name = self.parameters.replaces

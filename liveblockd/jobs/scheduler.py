@@ -182,6 +182,7 @@ class Scheduler:
             return  # it is being finalized: what it does now is true whatever we say
         if forced:
             job.cancel_requested = True
+            job.let_go()
         else:
             job.end_gently()
         if job.user_paused:
@@ -346,6 +347,7 @@ class Scheduler:
         for other in transaction.jobs:
             if other is not job:
                 other.cancel_requested = True
+                other.let_go()
                 if other.user_paused:
                     self._resume(other)
                 other.wake()

@@ -406,6 +406,9 @@ class BlockDriver(abc.ABC):
     def drain_end(self) -> None:
         """As before ``drain_begin``."""
 
+    def stop_waiting(self) -> None:
+        """Requests that wait for a server to come back fail now (a job is cancelled, we end)."""
+
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""
         return None

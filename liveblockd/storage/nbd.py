@@ -2,8 +2,7 @@
 
 Specification: qapi/block-core.json, BlockdevOptionsNbd; NBD doc/proto.md. Runs on the event loop.
 
-A server that goes away does not come back: what it had not flushed may be lost, so that all further
-requests fail with EIO, and the node has to be opened again. Hence ``reconnect-delay`` is refused.
+What becomes of a server that goes away, and comes back, is ``nbd_link``'s affair.
 Requests that are not multiples of the server's smallest block are widened here.
 
 Errors: BlockError from ``open``; OSError of the I/O.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
-from errno import ENOTSUP, EPERM
+from errno import EIO, ENOTSUP, EPERM
 from os import strerror
 from typing import Any, Final, Self
 
@@ -29,6 +28,7 @@ from liveblockd.qapi import UInt32
 from liveblockd.qapi.sockets import InetSocketAddress, SocketAddress
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Extent, ExtentKind
 from liveblockd.storage.nbd_connection import Answer, ClientTls, NbdConnection, connect
+from liveblockd.storage.nbd_link import NbdLink
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 from liveblockd.storage.serialise import Serialiser
@@ -55,18 +55,17 @@ class NbdOptions(BlockdevOptions):
 
 @register_driver
 class NbdDriver(BlockDriver):
-    """One connection."""
+    """One export."""
 
     driver_name = "nbd"
     Options = NbdOptions
 
-    def __init__(
-        self, options: NbdOptions, connection: NbdConnection, export: RemoteExport
-    ) -> None:
+    def __init__(self, options: NbdOptions, link: NbdLink) -> None:
+        export = link.export
         self.children: dict[str, BlockIO] = {}
         self.read_only = bool(options.read_only)
-        self._connection = connection
-        self._export = export
+        self._link = link
+        self._export: RemoteExport = export
         self._serialiser = Serialiser()
         self._unit = export.minimum_block
         self.request_alignment = self._unit
@@ -82,12 +81,8 @@ class NbdDriver(BlockDriver):
     ) -> Self:
         """Connect; raises BlockError."""
         assert not children
-        for name, value in (
-            ("x-dirty-bitmap", options.x_dirty_bitmap),
-            ("reconnect-delay", options.reconnect_delay or None),
-        ):
-            if value is not None:
-                raise BlockError(f"The option '{name}' is not supported by the NBD client")
+        if options.x_dirty_bitmap is not None:
+            raise BlockError("The option 'x-dirty-bitmap' is not supported by the NBD client")
         address = options.server.plain()
         if isinstance(address, InetSocketAddress) and not address.port.isdecimal():
             raise BlockError(f"address resolution failed for port '{address.port}'")
@@ -97,10 +92,14 @@ class NbdDriver(BlockDriver):
             name = options.tls_hostname or host
             context = environment.tls_client(options.tls_creds, bool(name))
             tls = ClientTls(context, name)
+
+        def dial() -> Coroutine[Any, Any, tuple[NbdConnection, RemoteExport]]:
+            return connect(address, options.export or "", tls)
+
         deadline = asyncio.get_running_loop().time() + (options.open_timeout or 0)
         while True:
             try:
-                connection, export = await connect(address, options.export or "", tls)
+                connection, export = await dial()
             except BlockError:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
@@ -112,7 +111,7 @@ class NbdDriver(BlockDriver):
                 await connection.close()
                 raise BlockError("request on denied for read-only export", errno=EPERM)
             options = options.model_copy(update={"read_only": True})
-        return cls(options, connection, export)
+        return cls(options, NbdLink(connection, export, dial, delay=options.reconnect_delay or 0))
 
     @property
     def length(self) -> int:
@@ -132,10 +131,8 @@ class NbdDriver(BlockDriver):
     async def _read(self, offset: int, length: int) -> bytearray:
         parts = list(self._pieces(offset, length, self._data_unit))
         if len(parts) == 1:
-            return (await self._connection.request(Command.READ, offset, length)).data
-        answers = await asyncio.gather(
-            *(self._connection.request(Command.READ, *part) for part in parts)
-        )
+            return (await self._link.request(Command.READ, offset, length)).data
+        answers = await asyncio.gather(*(self._link.request(Command.READ, *part) for part in parts))
         return bytearray().join(answer.data for answer in answers)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -162,7 +159,7 @@ class NbdDriver(BlockDriver):
         view = memoryview(data)
         await _all(
             [
-                self._connection.request(
+                self._link.request(
                     Command.WRITE, start, count, data=view[start - offset : start - offset + count]
                 )
                 for start, count in self._pieces(offset, len(data), self._data_unit)
@@ -191,7 +188,7 @@ class NbdDriver(BlockDriver):
         try:
             await _all(
                 [
-                    self._connection.request(Command.WRITE_ZEROES, at, count, flags=flags)
+                    self._link.request(Command.WRITE_ZEROES, at, count, flags=flags)
                     for at, count in self._pieces(start, stop - start, MOST)
                 ]
             )
@@ -214,21 +211,21 @@ class NbdDriver(BlockDriver):
         section = await self._serialiser.enter(start, max(start, stop), exclusive=False)
         try:
             for at, count in self._pieces(start, stop - start, MOST):
-                await self._connection.request(Command.TRIM, at, count)
+                await self._link.request(Command.TRIM, at, count)
         finally:
             self._serialiser.leave(section)
 
     async def flush(self) -> None:
         """What was written is durable, as far as the server knows."""
         if self._export.flags & TransmissionFlag.SEND_FLUSH and not self.read_only:
-            await self._connection.request(Command.FLUSH, 0, 0)
+            await self._link.request(Command.FLUSH, 0, 0)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """What the server says of base:allocation; all is data where it says nothing."""
         if self._export.allocation is None or not length:
             return [Extent(length, ExtentKind.DATA, offset)]
         start, end = self._widened(offset, offset + min(length, MOST))
-        answer = await self._connection.request(Command.BLOCK_STATUS, start, end - start)
+        answer = await self._link.request(Command.BLOCK_STATUS, start, end - start)
         extents: list[Extent] = []
         position, limit = start, min(end, offset + length)
         for count, state in answer.extents:
@@ -264,11 +261,18 @@ class NbdDriver(BlockDriver):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        self._link.end_patience()
         try:
-            if not self._connection.lost:
+            if not self._link.lost:
                 await self.flush()
+            elif self._link.dirty:
+                raise OSError(EIO, "the NBD server is gone, with what it had not flushed")
         finally:
-            await self._connection.close()
+            await self._link.close()
+
+    def stop_waiting(self) -> None:
+        """For a server that is gone."""
+        self._link.stop_waiting()
 
     # -- inside
 

@@ -2,8 +2,8 @@
 
 Specification: NBD doc/proto.md, "Transmission". Runs on the event loop. Invariants:
 
-* Every request gets one answer: that of the server, or EIO when the connection has ended. There is
-  no second connection: what a server has not flushed may be gone with it.
+* Every request gets one answer: that of the server, or ``ConnectionLostError`` when the connection
+  has ended; ``nbd_link`` knows what can be done then.
 * Nothing a server sends is believed: lengths and offsets lie inside the request they answer.
 
 Errors: OSError of ``request``; BlockError from ``connect``.
@@ -15,6 +15,7 @@ import asyncio
 import socket
 import ssl
 import struct
+from collections.abc import Callable
 from errno import EIO
 from os import strerror
 from typing import Final, NamedTuple, cast
@@ -42,7 +43,7 @@ CONNECT_TIMEOUT: Final = 30.0
 class Answer:
     """A request that waits, and what came of it."""
 
-    __slots__ = ("command", "data", "error", "extents", "future", "length", "offset")
+    __slots__ = ("command", "data", "error", "extents", "future", "length", "lost", "offset")
 
     def __init__(self, command: int, offset: int, length: int) -> None:
         self.command = command
@@ -52,6 +53,11 @@ class Answer:
         self.data = bytearray(length) if command == Command.READ else bytearray()
         self.extents: list[tuple[int, int]] = []
         self.error = 0
+        self.lost = False
+
+
+class ConnectionLostError(OSError):
+    """There is no answer, and will be none."""
 
 
 class ClientTls(NamedTuple):
@@ -71,6 +77,10 @@ class NbdConnection(asyncio.Protocol):
         self.negotiated: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
         self.lost = False
         self.why_lost = ""
+        #: the connection was ended for what the server sent
+        self.broke_protocol = False
+        #: called once when the connection has ended, before those who wait know
+        self.on_lost: Callable[[], None] | None = None
         self._export: RemoteExport = None  # type: ignore[assignment]
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         self._buffer = bytearray()
@@ -88,9 +98,10 @@ class NbdConnection(asyncio.Protocol):
         self, command: Command, offset: int, length: int, *, flags: int = 0, data: Buffer = b""
     ) -> Answer:
         """Ask and wait for the answer; raises OSError with what the server said."""
-        await self._may_send.wait()
+        if not self._may_send.is_set():
+            await self._may_send.wait()
         if self.lost:
-            raise OSError(EIO, strerror(EIO))
+            raise ConnectionLostError(EIO, strerror(EIO))
         self._cookie += 1
         cookie = self._cookie
         answer = self._waiting[cookie] = Answer(command, offset, length)
@@ -101,6 +112,8 @@ class NbdConnection(asyncio.Protocol):
             self._transport.write(header)
         # Not cancelled with who waits: the server goes on with it, and data may not change.
         await asyncio.shield(answer.future)
+        if answer.lost:
+            raise ConnectionLostError(EIO, strerror(EIO))
         if answer.error:
             code = host_errno(answer.error)
             raise OSError(code, strerror(code))
@@ -112,9 +125,17 @@ class NbdConnection(asyncio.Protocol):
             self._transport.write(Request(0, Command.DISC, 0, 0, 0).to_bytes())
             self._transport.close()
         try:
-            await asyncio.wait_for(asyncio.shield(self._closed), 5)
+            # not wait_for, which may swallow a cancel
+            async with asyncio.timeout(5):
+                await asyncio.shield(self._closed)
         except TimeoutError:
             self._transport.abort()
+
+    async def finish(self) -> None:
+        """Return when every request has been answered and the connection has ended."""
+        while not self.lost and (answers := [a.future for a in self._waiting.values()]):
+            await asyncio.wait(answers)
+        await self.close()
 
     def abort(self) -> None:
         """End it at once."""
@@ -149,6 +170,7 @@ class NbdConnection(asyncio.Protocol):
                 self._buffer += data
                 self._replies()
         except (ProtocolError, RefusedError) as error:
+            self.broke_protocol = True
             self._end(str(error))
             self._transport.abort()
 
@@ -165,14 +187,13 @@ class NbdConnection(asyncio.Protocol):
         self._may_send.set()
         if not self.negotiated.done():
             self.negotiated.set_exception(BlockError(reason, errno=EIO))
+        if self.on_lost is not None:
+            self.on_lost()
         waiting, self._waiting = self._waiting, {}
-        for answer in waiting.values():
-            answer.error = EIO
+        for answer in (*waiting.values(), *((self._plain,) if self._plain is not None else ())):
             if not answer.future.done():
+                answer.lost = True
                 answer.future.set_result(None)
-        if self._plain is not None and not self._plain.future.done():
-            self._plain.error = EIO
-            self._plain.future.set_result(None)
 
     # -- what comes in
 

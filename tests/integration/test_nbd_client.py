@@ -155,7 +155,6 @@ async def test_refusals(tmp_path):
         for members, message in (
             ({"export": "elsewhere", "read_only": True}, "Requested export not available"),
             ({"export": "there"}, "request on denied for read-only export"),
-            ({"reconnect_delay": 3}, "'reconnect-delay' is not supported"),
             ({"tls_creds": "x"}, "No TLS credentials with id 'x'"),
         ):
             with pytest.raises(BlockError, match=message):
