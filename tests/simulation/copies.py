@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockJobCompleted
@@ -74,6 +73,9 @@ class Copies:
         bench: Bench
         backend: Backend
         story: list[str]
+        drive: str
+        mark: str
+        directory: str
         internal: list[tuple[str, str]]
         forms: dict[str, dict[str, Any]]
         detect_zeroes: str
@@ -115,7 +117,7 @@ class Copies:
                 form = {"cluster_size": 4096}
             await self._create(name, size, form, backing)
         return await self.bench.open(
-            node_name=name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0],
+            node_name=self.mark + name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0],
             detect_zeroes=self.detect_zeroes,
             **forms.members(name, self.forms[name]),
             **({} if self.forms[name].get("raw") else {"backing": node}),
@@ -129,15 +131,15 @@ class Copies:
         self.copies += 1
         layers = chain.chain(self.backend.node)
         below = layers[1] if len(layers) > 1 and rng.random() < 0.35 else None
-        name = f"/sim/mirror{self.copies}.img"
+        name = f"{self.directory}/mirror{self.copies}.img"
         if below is None:
             target = await self._new_image(name, None, None, may_be_raw=True)
         else:
             target = await self._new_image(name, below.filename, below.name, may_be_raw=False)
         modes, policies = tuple(MirrorCopyMode), ("report", "ignore", "stop")
         parameters = MirrorParameters(
-            f"mirror{self.copies}",
-            "drive0",
+            f"{self.mark}mirror{self.copies}",
+            self.drive,
             target.name,
             MirrorSyncMode.FULL if below is None else MirrorSyncMode.TOP,
             granularity=rng.choice((512, 4 * KIB, 64 * KIB)),
@@ -246,13 +248,14 @@ class Copies:
     async def _back_up(self, below: str | None, actions: list[Action], **options: Any) -> None:
         rng, graph, scheduler = self.random, self.bench.graph, self.bench.scheduler
         self.copies += 1
-        name, job_id = f"/sim/backup{self.copies}.img", f"backup{self.copies}"
+        job_id = f"{self.mark}backup{self.copies}"
+        name = f"{self.directory}/backup{self.copies}.img"
         may_be_raw = below is None and not actions
         target = await self._new_image(name, below, None, may_be_raw=may_be_raw)
         form = self.forms[name]
         parameters = BackupParameters(
             job_id,
-            "drive0",
+            self.drive,
             target.name,
             speed=rng.choice((0, 0, 256 * KIB)),
             compress=rng.random() < 0.2 and forms.can_compress(form),
@@ -267,7 +270,7 @@ class Copies:
             rng.randrange(len(actions) + 1),
             JobAction(
                 scheduler,
-                ("drive0", target.name),
+                (self.drive, target.name),
                 lambda transaction: create_backup(graph, scheduler, parameters, transaction),
             ),
         )
@@ -283,7 +286,7 @@ class Copies:
         rng, machine = self.random, self.machine
         snapshot = f"with{self.copies}" if rng.random() < 0.25 else None
         if snapshot is not None and "raw" not in self.forms[self.top]:
-            actions.insert(0, InternalSnapshot(self.bench.graph, "drive0", snapshot))
+            actions.insert(0, InternalSnapshot(self.bench.graph, self.drive, snapshot))
         else:
             snapshot = None
         if rng.random() < 0.1:
@@ -306,10 +309,7 @@ class Copies:
             place = (top, snapshot, None, backing and plain_name(backing))
             machine.note("keep", kept, 0, place)
         try:
-            with (
-                self._instant() as instant,
-                mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9),
-            ):
+            with self._instant() as instant:
                 await perform(self.bench.graph, actions)
         except BlockError as error:
             if "using Abort action" not in str(error):

@@ -179,7 +179,7 @@ class Replay:
         self.log = log
         self.position = 0
         self.disks = [Disk(content) for content in initial]
-        #: gets the lines that are no disk's
+        #: by drive: gets the lines that are no disk's
         self.listeners: list[Any] = []
 
     def advance(self, position: int) -> None:
@@ -189,9 +189,8 @@ class Replay:
                 while entry.medium >= len(self.disks):
                     self.disks.append(Disk(b""))
                 self.disks[entry.medium].apply(entry)
-            else:
-                for listener in self.listeners:
-                    listener.apply(entry)
+            elif self.listeners:
+                self.listeners[~entry.medium].apply(entry)
         self.position = max(self.position, position)
 
     def choose(self, rng: random.Random) -> Choice:

@@ -15,6 +15,7 @@ A failed flush is final, as in ``storage.file``: which pages the kernel dropped 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One line of the log; ``medium`` is -1 for what is no disk's."""
+    """One line of the log; ``medium`` is -1 for what is no disk's, -2 of the second drive, ..."""
 
     kind: str  # write, end, fail, flush, flushed, unflushed, and those of ``history``
     medium: int
@@ -44,13 +45,20 @@ class Entry(NamedTuple):
 
 
 class Machine:
-    """Disks, their log and their weather."""
+    """The disks of one drive, their log and their weather.
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(f"disks {seed}")
-        self.log: list[Entry] = []
-        self.media: list[Medium] = []
-        self.names: dict[str, Medium] = {}
+    ``beside``: the machine of another drive of the same daemon. All of them have one log, one order
+    of all that happens and one set of names; each has faults of its own.
+    """
+
+    def __init__(self, seed: int, beside: Machine | None = None) -> None:
+        self.random = beside.random if beside else random.Random(f"disks {seed}")
+        self.log: list[Entry] = beside.log if beside else []
+        self.media: list[Medium] = beside.media if beside else []
+        self.names: dict[str, Medium] = beside.names if beside else {}
+        self._numbers = beside._numbers if beside else itertools.count(1)
+        #: which of the drives
+        self.drive = beside.drive + 1 if beside else 0
         #: no delays, no log: while a chain is prepared
         self.quiet = True
         #: probability of a fault by operation: read, write, flush
@@ -60,7 +68,6 @@ class Machine:
         self.tables_made = 0
         #: above 0: no faults
         self.calm = 0
-        self._numbers = 0
 
     def add(self, *names: str) -> Medium:
         """A new empty file with its names."""
@@ -72,13 +79,12 @@ class Machine:
 
     def number(self) -> int:
         """Of the next request."""
-        self._numbers += 1
-        return self._numbers
+        return next(self._numbers)
 
     def note(self, kind: str, number: int = 0, offset: int = 0, data: Any = b"") -> None:
-        """Log what is no disk's."""
+        """Log what is no disk's, but the drive's."""
         if not self.quiet:
-            self.log.append(Entry(kind, -1, number, offset, data))
+            self.log.append(Entry(kind, ~self.drive, number, offset, data))
 
     async def delay(self) -> None:
         """As long as a disk takes for a step."""
@@ -101,7 +107,7 @@ class Machine:
         return True
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory of all drives."""
         for medium in self.media:
             os.close(medium.fd)
 
@@ -371,7 +377,7 @@ class SimulatedWorkers(WorkerPool):
         transfer: copy_engine.Transfer = args[0]
         _, _, fd, offset, length, cluster_size, *_ = transfer
         medium = self._medium_of(fd)
-        if self._machine.fault("write"):
+        if medium.machine.fault("write"):
             os.close(transfer.source_fd)
             os.close(fd)
             raise OSError(ENOSPC, "injected into copy")
@@ -382,7 +388,7 @@ class SimulatedWorkers(WorkerPool):
     async def _unpack(self, work: Unpacking) -> Any:
         """The same for compressed clusters."""
         medium = self._medium_of(work.fd)
-        if self._machine.fault("write"):
+        if medium.machine.fault("write"):
             os.close(work.source_fd)
             os.close(work.fd)
             raise OSError(ENOSPC, "injected into copy")
@@ -400,9 +406,9 @@ class SimulatedWorkers(WorkerPool):
     ) -> copy_engine.Copied:
         """The same for many; an error comes after some of them were written."""
         medium = self._medium_of(fd)
-        broken = self._machine.fault("write")
+        broken = medium.machine.fault("write")
         if broken:
-            keep = self._machine.random.randrange(len(segments))
+            keep = medium.machine.random.randrange(len(segments))
             for source in {s.source_fd for s in segments} - {s.source_fd for s in segments[:keep]}:
                 os.close(source)
             segments = segments[:keep]
@@ -427,7 +433,7 @@ class SimulatedWorkers(WorkerPool):
     ) -> copy_engine.Copied:
         """The same, and the tables; an error comes when all or some of it was written."""
         medium = self._medium_of(fd)
-        broken = self._machine.fault("write")
+        broken = medium.machine.fault("write")
         copied = new_tables.copy_with_tables(segments, fd, cluster_size, direct, tables)
         number = 0
         for segment in segments:

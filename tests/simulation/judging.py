@@ -21,10 +21,10 @@ from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer
 from tests.simulation import forms, virtual
 from tests.simulation.copies import SINCE
+from tests.simulation.course import Course
 from tests.simulation.crash import Bytes, Replay
 from tests.simulation.crashed import Chains, Crashed, Flat, Image, NoImageError
 from tests.simulation.history import History
-from tests.simulation.machine import Course
 from tests.simulation.upkeep import BITMAP
 from tests.support.qcow2_images import open_qcow2
 
@@ -114,12 +114,12 @@ class Judge:
         self.course = course
         self.figures = figures
         self.random = random.Random(f"cuts {course.plan.seed}")
-        self.history = History(np.frombuffer(course.content, np.uint8).copy(), course.size,
-                               course.top)  # fmt: skip
         self.replay = Replay(course.log, course.initial)
-        self.replay.listeners.append(self.history)
-        self.chains = Chains(course.names, forms.KEY, course.raw)
-        self.first = np.frombuffer(course.content, np.uint8)
+        courses = [course, *course.beside]
+        raw = set[str]().union(*(one.raw for one in courses))
+        chains = Chains(course.names, forms.KEY, raw)
+        self.drives = [DriveJudge(one, figures, chains, self.random) for one in courses]
+        self.replay.listeners.extend(drive.history for drive in self.drives)
 
     def cut_at(self, position: int, *, kill: bool | None = None) -> None:
         """One more cut, not before the last one."""
@@ -134,12 +134,29 @@ class Judge:
             choice = replay.choose(rng)
             disks, how = replay.power_cut(choice, rng), str(choice)
         self.figures.cuts += 1
-        found = self._look(disks, Found(self.course.plan.seed, position, how))
-        if found is not None:
-            self.figures.note(found)
+        versions = [disk.version if not disk.pending else None for disk in replay.disks]
+        for number, drive in enumerate(self.drives):
+            where = f"{how}, drive {number}" if number else how
+            found = drive.look(disks, versions, Found(self.course.plan.seed, position, where))
+            if found is not None:
+                self.figures.note(found)
 
-    def _look(self, disks: list[Bytes], found: Found) -> Found | None:
-        versions = [disk.version if not disk.pending else None for disk in self.replay.disks]
+
+class DriveJudge:
+    """What one drive of the course has after a cut."""
+
+    def __init__(
+        self, course: Course, figures: Figures, chains: Chains, rng: random.Random
+    ) -> None:
+        self.course = course
+        self.figures = figures
+        self.random = rng
+        self.first = np.frombuffer(course.content, np.uint8)
+        self.history = History(self.first.copy(), course.size, course.top)
+        self.chains = chains
+
+    def look(self, disks: list[Bytes], versions: list[int | None], found: Found) -> Found | None:
+        """``found`` with what is wrong; None when nothing is."""
         try:
             images, views = self.chains.read(self.history.top, disks, versions)
         except (NoImageError, KeyError) as error:

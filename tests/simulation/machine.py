@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockJobCompleted, Event
@@ -23,9 +23,10 @@ from liveblockd.storage.driver import Permission
 from tests.simulation import forms, virtual
 from tests.simulation.bench import Bench
 from tests.simulation.copies import Copies
+from tests.simulation.course import Course, Plan
 from tests.simulation.crashed import plain_name
 from tests.simulation.crashguest import CrashGuest
-from tests.simulation.disks import Entry, Machine, SimulatedDisk, SimulatedWorkers
+from tests.simulation.disks import Machine, SimulatedDisk, SimulatedWorkers
 from tests.simulation.merging import Merging
 from tests.simulation.upkeep import BITMAP, REFUSED, Upkeep
 from tests.support.qcow2_images import open_qcow2
@@ -42,56 +43,19 @@ OF_QCOW2 = ("resize", "internal", "internal_gone", "internal_apply", "amend", "c
 GRANULARITY = 4096
 
 
-@dataclass
-class Plan:
-    """What is to happen; ``None`` is left to the seed."""
-
-    seed: int
-    depth: int | None = None
-    cluster_size: int | None = None
-    #: one of ``forms.KINDS``, of all images
-    kind: str | None = None
-    #: names of steps (see ``Scene``), in order
-    steps: tuple[str, ...] | None = None
-    faults: bool | None = None
-    guest: bool = True
-    #: the file of the top is so large already that its refcount table must grow soon
-    large: bool | None = None
-    #: many L2 tables with a few clusters in each, in images of one form
-    wide: bool = False
-    bitmap: bool | None = None
-    #: of the disk, in bytes
-    size: int | None = None
-    #: of mirrors
-    copy_mode: str | None = None
-
-
-@dataclass
-class Course:
-    """What has happened."""
-
-    plan: Plan
-    log: list[Entry]
-    initial: list[bytes]
-    names: dict[str, int]
-    #: those that are raw images
-    raw: set[str]
-    top: str
-    size: int
-    content: bytes  # of the guest's disk at first, zeros up to the largest size
-    #: the image with a persistent bitmap of all that changes ``content``
-    bitmap_in: str | None = None
-    story: list[str] = field(default_factory=list)
-    requests: int = 0
-
-
 class Scene(Upkeep, Merging, Copies):
     """A machine at work."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, machine: Machine, bench: Bench) -> None:
         self.plan = plan
-        self.random = random.Random(f"scene {plan.seed}")
-        self.machine = Machine(plan.seed)
+        self.machine = machine
+        self.bench = bench
+        number = machine.drive
+        #: of names: those of the first drive stay as they are when there are others
+        self.mark, self.directory = (f"d{number}", f"/sim{number}") if number else ("", "/sim")
+        self.drive = f"drive{number}"
+        self.seed = f"{plan.seed} {self.drive}" if number else str(plan.seed)
+        self.random = random.Random(f"scene {self.seed}")
         self.story: list[str] = []
         self.streams = self.overlays = self.commits = 0
         #: (node, name) of internal snapshots
@@ -102,40 +66,24 @@ class Scene(Upkeep, Merging, Copies):
         self._early = set()
         #: by the name of its file
         self.forms: dict[str, dict[str, Any]] = {}
+        bench.publisher.subscribe(self._note)
 
-    async def run(self) -> Course:
-        """The whole course."""
-        SimulatedDisk.machine = self.machine
-        self.bench = Bench(
-            SimulatedWorkers(self.machine), virtual.VirtualClock(), secret=forms.secret
-        )
-        self.bench.publisher.subscribe(self._note)
+    async def prepare(self) -> Course:
+        """The chain, the drive on it and its guest; ``log`` and ``initial`` are nobody's yet."""
         options = await self._build()
         await self._open(options)
-        content = bytes(self.guest.model)
-        course = Course(
+        return Course(
             self.plan,
             self.machine.log,
-            [medium.content() for medium in self.machine.media],
+            [],
             {},
             set(),
             self.top,
             self.guest.size,
-            content,
+            bytes(self.guest.model),
             self.bitmap_in,
             self.story,
         )
-        self.machine.quiet = False
-        try:
-            async with asyncio.timeout(600):
-                await self._play()
-        finally:
-            self.machine.quiet = True
-        course.names = {name: medium.index for name, medium in self.machine.names.items()}
-        course.raw = {name for name, form in self.forms.items() if form.get("raw")}
-        course.requests = self.guest.requests
-        await self._end()
-        return course
 
     def _note(self, event: Event) -> None:
         if isinstance(event, BlockJobCompleted) and event.error is None:
@@ -166,7 +114,7 @@ class Scene(Upkeep, Merging, Copies):
         model = bytearray()
         last: str | None = None
         for number in range(depth):
-            name = f"/sim/{number}.qcow2"
+            name = f"{self.directory}/{number}.qcow2"
             own = (
                 form
                 if plan.wide or rng.random() < 0.7
@@ -181,7 +129,7 @@ class Scene(Upkeep, Merging, Copies):
             await self._fill(name, model, filled)
             below = options or None
             options = {
-                "node-name": f"n{number}",
+                "node-name": f"{self.mark}n{number}",
                 "l2-cache-size": rng.choice((4, 8, 64)) * cluster_size,
                 "backing": below,
                 **forms.members(name, self.forms[name]),
@@ -273,7 +221,7 @@ class Scene(Upkeep, Merging, Copies):
             self.machine,
             self.backend,
             content.ljust(self.largest, b"\0"),
-            random.Random(f"guest {self.plan.seed}"),
+            random.Random(f"guest {self.seed}"),
             limit=min(size // 2, 8 * cluster_size if cluster_size > 4096 else 64 * cluster_size),
             cluster_size=cluster_size,
             can_compress=lambda: forms.can_compress(self.forms[self.top]),
@@ -290,7 +238,7 @@ class Scene(Upkeep, Merging, Copies):
         options = {**options, "detect-zeroes": self.detect_zeroes}
         node = await self.bench.graph.open(self.bench.options(**options))
         self.backend = await self.bench.graph.attach(
-            node, Permission.CONSISTENT_READ | Permission.WRITE, name="drive0"
+            node, Permission.CONSISTENT_READ | Permission.WRITE, name=self.drive
         )
         node.monitor_owned = False
         self._node = node
@@ -316,10 +264,15 @@ class Scene(Upkeep, Merging, Copies):
                 **forms.members(name, self.forms[name]),
             }
         await self.bench.graph.detach(self.backend)
-        assert not self.bench.graph.nodes, self.bench.graph.nodes
+        left = [node for node in self.bench.graph.nodes.values() if self._is_mine(node)]
+        assert not left, left
         if between is not None:
             await between()
         self.guest.backend = (await self._attach(options)) and self.backend
+
+    def _is_mine(self, node: Node) -> bool:
+        driver = node.driver
+        return isinstance(driver, SimulatedDisk) and driver.medium.machine is self.machine
 
     def _changed(self) -> None:
         """The drive may stand on another image now."""
@@ -332,7 +285,8 @@ class Scene(Upkeep, Merging, Copies):
 
     # -- meanwhile
 
-    async def _play(self) -> None:
+    async def play(self) -> None:
+        """The guest, the weather and the steps; until all of them have ended."""
         rng = self.random
         steps = self.plan.steps
         if steps is None:
@@ -403,7 +357,9 @@ class Scene(Upkeep, Merging, Copies):
         if top.backing is None:
             return
         speed = rng.choice((0, 0, 256 * KIB))
-        job = await self.bench.stream("drive0", f"stream{self.streams}", speed=speed, **options)
+        job = await self.bench.stream(
+            self.drive, f"{self.mark}stream{self.streams}", speed=speed, **options
+        )
         cancel = rng.random() < 0.1
         if cancel:
             await self._wait(0.2)
@@ -420,7 +376,7 @@ class Scene(Upkeep, Merging, Copies):
     async def _do_snapshot(self) -> None:
         rng = self.random
         self.overlays += 1
-        name = f"/sim/overlay{self.overlays}.qcow2"
+        name = f"{self.directory}/overlay{self.overlays}.qcow2"
         node = chain.skip_filters(self.backend.node)
         assert node is not None
         cluster_size = rng.choice((512, 4096, node.driver.cluster_size or 512))
@@ -431,7 +387,7 @@ class Scene(Upkeep, Merging, Copies):
             form = forms.choose(rng, kind=self.plan.kind)
         await self._create(name, node.length, form, node.filename)
         overlay = await self.bench.open(
-            node_name=f"overlay{self.overlays}",
+            node_name=f"{self.mark}overlay{self.overlays}",
             backing=None,
             detect_zeroes=self.detect_zeroes,
             **forms.members(name, self.forms[name]),
@@ -477,7 +433,11 @@ class Scene(Upkeep, Merging, Copies):
             return
         old = node.driver.backing_file
         space = max(20, (node.driver.cluster_size or 512) - 360)
-        long = "/sim/" + "x" * self.random.randrange(1, min(900, space)) + str(len(self.story))
+        long = (
+            f"{self.directory}/"
+            + "x" * self.random.randrange(1, min(900, space))
+            + str(len(self.story))
+        )
         self.machine.names[long] = self.machine.names[plain_name(old)]
         for name in (long, old):
             try:
@@ -487,17 +447,6 @@ class Scene(Upkeep, Merging, Copies):
                     raise
                 self.story.append(f"  {error.message}")
 
-    # -- after
-
-    async def _end(self) -> None:
-        """Let everything go; errors no longer matter."""
-        for medium in self.machine.media:
-            medium.flush_failed = False
-        self.machine.faults = {}
-        await self.bench.close()
-        self.machine.close()
-        SimulatedDisk.machine = None
-
 
 def squeezable(rng: random.Random, length: int) -> bytes:
     """Bytes that are no zeros and take little space."""
@@ -506,9 +455,47 @@ def squeezable(rng: random.Random, length: int) -> bytes:
 
 
 async def _course(plan: Plan) -> Course:
-    return await Scene(plan).run()
+    """All drives of one daemon at once."""
+    machines = [Machine(plan.seed)]
+    while len(machines) < plan.drives:
+        machines.append(Machine(plan.seed, machines[-1]))
+    SimulatedDisk.machine = machines[0]
+    bench = Bench(SimulatedWorkers(machines[0]), virtual.VirtualClock(), secret=forms.secret)
+    scenes = [Scene(plan, machine, bench) for machine in machines]
+    courses = [await scene.prepare() for scene in scenes]
+    initial = [medium.content() for medium in machines[0].media]
+    for machine in machines:
+        machine.quiet = False
+    try:
+        async with asyncio.timeout(600), asyncio.TaskGroup() as group:
+            for scene in scenes:
+                group.create_task(scene.play())
+    finally:
+        for machine in machines:
+            machine.quiet = True
+    names = {name: medium.index for name, medium in machines[0].names.items()}
+    for scene, course in zip(scenes, courses, strict=True):
+        course.initial, course.names = initial, names
+        course.raw = {name for name, form in scene.forms.items() if form.get("raw")}
+        course.requests = scene.guest.requests
+    await _end(bench, machines)
+    courses[0].beside = courses[1:]
+    return courses[0]
+
+
+async def _end(bench: Bench, machines: list[Machine]) -> None:
+    """Let everything go; errors no longer matter."""
+    for medium in machines[0].media:
+        medium.flush_failed = False
+    for machine in machines:
+        machine.faults = {}
+    await bench.close()
+    machines[0].close()
+    SimulatedDisk.machine = None
 
 
 def run_machine(plan: Plan) -> Course:
     """Let a machine run in simulated time."""
-    return virtual.run(_course(plan))
+    # Internal snapshots have a date.
+    with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9):
+        return virtual.run(_course(plan))

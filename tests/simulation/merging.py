@@ -30,6 +30,8 @@ class Merging:
         bench: Bench
         backend: Backend
         story: list[str]
+        drive: str
+        mark: str
         internal: list[tuple[str, str]]
         bitmap_in: str | None
         commits: int
@@ -91,8 +93,8 @@ class Merging:
         self.commits += 1
         speed = self.random.choice((0, 0, 256 << 10))
         return await self.bench.commit(
-            "drive0",
-            f"commit{self.commits}",
+            self.drive,
+            f"{self.mark}commit{self.commits}",
             top_node=top.name,
             base_node=base.name,
             speed=speed,

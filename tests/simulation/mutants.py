@@ -324,6 +324,17 @@ def _zeroes_by_first_byte(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(backend, "is_zero", lambda data: not data[0]))
 
 
+def _only_first_drive_flushed(stack: ExitStack) -> None:
+    """What is flushed are the disks of one drive only."""
+    flush = SimulatedDisk.flush
+
+    async def mutated(self: SimulatedDisk) -> None:
+        if not self.medium.machine.drive:
+            await flush(self)
+
+    stack.enter_context(mock.patch.object(SimulatedDisk, "flush", mutated))
+
+
 #: by name; each is caught by the tests
 MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "skip-first-flush": _skip_first_flush,
@@ -348,6 +359,7 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "zeroes-in-version-2": _zeroes_in_version_2,
     "zeroes-in-clear": _zeroes_in_clear,
     "zeroes-by-first-byte": _zeroes_by_first_byte,
+    "only-first-drive-flushed": _only_first_drive_flushed,
     **COPY_MUTANTS,
 }
 #: members of ``machine.Plan`` for defects of something that few machines have
@@ -356,6 +368,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "link-before-base": {"depth": 4, "steps": ("commit",)},
     "switch-before-base": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
     "commit-without-the-rest": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
+    "only-first-drive-flushed": {"drives": 2, "depth": 1, "steps": ("rest",), "faults": False},
     "bitmaps-stay-behind": {"kind": "extended_l2"},
     "data-file-not-flushed": {"kind": "data_file"},
     "raw-file-without-zeros": {"kind": "data_file_raw", "depth": 1, "steps": ("rest",)},

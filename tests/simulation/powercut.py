@@ -1,23 +1,31 @@
 """``python -m tests.simulation.powercut --seeds 500 --cuts 100``: power cuts, and what they cost.
 
-Every seed is a machine: a chain of images on simulated disks, a guest, streams, snapshots, resizes.
+Every seed is a machine: one drive or several, each with a chain of images on simulated disks, a
+guest, streams, snapshots, resizes, all at the same time.
 Every cut is a moment of it and one of the states that the disks may be left in.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 
+from tests.simulation.course import Plan
 from tests.simulation.forms import KINDS
 from tests.simulation.judging import Figures, judge
-from tests.simulation.machine import Plan, run_machine
+from tests.simulation.machine import run_machine
 
 
 def run_seed(seed: int, cuts: int, **plan: object) -> Figures:
     """One machine and its cuts."""
     return judge(run_machine(Plan(seed, **plan)), cuts)  # type: ignore[arg-type]
+
+
+def drives_of(seed: int) -> int:
+    """How many a machine has when nobody says."""
+    return random.Random(f"drives {seed}").choice((1, 1, 1, 2, 3))
 
 
 def main() -> int:
@@ -27,6 +35,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--cuts", type=int, default=100, help="cuts of each machine")
     parser.add_argument("--mutant", help="put in a known defect: see mutants.py")
+    parser.add_argument("--drives", type=int, help="of each machine; else one, two or three")
     parser.add_argument("--kind", choices=KINDS, help="images of one kind only")
     parser.add_argument("--quiet", action="store_true", help="only the sum")
     arguments = parser.parse_args()
@@ -40,7 +49,8 @@ def main() -> int:
     with planted(arguments.mutant):
         for seed in range(arguments.start, arguments.start + arguments.seeds):
             try:
-                one = run_seed(seed, arguments.cuts, **plan)
+                drives = arguments.drives or drives_of(seed)
+                one = run_seed(seed, arguments.cuts, **{"drives": drives, **plan})
             except Exception as error:
                 say(f"seed {seed} failed: {error!r}")
                 say(f"again: python -m tests.simulation.powercut --start {seed} --seeds 1")

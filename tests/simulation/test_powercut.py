@@ -8,12 +8,13 @@ import pytest
 from liveblockd.formats.qcow2 import new_tables
 from tests.simulation import virtual
 from tests.simulation.copy_mutants import FIRST_SEED
+from tests.simulation.course import Course, Plan
 from tests.simulation.crash import Replay
 from tests.simulation.crashed import Crashed
 from tests.simulation.disks import Entry, Machine, SimulatedDisk
 from tests.simulation.forms import KINDS
 from tests.simulation.judging import Figures, judge, judge_at
-from tests.simulation.machine import Course, Plan, run_machine
+from tests.simulation.machine import run_machine
 from tests.simulation.mutants import MUTANTS, PLANS, planted
 from tests.simulation.powercut import run_seed
 
@@ -29,6 +30,18 @@ def test_random_machines(first: int) -> None:
         figures.add(run_seed(seed, 25))
     assert figures.cuts == 100
     assert figures.kills and figures.leaking, "the cuts came where nothing was going on"
+    assert_nothing_lost(figures)
+
+
+def test_several_drives_at_once() -> None:
+    """In one daemon, each with its chain, guest, jobs, bitmaps and snapshots; each is judged."""
+    figures = Figures()
+    for seed, drives in ((200, 2), (201, 3), (202, 2)):
+        course = run_machine(Plan(seed, drives=drives, large=False))
+        writing = {entry.medium for entry in course.log if entry.kind == "begin"}
+        assert writing == {~drive for drive in range(drives)}
+        figures.add(judge(course, 15))
+    assert figures.cuts == 45
     assert_nothing_lost(figures)
 
 
@@ -209,9 +222,10 @@ def test_refcount_table_grows() -> None:
 
 
 def test_one_seed_one_course() -> None:
-    first, second = run_machine(Plan(5)), run_machine(Plan(5))
-    assert first.log == second.log
-    assert str(judge(first, 10)) == str(judge(second, 10))
+    for plan in (Plan(5), Plan(204, drives=2, large=False)):
+        first, second = run_machine(plan), run_machine(plan)
+        assert first.log == second.log
+        assert str(judge(first, 10)) == str(judge(second, 10))
 
 
 # -- the instruments themselves

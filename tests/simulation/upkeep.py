@@ -10,7 +10,6 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
-from unittest import mock
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.amend import Amendment
@@ -70,8 +69,7 @@ class Upkeep:
         backing = backing and plain_name(backing)
         place = (self.top, name, content, backing)
         self.machine.note("keep", number, 0, place)
-        with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9):
-            await internal_snapshot.create(self.bench.graph, self._node.name, name)
+        await internal_snapshot.create(self.bench.graph, self._node.name, name)
         self.machine.note("kept", number)
         self.internal.append(pair)
         if content is not None and backing is None:
