@@ -245,7 +245,7 @@ class MirrorCore(Job):
             self._progress()
             if not self.ready and self._in_step():
                 self.scheduler.set_ready(self)
-            elif self.ending and self._nearly_done():
+            elif self.ending and self._nearly_done() and self._retry_at <= self._now():
                 if await self._flush_early():
                     return
             elif len(self._copies) >= most_copies(self.scheduler.share(self), self._under_way):
@@ -277,9 +277,11 @@ class MirrorCore(Job):
             self._failures.append(PieceFailedError("write", error))
         return not self._failures
 
+    def _now(self) -> float:
+        return self.scheduler.clock.monotonic()
+
     def _delay(self) -> float:
-        now = self.scheduler.clock.monotonic()
-        return max(self.rate_delay(), self._retry_at - now)
+        return max(self.rate_delay(), self._retry_at - self._now())
 
     def _chunk(self) -> int:
         if self.speed:
@@ -381,7 +383,7 @@ class MirrorCore(Job):
             self._under_way -= length
             self.chunks.leave(claim)
             return
-        began = self.scheduler.clock.monotonic()
+        began = self._now()
         try:
             await JobUser.run_on_both(
                 self.source_user, self.target_user, lambda: self._transfer(claim.start, length)
@@ -394,7 +396,7 @@ class MirrorCore(Job):
             self._failed(claim, PieceFailedError("write", defect))
         else:
             self._done += length
-            seconds = self.scheduler.clock.monotonic() - began
+            seconds = self._now() - began
             if seconds > 0:
                 self._throughput += (length / seconds - self._throughput) / 4
         finally:
@@ -471,7 +473,7 @@ class MirrorCore(Job):
             if action is ErrorAction.STOP:
                 return
             # Ignored means tried again: a target with a gap would be worth nothing.
-            self._retry_at = self.scheduler.clock.monotonic() + SLICE
+            self._retry_at = self._now() + SLICE
 
     # -- guests' writes in copy mode write-blocking
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from errno import EIO, ENOSPC
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
+from liveblockd.jobs.mirror import SLICE, MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.jobs.transitions import JobStatus
@@ -243,6 +244,38 @@ async def test_errors(operation, policy):
     error = next(d for n, d in bench.events if n == "BLOCK_JOB_ERROR")
     assert error == {"device": "m", "operation": operation, "action": str(policy)}
     assert bench.drive.node.name == ("top" if policy is BlockdevOnError.REPORT else "target")
+    await bench.close()
+
+
+async def test_a_target_that_cannot_be_flushed_is_asked_again_at_leisure():
+    """Under on-target-error=ignore; until then the job does not succeed."""
+    bench = await Mirrors().make()
+    target = bench.graph.nodes["target"]
+    flush, broken = target.flush, True
+
+    async def failing():
+        if broken:
+            raise OSError(EIO, "injected")
+        await flush()
+
+    target.flush = failing
+    times = []
+    bench.publisher.subscribe(
+        lambda e: times.append(time.monotonic()) if e.name == "BLOCK_JOB_ERROR" else None
+    )
+    job = await bench.mirror(on_target_error=BlockdevOnError.IGNORE)
+    await bench.until(job, JobStatus.READY)
+    bench.scheduler.complete(job)
+    async with asyncio.timeout(30):
+        while len(times) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert times[2] - times[0] > SLICE
+    assert job.status is JobStatus.READY
+    broken = False
+    await bench.end(job)
+    assert bench.completion("m").get("error") is None
+    assert await bench.content("target") == bytes(bench.model)
+    assert bench.drive.node.name == "target"
     await bench.close()
 
 
