@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,9 @@ def run_daemon(prog: str, line: CommandLine) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # pydantic would look through everything that is installed, for plugins of its own
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # What is imported stays: the collector would only look through all of it, again and again. It
+    # comes back when the parts of the daemon are there.
+    gc.disable()
     # imported after the fork: nothing of it shall run in the process that only waits
     from liveblockd.daemon.core import Daemon
     from liveblockd.runtime.loop import run

@@ -66,6 +66,8 @@ class Daemon:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._request_stop, "host-signal")
         self._make_parts()
+        gc.freeze()
+        gc.enable()
         try:
             await self._start()
             await self._stop.wait()

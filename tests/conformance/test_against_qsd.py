@@ -11,11 +11,11 @@ import os
 import pprint
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from tests.support.peer import Peer
+from tests.support.warm import LIVEBLOCKD
 
 MONITOR = ("--chardev", "socket,id=m,path=qmp.sock,server=on,wait=off", "--monitor", "m")
 MIB = 1 << 20
@@ -104,7 +104,7 @@ def compared(tmp_path, monkeypatch):
     def compare(session, *options):
         logs = []
         directories = []
-        programs = (("qemu-storage-daemon",), (sys.executable, "-m", "liveblockd"))
+        programs = (("qemu-storage-daemon",), LIVEBLOCKD)
         for name, program in zip(("theirs", "ours"), programs, strict=True):
             directory = make_images(tmp_path / name)
             with Peer(directory, *program, *options, *MONITOR) as peer:

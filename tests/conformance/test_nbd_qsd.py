@@ -4,12 +4,12 @@ import contextlib
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 
-OURS = (sys.executable, "-m", "liveblockd")
+from tests.support.warm import LIVEBLOCKD, begin
+
 QSD = "qemu-storage-daemon"
 
 
@@ -43,24 +43,25 @@ def chain(tmp_path):
 
 @contextlib.contextmanager
 def daemon(command, image, socket):
-    process = subprocess.Popen(
+    pidfile = socket.with_suffix(".pid")  # the exports come after the socket, and this after them
+    process = begin(
         [
             *command,
             *("--blockdev", f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}"),
             *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
             *("--export", "nbd,id=a,node-name=disk,name=w,writable=on,allocation-depth=on"),
             *("--export", "nbd,id=b,node-name=disk,name=r,description=to read"),
+            *("--pidfile", str(pidfile)),
         ],
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         deadline = time.monotonic() + 20
-        while not socket.exists():
+        while not pidfile.exists():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.3)  # the exports come after the socket
         yield
         process.terminate()
         assert process.wait(20) == 0
@@ -85,7 +86,7 @@ def seen(socket):
 def test_a_chain_looks_the_same(chain, tmp_path):
     with daemon((QSD,), chain, tmp_path / "theirs.sock"):
         theirs = seen(tmp_path / "theirs.sock")
-    with daemon(OURS, chain, tmp_path / "ours.sock"):
+    with daemon(LIVEBLOCKD, chain, tmp_path / "ours.sock"):
         assert seen(tmp_path / "ours.sock") == theirs
         uri = f"nbd+unix:///r?socket={tmp_path / 'ours.sock'}"
         # the image is locked by the daemon, so look at it with -U

@@ -7,13 +7,12 @@ itself, which then has neither a machine nor a guest.
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from tests.support.peer import Peer
+from tests.support.warm import LIVEBLOCKD
 
-OURS = (sys.executable, "-m", "liveblockd")
 MONITOR = ("--chardev", "socket,id=m,path=qmp.sock,server=on,wait=off", "--monitor", "m")
 QEMU = ("-machine", "none", "-display", "none", "-nodefaults", "-S",
         "-qmp", "unix:qmp.sock,server=on,wait=off")  # fmt: skip
@@ -120,7 +119,7 @@ def live_merge(peer):
 
 
 def test_live_merge_as_libvirt_does_it(compared):
-    compared(live_merge, ("qemu-storage-daemon", *MONITOR), (*OURS, *MONITOR))
+    compared(live_merge, ("qemu-storage-daemon", *MONITOR), (*LIVEBLOCKD, *MONITOR))
 
 
 def live_copy(peer):
@@ -156,5 +155,5 @@ def test_live_copy_of_a_drive_in_both_monitors(compared):
     compared(
         live_copy,
         ("qemu-system-x86_64", *QEMU, "-drive", drive),
-        (*OURS, "--drive", drive, "--qmp", "qmp.sock"),
+        (*LIVEBLOCKD, "--drive", drive, "--qmp", "qmp.sock"),
     )

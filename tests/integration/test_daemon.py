@@ -265,7 +265,7 @@ def test_systemd_is_told(tmp_path):
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(10)
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
-        with DaemonProcess(tmp_path, environment=environment) as daemon:
+        with DaemonProcess(tmp_path, environment=environment, cold=True) as daemon:
             assert manager.recv(200).startswith(b"READY=1\nSTATUS=")
             assert [manager.recv(200) for _ in range(2)] == [b"WATCHDOG=1"] * 2
             assert daemon.stop() == 0

@@ -5,6 +5,7 @@ What is copied costs processor time (compressed clusters) and no space (the targ
 
 import shutil
 import statistics
+import struct
 import subprocess
 import time
 
@@ -15,6 +16,7 @@ from tests.support.daemon import DaemonProcess
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
 
 MIB = 1 << 20
+CLUSTER = 64 << 10
 #: of the disks, in MiB
 SIZES = [16, 16, 32, 48, 64, 96, 128, 128]
 #: seconds that a client may have to wait for a job that it stops
@@ -23,14 +25,24 @@ LATENCY = 0.1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An image of compressed clusters, of which every disk is a part."""
+    """An image of compressed clusters, of which every disk is a part.
+
+    qemu-img compresses its first MiB; the L2 table then names these clusters again and again, for
+    who only reads does not count references.
+    """
     folder = tmp_path_factory.mktemp("base")
-    block = b"".join(n.to_bytes(4) for n in range(MIB // 4))
-    with open(folder / "base.raw", "wb") as file:
-        file.writelines(block for _ in range(max(SIZES)))
+    (folder / "base.raw").write_bytes(b"".join(n.to_bytes(4) for n in range(MIB // 4)))
     convert = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"]
     subprocess.run(convert, cwd=folder, check=True, timeout=60)
-    (folder / "base.raw").unlink()
+    with open(folder / "base.qcow2", "r+b") as file:
+        image = file.read()
+        (l1_table,) = struct.unpack_from(">Q", image, 40)
+        (l2_entry,) = struct.unpack_from(">Q", image, l1_table)
+        l2_table = l2_entry & 0x00FFFFFFFFFFFE00
+        file.seek(24)
+        file.write(struct.pack(">Q", max(SIZES) * MIB))  # the one L2 table has entries for 512 MiB
+        file.seek(l2_table)
+        file.write(image[l2_table : l2_table + MIB // CLUSTER * 8] * max(SIZES))
     return folder / "base.qcow2"
 
 

@@ -1,4 +1,7 @@
-"""A liveblockd of its own for a test: started, asked over QMP, always ended."""
+"""A liveblockd of its own for a test: started, asked over QMP, always ended.
+
+It begins with everything imported (``tests/support/warm.py``), unless a test wants it ``cold``.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Self
+
+from tests.support.warm import LIVEBLOCKD, begin
 
 TIMEOUT = 20.0
 
@@ -96,6 +100,7 @@ class DaemonProcess:
         prefix: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         monitor: bool = True,
+        cold: bool = False,
     ) -> None:
         self.directory = directory
         self._clients: list[QmpSocket] = []
@@ -103,9 +108,9 @@ class DaemonProcess:
         own = not monitor or "--monitor" in options
         qmp = () if own else ("--qmp", "qmp.sock")
         root = Path(__file__).resolve().parents[2]
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "liveblockd", *options, *qmp,
-             "--pidfile", self.pidfile.name],
+        popen = subprocess.Popen if cold or prefix else begin
+        self.process = popen(
+            [*prefix, *LIVEBLOCKD, *options, *qmp, "--pidfile", self.pidfile.name],
             cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(root), **(environment or {})},
         )  # fmt: skip

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Self
 
 from tests.support.daemon import TIMEOUT
 from tests.support.peer import Peer, plain
+from tests.support.warm import LIVEBLOCKD
 
 MONITOR = ("--chardev", "socket,id=m,path=qmp.sock,server=on,wait=off", "--monitor", "m")
 #: a job stays in these until a request comes
@@ -105,7 +105,7 @@ class InStep:
         command = (*options, *MONITOR)
         self.peers = (
             Peer(theirs, "qemu-storage-daemon", *command),
-            Peer(ours, sys.executable, "-m", "liveblockd", *command),
+            Peer(ours, *LIVEBLOCKD, *command),
         )
         self._seen = [0, 0]
         self._statuses: tuple[dict[str, str], ...] = ({}, {})

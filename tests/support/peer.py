@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.daemon import TIMEOUT, QmpSocket
+from tests.support.warm import begin
 
 #: members of replies that QEMU 7.2 has not, or whose values are the host's
 _LEFT_OUT = re.compile(
@@ -31,7 +32,7 @@ class Peer:
         self._status = ""  # of the job, of which there is one at a time
         self.directory = directory
         self._path = str(directory / "qmp.sock")
-        self._process = subprocess.Popen(
+        self._process = begin(
             command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
 
