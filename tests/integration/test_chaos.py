@@ -37,10 +37,19 @@ DEFECTS = {
 }
 
 
+#: Seeds that have shown a rare one, which are tried first: it is a matter of time, not of the seed
+#: alone, whether they do again.
+LIKELY = {
+    "bitmap-of-a-cancelled-backup": (24, 30, 35, 20),
+    "bitmap-without-successor": (4,),
+    "errors-unseen": (5, 7, 10, 12, 15),
+}
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_noticed(name, tmp_path):
     with planted(name):
-        for seed in range(60):
+        for seed in dict.fromkeys((*LIKELY.get(name, ()), *range(60))):
             place = tmp_path / str(seed)
             place.mkdir()
             try:

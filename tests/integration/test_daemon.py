@@ -116,7 +116,7 @@ def test_a_client_that_does_not_read_delays_the_end_by_a_second_and_leaves_no_tr
         assert daemon.qmp()("query-version")["qemu"]
         start = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # for ever, if it waited for the client
     assert daemon.errors == b""
 
 
@@ -365,14 +365,3 @@ def test_objects(tmp_path):
         client("object-add", qom_type="secret", id="s", data="hidden")
         with pytest.raises(QmpError, match=r"Property 'secret\.data' not found"):
             client("qom-get", path="s", property="data")
-
-
-@needs_images
-def test_start_is_quick_and_small(chain):
-    """0.5 s and 60 MiB are what is promised; the test allows for a loaded machine."""
-    start = time.monotonic()
-    with DaemonProcess(chain, "--drive", "file=top.qcow2,id=d") as daemon:
-        took = time.monotonic() - start
-        daemon.qmp()("query-block")
-        assert daemon.memory() < 80 << 20
-    assert took < 5

@@ -358,9 +358,9 @@ async def test_a_slow_limit_does_not_hold_up_a_snapshot(world):
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in waiting)
     overlay = await world.image("over")
-    await asyncio.wait_for(surgery.append_overlay(world.graph, node, overlay), 10)
+    await asyncio.wait_for(surgery.append_overlay(world.graph, node, overlay), 30)
     assert all(task.done() for task in waiting) and disk.node is overlay
-    await asyncio.wait_for(disk.write(0, b"c" * 512), 10)  # no longer through the throttle
+    await asyncio.wait_for(disk.write(0, b"c" * 512), 30)  # no longer through the throttle
     assert bytes(await disk.read(0, 513)) == b"c" * 512 + b"a"
     assert bytes(await disk.read(CLUSTER, 512)) == b"b" * 512
 
@@ -382,6 +382,6 @@ async def test_reopening_joins_another_group(world):
         await again("ghost")
     assert node.given.throttle_group == "slow"
     await again("free")
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     assert not groups["slow"].members and len(groups["free"].members) == 1
     assert node.given.throttle_group == "free" and disk.write_nowait(0, bytes(1))

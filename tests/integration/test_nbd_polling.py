@@ -113,7 +113,7 @@ async def test_the_same_bytes_with_and_without_looking(disk, limit):
         for connection in tuple(server.connections):  # the end of the client was seen as well
             assert connection._line.at_once > 200
             client.socket.close()
-            await asyncio.wait_for(gone(connection), 10)
+            await asyncio.wait_for(gone(connection), 30)
 
 
 async def test_nobody_is_looked_for_while_workers_are_busy(disk):
@@ -253,7 +253,7 @@ async def test_large_writes_are_stored_while_they_come(disk, nowait):
     async with disk.served() as registry:
         await asyncio.to_thread(client)
         for connection in tuple(registry.nbd_server.connections):
-            await asyncio.wait_for(gone(connection), 10)
+            await asyncio.wait_for(gone(connection), 30)
     sizes = [r.length for r in disk.driver.log if r.operation == "write"]
     content = disk.driver.content()
     assert content[MI:] == model[MI:]

@@ -408,7 +408,7 @@ async def test_garbage_instead_of_a_client(disk):
                 )
             writer.write(data)
             writer.write_eof()
-            await asyncio.wait_for(reader.read(), 5)
+            await asyncio.wait_for(reader.read(), 30)
             writer.close()
         async with disk.connected() as client:
             assert await client.read(0, 1) == b"\0"
@@ -632,7 +632,7 @@ async def test_connections_are_bounded(disk):
         await asyncio.sleep(0.1)
         assert not third.done()
         first.send(Command.DISC)
-        client = await asyncio.wait_for(third, 5)
+        client = await asyncio.wait_for(third, 30)
         await client.choose("disk")
         assert await client.read(0, 1) == b"\0"
         client.close()
@@ -773,7 +773,7 @@ async def test_descriptors_run_out(disk, monkeypatch):
             return accept(self)
 
         monkeypatch.setattr(socket.socket, "accept", failing)
-        client = await asyncio.wait_for(Client.greeted(disk.path), 5)
+        client = await asyncio.wait_for(Client.greeted(disk.path), 30)
         assert failures and registry.nbd_server.running
         client.close()
 

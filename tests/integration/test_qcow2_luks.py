@@ -243,7 +243,7 @@ async def test_whole_sectors_are_begun_and_parts_of_them_wait() -> None:
     part = asyncio.create_task(image.write(4096 + 100, b"b" * 50))
     await asyncio.sleep(0.01)
     assert gate.waiting == 1, "the other one reads the sector after the first one has written it"
-    refused = asyncio.wait_for(begin(image, 8192, b"c" * 512), 5)
+    refused = asyncio.wait_for(begin(image, 8192, b"c" * 512), 30)
     assert not await refused, "parts of sectors go first"
     gate.open()
     assert await begun

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import shutil
 import socket
 import stat
@@ -158,11 +159,10 @@ def test_any_number_of_clients(daemon: Process) -> None:
 
 def test_a_command_of_one_client_does_not_hold_up_the_queries_of_another(daemon: Process) -> None:
     slow, quick = daemon.client().negotiate(), daemon.client().negotiate()
-    slow.sock.sendall(b'{"execute": "x-test-wait", "arguments": {"ms": 1000}}')
+    slow.sock.sendall(b'{"execute": "x-test-wait", "arguments": {"ms": 1500}}')
     time.sleep(0.1)
-    begin = time.monotonic()
     assert "return" in quick.run("query-version")
-    assert time.monotonic() - begin < 0.5
+    assert not select.select([slow.sock], [], [], 0)[0]
     assert "return" in slow.read()
 
 
@@ -188,11 +188,9 @@ def test_errors_of_commands_do_not_end_the_session(daemon: Process) -> None:
     assert client.run("x-test-wait", ms=0) == {"return": {}}  # and the lock is free
 
 
-def test_schema_is_complete_and_quick(daemon: Process) -> None:
+def test_schema_is_complete(daemon: Process) -> None:
     client = daemon.client().negotiate()
-    begin = time.monotonic()
     entities = client.run("query-qmp-schema")["return"]
-    assert time.monotonic() - begin < 2
     names = [entity["name"] for entity in entities]
     assert len(set(names)) == len(names)
     commands = {e["name"] for e in entities if e["meta-type"] == "command"}

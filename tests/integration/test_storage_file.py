@@ -565,7 +565,7 @@ async def test_what_cannot_be_opened(environment, tmp_path, prepare, message, re
     prepare(path)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(BlockError) as caught:
-        await asyncio.wait_for(open_file(environment, path, **{"read-only": read_only}), 5)
+        await asyncio.wait_for(open_file(environment, path, **{"read-only": read_only}), 30)
     assert caught.value.message == message.format(path)
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -143,4 +143,4 @@ class Client:
     async def ended(self):
         """The server closes the connection, sending nothing more."""
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(self.reader.read(1), 5) == b""
+            assert await asyncio.wait_for(self.reader.read(1), 30) == b""

@@ -236,7 +236,7 @@ async def test_a_failed_flush_in_the_background_is_told_to_the_guest(dirty_again
 
     disk.hook = fail_once
     await image.write(0, b"x" * CLUSTER)
-    await asyncio.wait_for(failed.wait(), 1)
+    await asyncio.wait_for(failed.wait(), 30)
     # The timer tries again, with success.
     flushes = disk.flushes
     for _ in range(100):
@@ -264,7 +264,7 @@ async def test_a_failed_write_in_the_background_is_made_good() -> None:
 
     disk.hook = fail_once
     await image.write(0, b"x" * CLUSTER)
-    await asyncio.wait_for(failed.wait(), 1)
+    await asyncio.wait_for(failed.wait(), 30)
     await image.flush()
     await image.close()
     assert Oracle(disk.synced_content()).read(b"")[:CLUSTER] == b"x" * CLUSTER

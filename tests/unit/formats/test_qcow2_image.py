@@ -69,7 +69,7 @@ async def test_guest_write_does_not_wait_for_a_populate() -> None:
     disk.hook = lambda op, at, n: gate(op, at, n) if n == 4 * CLUSTER else None
     copy = asyncio.create_task(image.populate(0, b"b" * (4 * CLUSTER)))
     await until(lambda: gate.waiting)
-    await asyncio.wait_for(image.write(CLUSTER + 5, b"guest"), 5)
+    await asyncio.wait_for(image.write(CLUSTER + 5, b"guest"), 30)
     assert not copy.done()
     gate.open()
     await copy

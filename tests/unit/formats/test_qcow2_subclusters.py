@@ -32,7 +32,7 @@ async def closed(disk: MemoryDriver, image: Qcow2) -> Oracle:
 
 
 async def waiting(gate: Gate) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not gate.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
@@ -60,7 +60,7 @@ async def test_copy_on_write_leaves_alone_what_is_written_in_place() -> None:
     # The end of subcluster 4, which is missing, and the start of 5, which is there
     over = asyncio.create_task(image.write(5 * SUB - 100, b"o" * 200))
     await waiting(gate)
-    await asyncio.wait_for(image.write(6 * SUB - 50, b"p" * 50), 5)
+    await asyncio.wait_for(image.write(6 * SUB - 50, b"p" * 50), 30)
     gate.open()
     await over
     oracle = await closed(disk, image)
@@ -77,7 +77,7 @@ async def test_a_copy_completes_a_cluster_below_guest_writes() -> None:
     copy = asyncio.create_task(image.populate(0, b"b" * CLUSTER))
     await waiting(gate)
     missing = asyncio.create_task(image.write(SUB + 1, b"m"))  # waits for the one write
-    await asyncio.wait_for(image.write(3 * SUB + 1, b"in place"), 5)
+    await asyncio.wait_for(image.write(3 * SUB + 1, b"in place"), 30)
     gate.open()
     await asyncio.gather(copy, missing)
     assert [e.kind for e in await image.map(0, CLUSTER)] == [ExtentKind.DATA]

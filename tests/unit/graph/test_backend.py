@@ -64,7 +64,7 @@ async def test_quiesced_requests_wait_and_go_to_the_new_node(world):
         await asyncio.sleep(0)
         assert not task.done()
         world.graph.redirect(user.edge, other)
-    await asyncio.wait_for(task, 1)
+    await asyncio.wait_for(task, 30)
     assert other.driver.content()[1 << 16 : (1 << 16) + 3] == b"new"
     assert node.driver.content() == bytes(1 << 16)
     assert bytes(user.read_nowait(1 << 16, 3)) == b"new"
@@ -78,7 +78,7 @@ async def test_requests_of_a_user_that_is_gone_do_not_wait_for_ever(world):
         await world.graph.detach(user)
     for request in (waiting, user.write(0, b"x")):
         with pytest.raises(OSError) as info:
-            await asyncio.wait_for(request, 1)
+            await asyncio.wait_for(request, 30)
         assert info.value.errno == ESHUTDOWN
 
 
@@ -98,7 +98,7 @@ async def test_drain_waits_for_what_is_in_flight(world):
     await asyncio.sleep(0.01)
     assert not entered.is_set() and user.in_flight == 1
     gate.open()
-    await asyncio.wait_for(drain_task, 1)
+    await asyncio.wait_for(drain_task, 30)
     await write
     assert user.write_nowait(0, b"y")
 

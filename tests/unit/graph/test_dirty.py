@@ -28,7 +28,7 @@ async def test_a_write_in_flight_is_older_than_the_bitmap(world):
     # Added now, the bitmap would be clean after a write that a copy made now does not have.
     assert node.find_bitmap("b") is None and not adding.done()
     node.driver.gate.set()
-    await asyncio.wait_for(adding, 5)
+    await asyncio.wait_for(adding, 30)
     assert write.done() and node.find_bitmap("b").count == 0
     await user.write(5 * CLUSTER, b"y")
     assert list(node.find_bitmap("b").runs()) == [(5 * CLUSTER, CLUSTER)]
@@ -43,6 +43,6 @@ async def test_a_cancelled_addition_adds_nothing(world):
     await asyncio.wait((adding,), timeout=5)
     assert adding.cancelled() and not node.bitmaps
     node.driver.gate.set()
-    await asyncio.wait_for(write, 5)
-    await asyncio.wait_for(user.write(0, b"z"), 5)
+    await asyncio.wait_for(write, 30)
+    await asyncio.wait_for(user.write(0, b"z"), 30)
     await world.graph.detach(user)

@@ -65,7 +65,7 @@ async def test_snapshot_waits_for_writes_in_flight(world):
     later = asyncio.create_task(user.write(2 * CLUSTER, b"y" * CLUSTER))
     await asyncio.sleep(0.01)
     disk.driver.gate.set()
-    await asyncio.wait_for(asyncio.gather(write, task, later), 1)
+    await asyncio.wait_for(asyncio.gather(write, task, later), 30)
     assert IMAGES["disk"].clusters[1] == b"x" * CLUSTER
     assert 2 not in IMAGES["disk"].clusters
     assert IMAGES["over"].clusters[2] == b"y" * CLUSTER
@@ -131,7 +131,7 @@ async def test_cancelled_anywhere_the_graph_is_whole(world, steps):
         assert over.backing is disk and disk.read_only
     else:
         assert state(world) == before
-    await asyncio.wait_for(user.write(0, b"z"), 1)
+    await asyncio.wait_for(user.write(0, b"z"), 30)
 
 
 async def test_unattached_overlay_goes(world, monkeypatch):
@@ -314,7 +314,7 @@ async def test_random_surgery_under_requests(world, seed):
                     top.driver.image.clusters[index] = top.driver._read(index * CLUSTER, CLUSTER)
             await surgery.replace_backing(world.graph, top, None)
     stop = True
-    await asyncio.wait_for(asyncio.gather(*guests), 5)
+    await asyncio.wait_for(asyncio.gather(*guests), 30)
     assert bytes(await user.read(0, 16 * CLUSTER)) == bytes(model), f"{seed=}"
     await world.graph.close()
     assert not world.graph.nodes and not any(layer.OPEN.values())
@@ -367,7 +367,7 @@ async def test_nobody_reads_while_a_node_becomes_read_only(world):
         await asyncio.sleep(0)
     assert not change.done() and not top.driver.read_only
     top.driver.gate.set()
-    await asyncio.wait_for(change, 1)
+    await asyncio.wait_for(change, 30)
     assert top.driver.read_only and bytes(await reader) == b"\0"
 
 
@@ -397,11 +397,11 @@ async def test_a_drain_lets_all_go_on_whatever_happens(world, monkeypatch):
         waiting = [asyncio.create_task(user.write(0, b"x")) for user in users]
         await asyncio.sleep(0)
         monkeypatch.setattr(kind, "length", property(failing))
-    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
     assert [type(result) for result in results] == [OSError] * 3
     broken = False
     for user in users:
-        await asyncio.wait_for(user.write(0, b"x"), 1)
+        await asyncio.wait_for(user.write(0, b"x"), 30)
         assert user.in_flight == 0
 
 
@@ -434,6 +434,6 @@ async def test_requests_wait_for_what_has_to_be_known_of_a_switch(world, cancell
     assert not write.done() and not task.done()
     world.graph.on_drained = lambda: None
     durable.set()
-    await asyncio.wait_for(asyncio.wait((write, task)), 1)
+    await asyncio.wait_for(asyncio.wait((write, task)), 30)
     assert user.node is over and IMAGES["over"].clusters[0][:1] == b"x"
     await write

@@ -124,18 +124,18 @@ async def test_session():
     session = asyncio.create_task(
         ReadlineSession(context).run(*await asyncio.open_connection(sock=theirs))
     )
-    greeting = await asyncio.wait_for(reader.readuntil(b"(qemu) "), 5)
+    greeting = await asyncio.wait_for(reader.readuntil(b"(qemu) "), 30)
     assert greeting.startswith(b"liveblockd ")
     assert greeting.endswith(b" monitor - type 'help' for more information\r\n(qemu) ")
     writer.write(b"nosuch\nnosuch2\n")
-    assert await asyncio.wait_for(reader.readuntil(b"2'\r\n(qemu) "), 5) == (
+    assert await asyncio.wait_for(reader.readuntil(b"2'\r\n(qemu) "), 30) == (
         b"nosuch\r\nunknown command: 'nosuch'\r\n(qemu) "
         b"nosuch2\r\nunknown command: 'nosuch2'\r\n(qemu) "
     )
     context.quitting = True
     writer.write(b"help quit\n")  # the daemon ends: nothing is run any more
-    assert await asyncio.wait_for(reader.read(), 5) == b"help quit\r\n"
-    await asyncio.wait_for(session, 5)
+    assert await asyncio.wait_for(reader.read(), 30) == b"help quit\r\n"
+    await asyncio.wait_for(session, 30)
     writer.close()
 
 

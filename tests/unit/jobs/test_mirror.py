@@ -468,7 +468,7 @@ async def test_a_write_that_fails_on_the_target_is_copied_later():
     assert target.clusters == before, "while the job is paused nothing is written"
     assert not job.actively_synced
     bench.scheduler.resume(job)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not job.actively_synced:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     content = await bench.content("target")
@@ -483,10 +483,10 @@ async def test_a_drain_of_the_target_keeps_writes_from_it():
     target = bench.graph.nodes["target"]
     async with bench.graph.drained(target):
         before = dict(target.driver.clusters)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await bench.drive.write(0, b"new1" * KIB)
         assert target.driver.clusters == before
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not job.actively_synced:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert (await bench.content("target"))[:CLUSTER] == b"new1" * KIB
@@ -535,7 +535,7 @@ async def test_a_write_into_a_hole_that_is_being_made_on_the_target():
     used = Permission.CONSISTENT_READ | Permission.WRITE
     drive = await bench.graph.attach(source, used, name="virtio0")
     job = await Mirrors.mirror(bench, copy_mode=ACTIVE)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await reached.wait()
         await drive.write(CLUSTER, b"new1" * KIB)
     go_on.set()
@@ -598,7 +598,7 @@ async def test_a_drain_ends_although_copies_wait_for_its_end():
     job.wake()
     await bench.turns()
     job.chunks.leave(first)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await drain
         await write
     bench.model[: len(data)] = data
@@ -634,7 +634,7 @@ async def test_a_drain_of_the_target_waits_for_a_guests_write_that_will_reach_it
     await bench.turns()
     assert not drain.done()
     go_on.set()
-    await asyncio.wait_for(asyncio.gather(drain, write), 5)
+    await asyncio.wait_for(asyncio.gather(drain, write), 30)
     assert (await bench.content("target"))[:CLUSTER] == data
     bench.scheduler.cancel(job, force=True)
     await bench.end(job)

@@ -126,7 +126,7 @@ class Bench:
             await asyncio.sleep(0)
 
     async def until(self, job, status):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while job.status != status:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -160,7 +160,7 @@ async def test_an_immediate_life_that_waits_for_the_client_returns(option):
     bench = Bench()
     job = Copy(chunks=0, **{option: False})
     job.immediate = True
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await bench.start(job)
     assert job.status == ("pending" if option == "auto_finalize" else "concluded")
 
@@ -403,7 +403,7 @@ async def test_every_verb_in_every_status(verb, status):
         assert error == f"Job 's' in state '{status}' cannot accept command verb '{verb}'"
     if hasattr(bench, "hold"):
         bench.hold.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await bench.scheduler.cancel_all()
     assert not bench.scheduler.jobs
     assert job.status == "null"
@@ -612,7 +612,7 @@ class TestTurns:
         await bench.start(Copy("a", speed=1))
         b = Copy("b", chunks=0)
         b.immediate = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await bench.start(b)
         assert b.status == "null"
         await bench.scheduler.cancel_all()
@@ -633,7 +633,7 @@ class TestTurns:
         bench = Bench(max_concurrent=1)
         jobs = [await bench.start(Copy(f"j{i}", speed=1)) for i in range(4)]
         await bench.turn()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await bench.scheduler.cancel_all()
         assert all(job.cancelled and job.status == "null" for job in jobs)
 

@@ -60,7 +60,7 @@ def action(bench, job_id, transaction=None, *, immediate=False, **options):
 
 
 async def ended(bench):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         for job in bench.jobs:
             await bench.until(job, "null")
 
@@ -75,7 +75,7 @@ async def test_they_start_together(bench):
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_an_action_after_them_fails(bench, grouped):
     transaction = Transaction() if grouped else None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         with pytest.raises(BlockError, match="Abort action"):
             await perform(
                 bench.graph,
@@ -99,7 +99,7 @@ async def test_a_job_that_cannot_be_made_ends_those_before(bench):
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_jobs_with_nothing_to_do_are_over_at_the_return(bench, grouped):
     transaction = Transaction() if grouped else None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await perform(
             bench.graph,
             [action(bench, name, transaction, immediate=True, chunks=0) for name in "ab"],
@@ -110,7 +110,7 @@ async def test_jobs_with_nothing_to_do_are_over_at_the_return(bench, grouped):
 
 async def test_one_that_is_over_waits_for_the_others_of_its_group(bench):
     transaction = Transaction()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await perform(
             bench.graph,
             [
@@ -143,7 +143,7 @@ async def test_the_daemon_ends_while_they_are_made(bench):
             stop = asyncio.create_task(bench.scheduler.cancel_all())
             await bench.turn()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await perform(bench.graph, [action(bench, "a"), Quit()])
         assert stop is not None
         await stop

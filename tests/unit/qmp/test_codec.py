@@ -89,12 +89,12 @@ def test_token_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_long_string_byte_by_byte_takes_linear_time() -> None:
     def seconds(count: int) -> float:
-        reader, begin = JsonReader(), time.perf_counter()
+        reader, begin = JsonReader(), time.process_time()
         reader.feed(b'"')
         for _ in range(count):
             reader.feed(b"y")
         assert reader.feed(b'"') == ["y" * count]
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     seconds(1000)
     short, long = seconds(10_000), seconds(160_000)
@@ -102,10 +102,10 @@ def test_a_long_string_byte_by_byte_takes_linear_time() -> None:
 
 
 def test_many_broken_values_in_one_packet_take_linear_time() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     got = JsonReader().feed(b"{'a':1}" * 20_000)
     assert len(got) == 20_000
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_the_fast_way_is_taken() -> None:

@@ -147,9 +147,9 @@ def test_every_argument_default_is_of_its_type() -> None:
 
 
 def test_it_is_built_quickly() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     every()
-    assert time.perf_counter() - begin < 2.0  # 0.01 s where the machine is idle
+    assert time.process_time() - begin < 2.0  # 0.01 s where the machine is idle
 
 
 def test_types_that_are_none() -> None:

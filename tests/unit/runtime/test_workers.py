@@ -32,7 +32,7 @@ async def test_results_and_errors_come_through(pool):
 
 async def test_a_stop_iteration_does_not_hang_the_waiter(pool):
     with pytest.raises(RuntimeError):
-        await asyncio.wait_for(pool.run(next, iter(())), 5)
+        await asyncio.wait_for(pool.run(next, iter(())), 30)
 
 
 async def test_runs_off_the_loop_and_starts_threads_lazily(pool):
@@ -118,11 +118,11 @@ async def test_idle_of_a_group_does_not_wait_for_others(pool):
     other = pool.submit(gate.wait, 5)
     group = pool.group()
     job = group.submit(int)
-    await asyncio.wait_for(group.idle(), 5)
+    await asyncio.wait_for(group.idle(), 30)
     assert job.done() and not other.done() and group.count == 0
     assert pool.outstanding == 1
     gate.set()
-    await asyncio.wait_for(pool.idle(), 5)
+    await asyncio.wait_for(pool.idle(), 30)
     assert other.done()
 
 
@@ -139,7 +139,7 @@ async def test_the_loop_does_not_wait_for_a_new_thread(pool, monkeypatch):
     job = pool.submit(int)
     assert len(begun) == 1 and not job.done()
     start(*begun[0])
-    assert await asyncio.wait_for(job, 5) == 0
+    assert await asyncio.wait_for(job, 30) == 0
 
 
 async def test_close_joins_and_hands_out_what_is_left():
@@ -179,7 +179,7 @@ async def test_inline_double():
     group = pool.group()
     job = group.submit(int, 7)
     assert job.done() and await job == 7
-    await asyncio.wait_for(group.idle(), 1)
+    await asyncio.wait_for(group.idle(), 30)
     with pytest.raises(OSError):
         await pool.run(boom)
 
@@ -189,7 +189,7 @@ async def test_seeded_double_repeats_its_order(seed):
     async def order():
         pool, seen = SeededWorkers(seed), []
         await asyncio.gather(*(pool.run(seen.append, i) for i in range(20)))
-        await asyncio.wait_for(pool.idle(), 1)
+        await asyncio.wait_for(pool.idle(), 30)
         return seen
 
     first = await order()
@@ -201,7 +201,7 @@ async def test_a_request_does_not_queue_behind_copies(pool):
     gate = threading.Event()
     copies = [pool.copies.submit(gate.wait, 20) for _ in range(10)]
     try:
-        assert await asyncio.wait_for(pool.run(lambda: "answer"), 10) == "answer"
+        assert await asyncio.wait_for(pool.run(lambda: "answer"), 30) == "answer"
         assert not any(copy.done() for copy in copies)
         assert pool.outstanding == 10
         idle = asyncio.ensure_future(pool.idle())
@@ -209,7 +209,7 @@ async def test_a_request_does_not_queue_behind_copies(pool):
         assert not idle.done()
     finally:
         gate.set()
-    await asyncio.wait_for(idle, 10)
+    await asyncio.wait_for(idle, 30)
     assert all(copy.result() for copy in copies)
 
 

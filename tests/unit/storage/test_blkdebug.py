@@ -212,7 +212,7 @@ async def test_a_breakpoint_stops_one_request():
     await disk.write(1, b"c")  # the breakpoint is used up
     assert image.content()[:2] == b"ac" and not first.done()
     disk.resume("A")
-    await asyncio.wait_for(first, 1)
+    await asyncio.wait_for(first, 30)
     assert image.content()[:2] == b"bc" and not disk.is_suspended("A")
     for call in (lambda: disk.resume("A"), lambda: disk.suspend("nothing", "B")):
         with pytest.raises(OSError) as caught:
@@ -227,7 +227,7 @@ async def test_a_breakpoint_is_removed():
     waiting = asyncio.ensure_future(disk.flush())
     assert await stands(disk, "A")
     disk.remove_break("A")
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     with pytest.raises(OSError):
         disk.remove_break("A")
     assert disk.read_nowait(0, 1) is not None
@@ -239,7 +239,7 @@ async def test_nobody_waits_for_a_suspended_request():
     waiting = asyncio.ensure_future(disk.read(0, 1))
     assert await stands(disk, "A")
     disk.drain_begin()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     disk.suspend("read_aio", "B")
     waiting = asyncio.ensure_future(disk.read(0, 1))
     assert await stands(disk, "B")

@@ -7,7 +7,7 @@ from liveblockd.storage.serialise import Serialiser
 async def test_whole_blocks_pass_each_other():
     serialiser = Serialiser()
     first = await serialiser.enter(0, 10, exclusive=False)
-    second = await asyncio.wait_for(serialiser.enter(5, 15, exclusive=False), 1)
+    second = await asyncio.wait_for(serialiser.enter(5, 15, exclusive=False), 30)
     serialiser.leave(first)
     serialiser.leave(second)
 
@@ -21,7 +21,7 @@ async def test_a_cancelled_waiter_leaves_nothing_behind():
     await asyncio.wait([waiting])
     serialiser.leave(first)
     assert serialiser._inside == []
-    serialiser.leave(await asyncio.wait_for(serialiser.enter(0, 20, exclusive=True), 1))
+    serialiser.leave(await asyncio.wait_for(serialiser.enter(0, 20, exclusive=True), 30))
 
 
 async def test_overlaps_with_an_exclusive_one_never_run_together():

@@ -118,7 +118,7 @@ async def test_requests_wait_in_order():
 
     await asyncio.gather(*(write(n) for n in range(16)))
     took = asyncio.get_running_loop().time() - begun
-    assert order == list(range(16)) and 0.15 < took < 2
+    assert order == list(range(16)) and 0.15 < took < 20
     assert disk.write_nowait(0, b"x") is False  # the bucket is full
     assert bytes(disk.read_nowait(0, 1)) == b"\x0f"  # reads are not limited
 
@@ -142,16 +142,16 @@ async def test_disks_take_turns():
 
 
 async def test_a_cancelled_request_leaves_no_trace():
-    group, (disk,) = disks(1, iops_read=1)
-    await disk.read(0, 1)
+    group, (disk,) = disks(1, bps_read=1)
+    await disk.read(0, 4096)  # an hour's worth
     waiting = asyncio.ensure_future(disk.read(0, 1))
     await asyncio.sleep(0.01)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert not disk._member.waiting[False]
-    group.configure(limits(iops_read=1000))
-    await asyncio.wait_for(disk.read(0, 1), 1)
+    group.configure(limits(bps_read=1 << 20))
+    await asyncio.wait_for(disk.read(0, 1), 30)
 
 
 async def test_drain_lets_go():
@@ -160,12 +160,12 @@ async def test_drain_lets_go():
     waiting = [asyncio.ensure_future(d.write(0, b"x")) for d in (disk, disk, other)]
     await asyncio.sleep(0.01)
     disk.drain_begin()
-    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 1)
+    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 30)
     assert not waiting[2].done() and disk.write_nowait(0, b"z") == disk.child.write_nowait(0, b"z")
     disk.drain_end()
     assert not disk.write_nowait(0, b"x")
     await other.close()  # nobody waits for a disk that is gone
-    await asyncio.wait_for(waiting[2], 1)
+    await asyncio.wait_for(waiting[2], 30)
     assert group.members == [disk._member]
 
 
@@ -175,4 +175,4 @@ async def test_new_limits_hold_for_those_who_wait():
     waiting = asyncio.ensure_future(disk.write(0, b"x"))
     await asyncio.sleep(0.01)
     group.configure(limits())
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
