@@ -64,6 +64,7 @@ async def _look_at_backing(images: Images, options: Options, args: argparse.Name
         if "backing_fmt" in options:
             raise ToolError(f"{args.filename}: Backing format cannot be used without backing file")
         return
+    _refuse_same(args.filename, str(backing))
     if args.unsafe and "size" in options:
         return
     stated = options.get("backing_fmt")
@@ -80,6 +81,18 @@ async def _look_at_backing(images: Images, options: Options, args: argparse.Name
             f"Detected format of {detected}."
         )
     options.setdefault("size", node.driver.virtual_size)
+
+
+def _refuse_same(filename: str, backing: str) -> None:
+    """ToolError for an image that would be its own backing file, by whatever name."""
+    same = backing == filename
+    with suppress(OSError, BlockError):  # files that are not there, or are none
+        same |= os.path.samefile(filename, filenames.combine(filename, backing))
+    if same:
+        raise ToolError(
+            f"{filename}: Error: Trying to create an image with the same filename as the backing "
+            "file"
+        )
 
 
 async def create_image(images: Images, filename: str, image_format: str, options: Options) -> None:

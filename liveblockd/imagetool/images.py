@@ -21,6 +21,7 @@ from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.graph.opening import Opener
+from liveblockd.imagetool.output import warn
 from liveblockd.keyval import nest, parse_keyval, parse_opts
 from liveblockd.qapi import parse, parse_size
 from liveblockd.qmp.commands.objects import ObjectOptions, ObjectRegistry
@@ -176,7 +177,8 @@ class Images:
         probed = False
         if image_format is None:
             image_format = await self.format_of(filename, force_share=force_share)
-            probed = image_format == "raw" and "driver" not in _given(filename)
+            stated = _given(filename).get("driver")
+            probed = image_format == "raw" and not (stated and find_driver(stated).is_format)
         try:
             members = self._members(
                 filename, image_format, writable, backing=backing, force_share=force_share
@@ -186,9 +188,16 @@ class Images:
                 outer, _, inner = name.rpartition(".")
                 (members.setdefault(outer, {}) if outer else members)[inner] = secret
             options = parse(BlockdevOptions, members, keyval=isinstance(filename, OptionText))
-            return await self.graph.open(options, probed=probed)
+            node = await self.graph.open(options, probed=probed)
         except (BlockError, OSError) as error:
             raise _not_opened(filename, error) from error
+        if probed and writable:
+            warn(
+                f"WARNING: nobody said the format of '{filename}', and it was taken for raw.\n"
+                "         Writes to its first blocks that look like another format are refused.\n"
+                "         Say -f raw to lift that."
+            )
+        return node
 
     async def look_at(
         self, filename: str, image_format: str | None = None, *, force_share: bool = False

@@ -156,5 +156,7 @@ def _entry(layer: Node, position: int, depth: int, extent: Extent) -> Entry:
     elif extent.kind is ExtentKind.ZERO and not layer.supports_backing:
         offset = position  # a hole in a file that holds the bytes as they are
     file = layer.file if layer.driver_class.is_format else layer
+    if (edge := layer.children.get("data-file")) is not None:
+        file = edge.child
     name = file.filename if file is not None and offset is not None else None
     return Entry(position, extent.length, depth, True, not data, data, offset, name)

@@ -45,9 +45,9 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _delete(images: Images, node: Node, name_or_id: str) -> None:
-    known = node.driver.list_snapshots()
-    found = [s for s in known if s.id == name_or_id] or [s for s in known if s.name == name_or_id]
+async def _delete(images: Images, node: Node, name: str) -> None:
+    # As qemu-img: never by the id, which may be the name of another one.
+    found = [s for s in node.driver.list_snapshots() if s.name == name]
     if not found:
         raise BlockError("snapshot not found", errno=ENOENT)
     await internal_snapshot.delete(images.graph, node.name, found[0].id, None)

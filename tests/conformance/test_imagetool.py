@@ -250,3 +250,55 @@ def test_backing_chain_with_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_wrong_usage() -> None:
     assert ours("info")[0] == 1
     assert ours("blah")[0] == 1
+
+
+def test_map_names_the_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu("create", "-f", "qcow2", "-o", "data_file=d", "a", "4M")
+    qemu("create", "-f", "qcow2", "-b", "a", "-F", "qcow2", "b")
+    qemu_io("a", "write 1M 64k")
+    qemu_io("b", "write 2M 64k")
+    for name in ("a", "b"):
+        assert ours("map", name) == qemu("map", name)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+@pytest.mark.parametrize("kept", [2, 5, 20])
+def test_a_repair_leaves_the_place_of_what_was_cut_off(
+    tmp_path: Path, cluster_size: int, kept: int
+) -> None:
+    """New refcounts where entries refer to would be overwritten by the guest."""
+    path = tmp_path / "a"
+    qemu("create", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", path, "16M")
+    qemu_io(path, "write -P 1 0 1M", "write -P 2 3M 100k")
+    os.truncate(path, kept * cluster_size + 100)
+    with path.open("r+b") as file:  # the refcounts are gone
+        file.seek(cluster_size)
+        file.write(struct.pack(">Q", 1))
+    assert ours("check", "-r", "all", path)[0] == 0
+    assert qemu("check", path)[0] == 0
+    qemu_io(path, "write -P 3 0 4M")
+    assert qemu("check", path)[0] == 0
+
+
+@pytest.mark.parametrize("words", ["", "-u"])
+@pytest.mark.parametrize("new, backing", [("a", "a"), ("a", "link"), ("link", "a")])
+def test_no_image_is_its_own_backing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, new: str, backing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu("create", "-f", "qcow2", "a", "4M")
+    qemu_io("a", "write 1M 64k")
+    os.symlink("a", "link")
+    before = Path("a").read_bytes()
+    refused = ours("create", *words.split(), "-f", "qcow2", "-b", backing, "-F", "qcow2", new, "4M")
+    assert refused[0] == 1 and "same filename as the backing file" in refused[2]
+    assert Path("a").read_bytes() == before
+
+
+def test_who_writes_to_what_was_taken_for_raw_is_warned(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_bytes(bytes(1 << 20))
+    assert "WARNING" in ours("resize", path, "2M")[2]
+    assert "WARNING" in qemu("resize", path, "3M")[2]
+    assert ours("resize", "-f", "raw", path, "4M") == qemu("resize", "-f", "raw", path, "4M")

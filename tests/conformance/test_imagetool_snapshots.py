@@ -52,6 +52,27 @@ def test_snapshots(image: Path) -> None:
     assert ours("snapshot", "-d", "x", image) == qemu("snapshot", "-d", "x", image)
 
 
+def test_a_snapshot_is_deleted_by_its_name_alone(image: Path) -> None:
+    for name in ("2", "x"):  # the first one has the name that is the id of the second one
+        assert ours("snapshot", "-c", name, image)[0] == 0
+    assert ours("snapshot", "-d", "2", image) == (0, "", "")
+    assert [line.split()[:2] for line in ours("snapshot", "-l", image)[1].splitlines()[2:]] == [
+        ["2", "x"]
+    ]
+    assert ours("snapshot", "-d", "2", image) == qemu("snapshot", "-d", "2", image)
+
+
+def test_snapshots_of_another_size_stay_in_version_3(image: Path) -> None:
+    assert ours("snapshot", "-c", "small", image)[0] == 0
+    assert ours("resize", image, "8M")[0] == 0
+    refused = ours("amend", "-o", "compat=v2", image)
+    assert refused == qemu("amend", "-o", "compat=v2", image)
+    assert refused[0] == 1
+    assert ours("snapshot", "-a", "small", image)[0] == 0
+    assert ours("amend", "-o", "compat=v2", image)[0] == 0
+    assert check(image) == {}
+
+
 @pytest.mark.parametrize(
     "option",
     [

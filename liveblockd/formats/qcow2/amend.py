@@ -89,7 +89,9 @@ class Amendment:
                 raise BlockError("compat=0.10 requires refcount_bits=16", errno=ENOTSUP)
             if header.incompatible:
                 raise BlockError(
-                    "Cannot downgrade an image with incompatible features set", errno=ENOTSUP
+                    "Cannot downgrade an image with incompatible features "
+                    f"{header.incompatible:#x} set",
+                    errno=ENOTSUP,
                 )
         return version, order, lazy
 

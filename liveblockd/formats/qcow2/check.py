@@ -84,12 +84,20 @@ class CheckResult:
 
 
 class References:
-    """How often each host cluster is referred to."""
+    """How often each host cluster is referred to.
 
-    def __init__(self, geometry: Geometry, file_length: int, result: CheckResult) -> None:
+    ``horizon``: where what refers beyond the end of the file is too far away for ``reach``.
+    """
+
+    def __init__(
+        self, geometry: Geometry, file_length: int, result: CheckResult, *, horizon: int = 0
+    ) -> None:
         self.geometry = geometry
         self._file_length = file_length
         self._result = result
+        self._horizon = horizon
+        #: bytes up to which references go, be it beyond the end of the file
+        self.reach = file_length
         #: clusters that are looked at: those of the file, and what the last reference reaches into
         self.clusters = geometry.clusters(file_length)
         dtype: Any = np.uint16 if geometry.refcount_order <= 4 else np.uint32
@@ -112,6 +120,8 @@ class References:
             return
         size = self.geometry.cluster_size
         if offset + length >= self._file_length + size:
+            if offset + length <= self._horizon:
+                self.reach = max(self.reach, offset + length)
             self._beyond(offset, length, 1)
             return
         bits = self.geometry.cluster_bits
@@ -130,6 +140,9 @@ class References:
                 offset = int(offsets[index])
                 self._beyond(offset, int(ends[index]) - offset, 0)
             self._result.corruptions += int(beyond.sum()) * times
+            near = ends[beyond & (ends <= _U(self._horizon))]
+            if len(near):
+                self.reach = max(self.reach, int(near.max()))
             offsets, ends = offsets[~beyond], ends[~beyond]
             if not len(offsets):
                 return

@@ -59,6 +59,9 @@ from liveblockd.storage.driver import BlockIO
 #: as QEMU: more clusters than that are not checked
 MAX_CLUSTERS: Final = (1 << 31) - 1
 _YIELD_EVERY: Final = 16  # tables
+#: what may be missing at the end of a file that was cut off: bytes beside twice the disk, clusters
+_MORE_THAN_DISK: Final = 1 << 30
+_MAX_MISSING: Final = 1 << 26
 
 _U = np.uint64
 
@@ -129,7 +132,9 @@ class _Check:
             header.refcount_table_clusters * geometry.cluster_size // ENTRY_BYTES,
         )
         self.stored = StoredRefcounts(self.file, geometry, table)
-        self.references = References(geometry, self.file.length, result)
+        near = min(2 * header.size + _MORE_THAN_DISK, _MAX_MISSING << geometry.cluster_bits)
+        horizon = self.file.length + near
+        self.references = References(geometry, self.file.length, result, horizon=horizon)
         await self._count(snapshots, snapshots_length)
         self._count_blocks()
         places = [place for place in self.to_zero if self._may_write_l2(place[0])]
@@ -367,9 +372,10 @@ class _Check:
         """New refcount structures; ``before``: corruptions found while counting."""
         result = self.result
         result.say("Rebuilding refcount structure")
-        # Once more without the old structures: a count that was cut off cannot be taken back.
+        # Once more without the old structures: a count that was cut off cannot be taken back. What
+        # was cut off the file is there again, as zeros, before anything else can get its place.
         again = _Check(self.file, self.header, Fix.NONE)
-        again.references = References(self.geometry, self.file.length, again.result)
+        again.references = References(self.geometry, self.references.reach, again.result)
         snapshots, length = await again._snapshots()
         await again._count(snapshots, length)
         self.header, self.stored.table = await repair.write_refcounts(

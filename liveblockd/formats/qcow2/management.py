@@ -128,6 +128,8 @@ class Management:
         async def run() -> None:
             if self._bitmaps.entries and amendment.version == 2:
                 raise BlockError("Cannot downgrade an image with persistent bitmaps")
+            if amendment.version == 2:
+                self._snapshots.check_downgrade()
             await amend(self._metadata, self._committer, self._snapshots, amendment, progress)
 
         await self._run(run)

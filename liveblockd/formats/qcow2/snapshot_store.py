@@ -75,6 +75,16 @@ class SnapshotStore:
                 return snapshot
         raise BlockError("Can't find the snapshot", errno=ENOENT)
 
+    def check_downgrade(self) -> None:
+        """BlockError if there is one that programs for version 2 would take for another.
+
+        Its size, and the upper half of that of the state of the machine, are extra data to them.
+        """
+        size = self._metadata.header.size
+        for snapshot in self.snapshots:
+            if (snapshot.disk_size or size) != size or snapshot.vm_state_size >> 32:
+                raise BlockError("Internal snapshots prevent downgrade of image", errno=ENOTSUP)
+
     # -- the three operations; each returns what became free: (host_offset, length)
 
     async def create(self, name: str, taken: Taken) -> Ranges:
