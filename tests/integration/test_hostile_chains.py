@@ -16,6 +16,7 @@ from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, load_drivers
+from tests.support.descriptors import descriptors
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import new_qcow2
 
@@ -37,7 +38,7 @@ async def image(name, backing, backing_format=None, size=1 << 20):
 
 async def refusal(name):
     """Why it does not open; it leaves nothing behind and takes no time."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     workers = WorkerPool()
     graph = Graph(Environment(workers))
     file = {"driver": "file", "filename": name}
@@ -49,7 +50,7 @@ async def refusal(name):
     assert not graph.nodes
     await graph.close()
     workers.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert (descriptors() - before).total() <= 1
     return caught.value.message
 
 

@@ -17,6 +17,7 @@ from liveblockd.jobs.transitions import JobStatus
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
 from tests.support.daemon import DaemonProcess, nbd_write
+from tests.support.patience import until
 from tests.support.qcow2_images import needs, run
 
 pytestmark = needs("qemu-img", "qemu-nbd", "qemu-io")
@@ -132,8 +133,7 @@ async def test_the_guest_goes_on_with_the_target(kind, mode, tmp_path):
             assert job.error is None
             assert drive.node.name == "target"
             writes = guest.writes
-            await asyncio.sleep(0.05)
-            assert guest.writes > writes, "the guest goes on"
+            await until(lambda: guest.writes > writes)  # the guest goes on
         assert bytes(await drive.read(0, SIZE)) == model
         await bench.graph.detach(drive)
         await bench.close()
@@ -215,8 +215,7 @@ async def test_a_server_that_dies_is_no_affair_of_the_guest(mode, tmp_path):
             await bench.end(job)
             assert bench.completion("m")["error"] == "Input/output error"
             writes = guest.writes
-            await asyncio.sleep(0.05)
-            assert guest.writes > writes
+            await until(lambda: guest.writes > writes)
         assert drive.node.name == "top"
         assert bytes(await drive.read(0, SIZE)) == model
         await bench.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import random
 import socket
 import struct
@@ -18,7 +17,9 @@ from liveblockd.nbd.constants import Command, CommandFlag, Option
 from liveblockd.nbd.errno import NbdError
 from liveblockd.nbd.transmission import Request
 from liveblockd.qapi.sockets import InetSocketAddress, UnixSocketAddress
+from tests.support.descriptors import descriptors
 from tests.support.memory import Gate, MemoryDriver, fail_once
+from tests.support.patience import until
 from tests.unit.exports.memory_export import MemoryBackend, options, served
 from tests.unit.exports.nbd_client import Client, option_bytes, text
 
@@ -172,8 +173,7 @@ async def test_a_write_that_waits_keeps_its_data(disk, flags):
     async with disk.served(), disk.connected() as client:
         disk.driver.hook = gate
         client.send(Command.WRITE, 0, 4096, flags, b"x" * 4096)
-        await asyncio.sleep(0.05)
-        assert gate.waiting == 1
+        await until(lambda: gate.waiting == 1)
         client.send(Command.WRITE, 4096, 4096, flags, b"y" * 4096)
         await asyncio.sleep(0.05)
         gate.open()
@@ -412,8 +412,7 @@ async def test_garbage_instead_of_a_client(disk):
             writer.close()
         async with disk.connected() as client:
             assert await client.read(0, 1) == b"\0"
-        await asyncio.sleep(0.05)
-        assert not registry.nbd_server.connections
+        await until(lambda: not registry.nbd_server.connections)
 
 
 # -- ends of connections
@@ -426,6 +425,7 @@ async def test_disc_waits_for_requests_in_flight(disk):
         cookie = client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
         client.send(Command.DISC)
         client.send(Command.WRITE, 512, 512, 0, b"y" * 512)  # nothing counts after DISC
+        await until(lambda: gate.waiting == 1)
         await asyncio.sleep(0.05)
         assert gate.waiting == 1
         gate.open()
@@ -453,14 +453,13 @@ async def test_a_vanished_client_leaves_finished_writes_and_nothing_else(disk):
             disk.driver.hook = gate
             client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
             client.send(Command.WRITE, 512, MI, 0, b"y" * (MI - 1))  # never complete
-            await asyncio.sleep(0.05)
+            await until(lambda: gate.waiting == 1)
             client.writer.transport.abort()
         await asyncio.sleep(0.05)
         export = registry.exports["disk"]
         assert export.in_use and gate.waiting == 1
         gate.open()
-        await asyncio.sleep(0.05)
-        assert not export.in_use and not registry.nbd_server.connections
+        await until(lambda: not export.in_use and not registry.nbd_server.connections)
         assert disk.driver.content()[:513] == b"x" * 512 + b"\0"
 
 
@@ -503,7 +502,7 @@ async def test_begun_writes_are_ended_whatever_becomes_of_the_client(disk, end):
     async with disk.served() as registry:
         async with disk.connected() as client:
             cookies = [client.send(Command.WRITE, n * 512, 512, 0, b"x" * 512) for n in range(4)]
-            await asyncio.sleep(0.05)
+            await until(lambda: gate.waiting == 4)
             export = registry.exports["disk"]
             if end == "vanish":
                 client.writer.transport.abort()
@@ -517,8 +516,7 @@ async def test_begun_writes_are_ended_whatever_becomes_of_the_client(disk, end):
             if end != "vanish":
                 assert {(await client.reply()).cookie for _ in cookies} == set(cookies)
                 await client.ended()
-        await asyncio.sleep(0.05)
-        assert not export.in_use and not registry.nbd_server.connections
+        await until(lambda: not export.in_use and not registry.nbd_server.connections)
     assert disk.driver.content()[:2049] == b"x" * 2048 + b"\0"
 
 
@@ -528,6 +526,7 @@ async def test_begun_writes_in_flight_are_bounded(disk):
     async with disk.served(), disk.connected() as client:
         for _ in range(3 * most):
             client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
+        await until(lambda: gate.waiting == most)
         await asyncio.sleep(0.1)
         assert gate.waiting == most
         gate.open()
@@ -553,9 +552,8 @@ async def test_vanishing_at_every_byte(disk):
                 writer.transport.abort()
             else:
                 writer.close()
-        await asyncio.sleep(0.1)
-        assert not registry.nbd_server.connections
-        assert not registry.exports["disk"].in_use
+        server, export = registry.nbd_server, registry.exports["disk"]
+        await until(lambda: not server.connections and not export.in_use)
 
 
 # -- bounds
@@ -567,6 +565,7 @@ async def test_requests_in_flight_are_bounded(disk):
         disk.driver.hook = gate
         for _ in range(3000):
             client.send(Command.READ, 0, 512)
+        await until(lambda: gate.waiting == nbd_connection.MAX_REQUESTS)
         await asyncio.sleep(0.2)
         (connection,) = registry.nbd_server.connections
         assert gate.waiting == nbd_connection.MAX_REQUESTS == len(connection._tasks)
@@ -584,6 +583,7 @@ async def test_bytes_in_flight_are_bounded(disk, monkeypatch):
         disk.driver.hook = gate
         for _ in range(20):
             client.send(Command.WRITE, 0, MI, 0, bytes(MI))
+        await until(lambda: gate.waiting == 4)
         await asyncio.sleep(0.2)
         assert gate.waiting == 4
         gate.open()
@@ -706,7 +706,7 @@ async def test_hard_removal_waits_for_requests_in_flight(disk):
     async with disk.served() as registry, disk.connected() as client:
         disk.driver.hook = gate
         client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
-        await asyncio.sleep(0.05)
+        await until(lambda: gate.waiting)
         await registry.remove("disk", hard=True)
         assert registry.exports["disk"].shutting_down and not disk.events
         assert disk.backend.released == 0
@@ -715,7 +715,7 @@ async def test_hard_removal_waits_for_requests_in_flight(disk):
         with pytest.raises(BlockError, match="already in use"):
             await registry.add(options("disk", "disk"))
         gate.open()
-        await asyncio.sleep(0.05)
+        await until(lambda: disk.events)
         assert disk.events == [("BLOCK_EXPORT_DELETED", {"id": "disk"})]
         assert disk.driver.content()[:512] == b"x" * 512 and disk.backend.released == 1
 
@@ -783,14 +783,13 @@ async def test_cancelled_commands_leave_nothing_half_done(disk):
     async with disk.served() as registry, disk.connected() as client:
         disk.driver.hook = gate
         client.send(Command.WRITE, 0, 512, 0, b"x" * 512)
-        await asyncio.sleep(0.05)
+        await until(lambda: gate.waiting)
         stop = asyncio.ensure_future(registry.stop_nbd_server())
         await asyncio.sleep(0.05)
         stop.cancel()
         await asyncio.wait({stop})
         gate.open()
-        await asyncio.sleep(0.05)
-        assert not registry.exports and disk.backend.released == 1
+        await until(lambda: not registry.exports and disk.backend.released == 1 and disk.events)
         assert disk.events == [("BLOCK_EXPORT_DELETED", {"id": "disk"})]
 
 
@@ -801,11 +800,10 @@ def test_no_descriptor_leaks(tmp_path):
             await client.read(0, 1)
 
     asyncio.run(once())
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     for _ in range(3):
         asyncio.run(once())
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not descriptors() - before
 
 
 async def test_each_reply_is_sent_once(disk):

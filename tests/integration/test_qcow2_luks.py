@@ -19,6 +19,7 @@ from liveblockd.storage.registry import Environment
 from tests.support.begun import begin, write_as_export
 from tests.support.daemon import DaemonProcess, QmpError
 from tests.support.memory import Gate, MemoryDriver
+from tests.support.patience import until
 from tests.support.qcow2_images import check as check_plain
 from tests.support.qcow2_images import needs, new_qcow2, run
 from tests.support.workers import InlineWorkers
@@ -239,7 +240,7 @@ async def test_whole_sectors_are_begun_and_parts_of_them_wait() -> None:
     assert not await begin(image, 100, b"x" * 512), "a part of a sector"
     gate = file.hook = Gate("write")
     begun = asyncio.create_task(begin(image, 4096, b"a" * 1024))
-    await asyncio.sleep(0.01)
+    await until(lambda: gate.waiting)
     part = asyncio.create_task(image.write(4096 + 100, b"b" * 50))
     await asyncio.sleep(0.01)
     assert gate.waiting == 1, "the other one reads the sector after the first one has written it"

@@ -368,7 +368,11 @@ def test_quit_with_a_client_that_does_not_read(process: Process) -> None:
 def test_a_command_under_way_is_answered_before_the_end(process: Process) -> None:
     started = process.start()
     client = process.client().negotiate()
-    client.sock.sendall(b'{"execute": "x-test-wait", "arguments": {"ms": 400}, "id": "w"}')
+    client.sock.sendall(  # in one piece: when one is answered, the other one is under way
+        b'{"execute": "query-version"}'
+        b'{"execute": "x-test-wait", "arguments": {"ms": 400}, "id": "w"}'
+    )
+    assert "return" in client.read()
     time.sleep(0.1)
     started.terminate()
     assert client.read() == {"return": {}, "id": "w"}

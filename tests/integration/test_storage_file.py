@@ -22,6 +22,7 @@ from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver, HostDevice
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
+from tests.support.descriptors import descriptors
 
 SHM = "/dev/shm"
 
@@ -563,11 +564,11 @@ async def test_close_waits_for_what_is_under_way(environment, tmp_path, monkeypa
 async def test_what_cannot_be_opened(environment, tmp_path, prepare, message, read_only):
     path = str(tmp_path / "thing")
     prepare(path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with pytest.raises(BlockError) as caught:
         await asyncio.wait_for(open_file(environment, path, **{"read-only": read_only}), 30)
     assert caught.value.message == message.format(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not descriptors() - before
 
 
 async def test_host_device_wants_a_device(environment, tmp_path):
@@ -602,7 +603,7 @@ async def test_auto_read_only(environment, tmp_path, monkeypatch):
 
 async def test_a_cancelled_open_leaves_no_descriptor(environment, tmp_path, monkeypatch):
     path, gate, real = make(tmp_path), threading.Event(), hostcalls.probe_nowait
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     await environment.workers.run(int)
 
     def slow(fd):
@@ -616,7 +617,7 @@ async def test_a_cancelled_open_leaves_no_descriptor(environment, tmp_path, monk
     gate.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not descriptors() - before
 
 
 def host_command(*command):

@@ -168,7 +168,7 @@ class TestFile:
             await asyncio.sleep(0.05)
             await journal.synced()
             assert not path.with_name("journal.outdated").exists()  # no drive is elsewhere
-        for _ in range(500):
+        for _ in range(3000):
             await asyncio.sleep(0.01)
             if (await reread(path)).jobs:
                 break

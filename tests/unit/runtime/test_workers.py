@@ -8,6 +8,7 @@ import pytest
 from liveblockd.runtime import workers
 from liveblockd.runtime.demand import Arrivals, Demand
 from liveblockd.runtime.workers import WorkerPool
+from tests.support.patience import until
 from tests.support.workers import InlineWorkers, SeededWorkers
 
 
@@ -148,7 +149,7 @@ async def test_close_joins_and_hands_out_what_is_left():
     jobs = [pool.submit(int, i) for i in range(10)]
     pool.close()
     assert [job.result() for job in jobs] == list(range(10))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     # The kernel's own part of its end comes later.
     while threads() - others and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -168,10 +169,9 @@ async def test_nothing_of_a_job_stays_alive_in_the_thread(pool):
     thing = Thing()
     gone = weakref.ref(thing)
     await pool.run(lambda _: None, thing)
-    await asyncio.sleep(0.01)
     del thing
     gc.collect()
-    assert gone() is None
+    await until(lambda: gone() is None)
 
 
 async def test_inline_double():
@@ -230,6 +230,7 @@ class Running:
         self.now, self.most, self.order = {}, {}, []
         self.gate = threading.Event()
         self.gate.set()
+        self.pair = threading.Barrier(2)
 
     def job(self, file, seconds=0.005):
         self.gate.wait(20)
@@ -241,6 +242,11 @@ class Running:
         with self.lock:
             self.now[file] -= 1
         return file
+
+    def beside(self, file):
+        """A job that ends only beside another one."""
+        self.pair.wait(20)
+        return self.job(file)
 
 
 class Served(Demand):
@@ -265,8 +271,8 @@ async def busy_pool():
 async def test_copies_to_one_file_go_one_by_one_while_somebody_is_served(busy_pool):
     running, lane = Running(), busy_pool.lane()
     busy_pool.demand.served = False
-    assert await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12))) == ["a"] * 12
-    assert running.most["a"] > 1, "nobody asks: as many as there are threads"
+    # nobody asks: as many as there are threads
+    assert await asyncio.gather(*(lane.run(running.beside, "a") for _ in range(12))) == ["a"] * 12
     running = Running()
     busy_pool.demand.served = True
     await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12)))
@@ -275,8 +281,7 @@ async def test_copies_to_one_file_go_one_by_one_while_somebody_is_served(busy_po
     busy_pool.demand.served = False
     busy_pool.demand.guests = Arrivals()
     running = Running()
-    await asyncio.gather(*(lane.run(running.job, "a") for _ in range(12)))
-    assert running.most["a"] > 1
+    await asyncio.gather(*(lane.run(running.beside, "a") for _ in range(12)))
 
 
 async def test_copies_to_other_files_go_on_beside_them(busy_pool):
