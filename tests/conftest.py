@@ -1,4 +1,4 @@
-"""What every test shares: a failed comparison of disks is reported in a few lines, everywhere.
+"""What every test shares: how differences of disks are reported, and what the collector sees.
 
 Where ``CI`` is set, pytest writes the whole difference of two unequal values. Of two images that is
 minutes of work for a page that nobody reads, and tests which expect a comparison to fail ran out of
@@ -7,7 +7,14 @@ time there and nowhere else.
 
 from __future__ import annotations
 
+import gc
 import os
 
 for name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(name, None)
+
+
+def pytest_collection_finish() -> None:
+    """Keep thousands of tests out of the collector's way: it looks through all that there is."""
+    gc.collect()
+    gc.freeze()
