@@ -19,7 +19,7 @@ def client_alone(lab: Lab) -> str:
     """fio's own ceiling, to tell whether a line measures the client."""
     try:
         fio.available()
-        return fio.ceiling(lab.disk(0))
+        return fio.ceiling(lab.disk(0), min(1.0, lab.duration))
     except CannotRun as exc:
         return f"unknown ({exc})"
     finally:

@@ -65,7 +65,7 @@ def measure(socket: Path, export: str, directory: Path, **options: object) -> di
     return result
 
 
-def ceiling(directory: Path) -> str:
+def ceiling(directory: Path, seconds: float = 1.0) -> str:
     """What the client can do at most: randread IOPS of a server that does nothing, by depth."""
     if not shutil.which("nbdkit"):
         return "unknown (no nbdkit)"
@@ -79,7 +79,13 @@ def ceiling(directory: Path) -> str:
             time.sleep(0.02)
         found = [
             measure(
-                socket, "null", directory, rw="randread", iodepth=depth, time_based=1, runtime="1s"
+                socket,
+                "null",
+                directory,
+                rw="randread",
+                iodepth=depth,
+                time_based=1,
+                runtime=f"{seconds * 1000:.0f}ms",
             )["iops"]
             for depth in (1, 16, 64)
         ]
