@@ -127,7 +127,14 @@ class Guests:
         )
 
     def __enter__(self) -> Self:
-        # connecting takes fio a moment; requests flow before anything is measured
+        # Requests flow before anything is measured: fio has a thread an export then, and has had a
+        # moment to connect.
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and len(list(tasks.iterdir())) <= len(self.exports):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
         time.sleep(1.0)
         if self._process.poll() is not None:
             raise WrongResult(f"fio: {self._process.communicate()[0][-800:]}")
