@@ -30,6 +30,7 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
+from liveblockd.errors import BlockError
 from liveblockd.exports.backend import Buffer
 from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
 from liveblockd.exports.nbd_line import Line, SecureLine
@@ -45,6 +46,7 @@ from liveblockd.nbd.transmission import (
     data_chunk,
     simple_reply,
 )
+from liveblockd.runtime.distinguished import distinguished_name
 
 if TYPE_CHECKING:
     from liveblockd.exports.nbd_server import NbdServer
@@ -218,6 +220,9 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
     def _negotiate(self, data: Buffer = b"") -> None:
         negotiation, transport = self._negotiation, self._transport
         assert transport is not None
+        if negotiation.phase is Phase.TLS:
+            negotiation.feed(data)  # came with the end of the handshake; `_start_tls` goes on
+            return
         while True:
             out = negotiation.feed(data)
             if negotiation.phase is Phase.TLS:
@@ -251,9 +256,20 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
                 secure.abort()
             return
         self._transport = secure
+        self._authorize(secure)
         self._line = SecureLine(self._socket, secure)
         secure.set_write_buffer_limits(high=WRITE_HIGH)
         self._negotiation.secured()
+        self._negotiate()
+
+    def _authorize(self, transport: asyncio.Transport) -> None:
+        """BlockError unless the owner of the certificate may connect."""
+        if self.server.authorized is None:
+            return
+        certificate = transport.get_extra_info("peercert") or {}
+        name = distinguished_name(certificate.get("subject", ()))
+        if not name or not self.server.authorized(name):
+            raise BlockError(f"TLS x509 authz check for {name} is denied")
 
     def _upgraded(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or (error := task.exception()) is None:

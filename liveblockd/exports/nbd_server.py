@@ -57,6 +57,8 @@ class NbdServer:
         #: requests that were found by looking
         self.found_early = 0
         self.tls: ssl.SSLContext | None = None
+        #: whether the owner of a certificate, a distinguished name, is let in; None: everybody
+        self.authorized: Callable[[str], bool] | None = None
         self._listeners: Listeners | None = None
         self._address: PlainAddress | None = None
         self._accepting = False
@@ -81,16 +83,18 @@ class NbdServer:
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         handshake_seconds: int = DEFAULT_HANDSHAKE_SECONDS,
         tls: ssl.SSLContext | None = None,
-        tls_authz: str | None = None,
+        tls_authz: Callable[[str], bool] | None = None,
     ) -> None:
         """Listen; 0 means no limit. With ``tls`` clients are told of exports only over that.
 
+        ``tls_authz`` says whether the owner of a certificate is let in, by the distinguished name.
         Raises BlockError.
         """
         if self.running or self._starting:
             raise BlockError("NBD server already running")
-        if tls_authz is not None:
-            raise BlockError("tls-authz is not supported")
+        if tls_authz is not None and (tls is None or tls.verify_mode is not ssl.CERT_REQUIRED):
+            # It would be asked for nobody.
+            raise BlockError("'tls-authz' needs 'tls-creds' of certificates, with verify-peer=on")
         self._starting = True
         try:
             self._listeners = await listen(address, min(max_connections or 128, 128))
@@ -98,6 +102,7 @@ class NbdServer:
             self._starting = False
         self._address = address
         self.tls = tls
+        self.authorized = tls_authz
         self.max_connections = max_connections
         self.handshake_seconds = handshake_seconds
         self._accept_more()

@@ -74,10 +74,10 @@ def _load(files: TlsFiles, directory: str) -> ssl.SSLContext:
             context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     end = "server" if files.server else "client"
-    authority = _path(directory, CA, needed=True)
-    certificate = _path(directory, f"{end}-cert.pem", needed=files.server)
-    key = _path(directory, f"{end}-key.pem", needed=files.server)
-    revoked = _path(directory, CRL, needed=False)
+    authority = path_in(directory, CA, needed=True)
+    certificate = path_in(directory, f"{end}-cert.pem", needed=files.server)
+    key = path_in(directory, f"{end}-key.pem", needed=files.server)
+    revoked = path_in(directory, CRL, needed=False)
     try:
         context.load_verify_locations(authority)
     except (ssl.SSLError, OSError):
@@ -97,7 +97,8 @@ def _load(files: TlsFiles, directory: str) -> ssl.SSLContext:
     return context
 
 
-def _path(directory: str, name: str, *, needed: bool) -> str | None:
+def path_in(directory: str, name: str, *, needed: bool) -> str | None:
+    """Of a file of credentials; None when there is none, BlockError when it is ``needed``."""
     path = os.path.join(directory, name)
     try:
         os.stat(path)

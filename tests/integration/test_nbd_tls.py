@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -48,15 +49,17 @@ def keys(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def server(tmp_path, keys, **more):
+def server(tmp_path, keys, objects=(), authz=None, **more):
     with DaemonProcess(tmp_path) as daemon:
         client = daemon.qmp()
         client("object-add", qom_type="tls-creds-x509", id="t", endpoint="server", dir=str(keys),
                **more)  # fmt: skip
+        for members in objects:
+            client("object-add", **members)
         (tmp_path / "disk.raw").write_bytes(b"\x07" * MIB)
         client("blockdev-add", driver="file", node_name="disk", filename="disk.raw")
         client("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}},
-               tls_creds="t")  # fmt: skip
+               tls_creds="t", **({"tls_authz": authz} if authz else {}))  # fmt: skip
         client("block-export-add", type="nbd", id="e", node_name="disk", writable=True)
         yield daemon, client
 
@@ -242,3 +245,131 @@ def test_credentials_that_cannot_be_used(tmp_path, keys):
         refused("Expected TLS credentials for a server endpoint", "nbd-server-start", **start,
                 tls_creds="t")  # fmt: skip
         assert json.dumps(client("query-block-exports")) == "[]"
+
+
+def test_who_may_connect(tmp_path, keys):
+    """The name is the client's, ``CN=client``; what cannot be decided is denied."""
+    path = tmp_path / "who.json"
+    path.write_text(json.dumps({"rules": [{"match": "CN=nobody", "policy": "allow"}]}))
+    objects = [
+        {"qom_type": "authz-simple", "id": "right", "identity": "CN=client"},
+        {"qom_type": "authz-simple", "id": "wrong", "identity": "CN=clien"},
+        {"qom_type": "authz-list-file", "id": "file", "filename": str(path)},
+        {"qom_type": "authz-list", "id": "list", "policy": "deny", "rules": [
+            {"match": "CN=c", "policy": "deny", "format": "exact"},
+            {"match": "CN=cli?nt*", "policy": "allow", "format": "glob"},
+        ]},
+        {"qom_type": "authz-list", "id": "other", "policy": "allow", "rules": [
+            {"match": "CN=*t", "policy": "deny", "format": "glob"},
+        ]},
+    ]  # fmt: skip
+    with server(tmp_path, keys[0], objects, "right") as (_, client):
+
+        def connects(authz):
+            client("nbd-server-stop")
+            address = {"type": "unix", "data": {"path": "nbd.sock"}}
+            client("nbd-server-start", addr=address, tls_creds="t", tls_authz=authz)
+            client("block-export-add", type="nbd", id="e", node_name="disk", writable=True)
+            return qemu_io(tmp_path, keys[0], "read -P 7 0 1M").returncode == 0
+
+        assert qemu_io(tmp_path, keys[0], "read -P 7 0 1M").returncode == 0
+        found = {n: connects(n) for n in ("right", "wrong", "list", "other", "ghost", "t", "file")}
+        allowed = {name for name, there in found.items() if there}
+        assert allowed == {"right", "list"}
+        path.write_text(json.dumps({"rules": [{"match": "CN=client", "policy": "allow"}]}))
+        assert qemu_io(tmp_path, keys[0], "read -P 7 0 1M").returncode == 0
+        path.write_text("{")
+        assert qemu_io(tmp_path, keys[0], "read -P 7 0 1M").returncode != 0
+        client("nbd-server-stop")
+        client("object-add", qom_type="tls-creds-x509", id="loose", endpoint="server",
+               dir=str(keys[0]), verify_peer=False)  # fmt: skip
+        for more in ({}, {"tls_creds": "loose"}):
+            with pytest.raises(QmpError, match="'tls-authz' needs 'tls-creds'"):
+                client("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}},
+                       tls_authz="right", **more)  # fmt: skip
+
+
+def test_an_option_in_the_last_packet_of_the_handshake(tmp_path, keys):
+    """A client of TLS 1.3 may send it with its Finished; authorized or not, nothing is confused."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(keys[0] / "ca-cert.pem")
+    context.load_cert_chain(keys[0] / "client-cert.pem", keys[0] / "client-key.pem")
+    objects = [
+        {"qom_type": "authz-simple", "id": n, "identity": f"CN={n}"} for n in ("client", "x")
+    ]
+    for authz in ("client", "x"):
+        place = tmp_path / authz
+        place.mkdir()
+        with server(place, keys[0], objects, authz), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(str(place / "nbd.sock"))
+            client.sendall(struct.pack(">I", 3) + option(5))
+            head = b""
+            while len(head) < 18 + 20:
+                head += client.recv(4096)
+            came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+            secure = context.wrap_bio(came, goes, server_hostname="disks.example")
+            while True:
+                try:
+                    secure.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    client.sendall(goes.read())
+                    came.write(client.recv(65536))
+            secure.write(option(3))
+            client.sendall(goes.read())  # Finished and the option
+            answer = b""
+            while len(answer) < 40:
+                try:
+                    answer += secure.read(4096)
+                except ssl.SSLWantReadError:
+                    data = client.recv(65536)
+                    if not data:
+                        break
+                    came.write(data)
+                except (ssl.SSLError, OSError):
+                    break
+            assert (b"disk" in answer) is (authz == "client")
+
+
+def test_keys_without_certificates(tmp_path):
+    """With an older Python the object is refused, which tells what to do."""
+    directory = tmp_path / "keys"
+    directory.mkdir()
+    (directory / "keys.psk").write_text("joe:" + "0f" * 32 + "\nmallory:" + "1e" * 32 + "\n")
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "keys.psk").write_text("joe:" + "2d" * 32 + "\n")
+    (tmp_path / "disk.raw").write_bytes(b"\x07" * MIB)
+    members = {"qom_type": "tls-creds-psk", "id": "t", "endpoint": "server", "dir": str(directory)}
+    with DaemonProcess(tmp_path) as daemon:
+        client = daemon.qmp()
+        if not getattr(ssl, "HAS_PSK", False):
+            with pytest.raises(QmpError, match="tls-creds-psk needs Python 3"):
+                client("object-add", **members)
+            return
+        client("object-add", **members)
+        client("blockdev-add", driver="file", node_name="disk", filename="disk.raw")
+        client("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}},
+               tls_creds="t")  # fmt: skip
+        client("block-export-add", type="nbd", id="e", node_name="disk", writable=True)
+        client("object-add", qom_type="tls-creds-psk", id="c", endpoint="client",
+               dir=str(directory), username="joe")  # fmt: skip
+        client("object-add", qom_type="tls-creds-psk", id="w", endpoint="client",
+               dir=str(wrong), username="joe")  # fmt: skip
+        here = {"type": "unix", "path": str(tmp_path / "nbd.sock")}
+        with pytest.raises(QmpError):
+            nbd_node(client, server=here, tls_creds="w")
+        nbd_node(client, server=here, tls_creds="c")
+        client("blockdev-del", node_name="remote")
+        if shutil.which("qemu-io") is None:
+            return
+        for place, user, fine in ((directory, "mallory", True), (wrong, "joe", False)):
+            done = subprocess.run(
+                ["qemu-io", "--object",
+                 f"tls-creds-psk,id=t,endpoint=client,dir={place},username={user}",
+                 "-c", "read -P 7 0 1M", "--image-opts",
+                 "driver=nbd,server.type=unix,server.path=nbd.sock,export=disk,tls-creds=t"],
+                cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode == 0 and "Pattern" not in done.stdout) is fine, done

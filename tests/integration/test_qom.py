@@ -72,9 +72,11 @@ def test_values(client):
     assert refused(client, "qom-list-get", paths=["/objects/g0", "/x"]) == "Device '/x' not found"
 
 
-def test_both_names_of_a_list_in_a_file(client):
+def test_both_names_of_a_list_in_a_file(client, tmp_path):
+    path = tmp_path / "who"
+    path.write_text('{"policy": "deny"}')
     for number, kind in enumerate(("authz-list-file", "authz-listfile")):
-        client("object-add", qom_type=kind, id=f"a{number}", filename="/nonexistent")
+        client("object-add", qom_type=kind, id=f"a{number}", filename=str(path))
         assert client("qom-get", path=f"a{number}", property="type") == "authz-list-file"
 
 

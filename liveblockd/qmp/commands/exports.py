@@ -83,12 +83,15 @@ async def start_nbd_server(context: Context, options: NbdServerOptions | NbdServ
     tls = None
     if options.tls_creds is not None:
         tls = object_registry(context).tls_server(options.tls_creds)
+    authorized = None
+    if options.tls_authz is not None:
+        authorized = object_registry(context).authorizer(options.tls_authz)
     await server.start(
         options.addr.plain(),
         max_connections=options.max_connections,
         handshake_seconds=options.handshake_max_seconds,
         tls=tls,
-        tls_authz=options.tls_authz,
+        tls_authz=authorized,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ssl import SSLContext
 from typing import Any, ClassVar, Final, Literal
 
@@ -19,11 +19,14 @@ from liveblockd.exports.polling import POLL_MAX
 from liveblockd.qapi import QapiModel, members, parse, to_qmp
 from liveblockd.qapi.models import Member
 from liveblockd.qapi.scalars import Boolean, String
+from liveblockd.qmp import authz
+from liveblockd.qmp.authz import AuthzRule
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
 from liveblockd.qmp.throttle_options import ThrottleLimits, changed, limits_of, to_members
 from liveblockd.runtime.tls import TlsCredentials, TlsFiles, load_credentials
+from liveblockd.runtime.tls_psk import PskFile, load_psk
 from liveblockd.storage.filters import buckets
 from liveblockd.storage.filters.throttle_group import ThrottleGroup as GroupOfDisks
 
@@ -131,14 +134,6 @@ class TlsCredsX509(TlsCreds):
     passwordid: str | None = None
 
 
-class AuthzRule(QapiModel):
-    """One line of an ``authz-list``."""
-
-    match: str
-    policy: Literal["deny", "allow"]
-    format: Literal["exact", "glob"] = "exact"
-
-
 class AuthzList(ObjectOptions):
     """Who may connect, in order."""
 
@@ -193,6 +188,7 @@ class ObjectRegistry:
         self._secrets: dict[str, bytes] = {}
         self._throttle_groups: dict[str, GroupOfDisks] = {}
         self._tls: dict[str, TlsCredentials] = {}
+        self._list_files: dict[str, authz.ListFile] = {}
 
     def add(self, options: ObjectOptions) -> None:
         """Keep a new object."""
@@ -209,6 +205,8 @@ class ObjectRegistry:
         if isinstance(options, TlsCreds):
             self._load_tls(options)
         if isinstance(options, AuthzListFile):
+            found = authz.ListFile(options.filename, refresh=options.refresh)
+            self._list_files[options.id] = found
             options = options.model_copy(update={"qom_type": "authz-list-file"})
         self._objects[options.id] = options
 
@@ -224,6 +222,7 @@ class ObjectRegistry:
         self._secrets.pop(name, None)
         self._throttle_groups.pop(name, None)
         self._tls.pop(name, None)
+        self._list_files.pop(name, None)
 
     def _load_tls(self, options: TlsCreds) -> None:
         if isinstance(options, TlsCredsX509):
@@ -231,8 +230,28 @@ class ObjectRegistry:
             server = options.endpoint == "server"
             files = TlsFiles(options.dir, server, options.verify_peer, password)
             self._tls[options.id] = load_credentials(files)
-        elif isinstance(options, TlsCredsPsk) and options.dir is None:
-            raise BlockError("Missing 'dir' property value")
+        elif isinstance(options, TlsCredsPsk):
+            server = options.endpoint == "server"
+            self._tls[options.id] = load_psk(PskFile(options.dir, server, options.username))
+
+    def authorizer(self, name: str) -> Callable[[str], bool]:
+        """What the ``authz-*`` object says of an identity; looked for each time, BlockError."""
+
+        def allows(identity: str) -> bool:
+            options = self._objects.get(name)
+            match options:
+                case AuthzSimple():
+                    return options.identity == identity
+                case AuthzList():
+                    return authz.allowed_by(options, identity)
+                case AuthzListFile():
+                    return self._list_files[name].allows(identity)
+                case None:
+                    raise BlockError(f"Cannot find QAuthZ object ID {name}")
+                case _:
+                    raise BlockError(f"Object '{name}' is not a QAuthZ subclass")
+
+        return allows
 
     def tls_server(self, name: str) -> SSLContext:
         """The TLS context of a server that the object ``name`` stands for."""
@@ -252,7 +271,7 @@ class ObjectRegistry:
             return found
         if options.endpoint != end:
             raise BlockError(f"Expected TLS credentials for a {end} endpoint")
-        raise BlockError(f"{options.qom_type} is not supported, only tls-creds-x509 is")
+        raise BlockError(f"{options.qom_type} is not supported, tls-creds-x509 and -psk are")
 
     def find(self, name: str) -> ObjectOptions:
         """The object ``name``."""
