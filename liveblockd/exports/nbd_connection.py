@@ -220,7 +220,7 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
     def _negotiate(self, data: Buffer = b"") -> None:
         negotiation, transport = self._negotiation, self._transport
         assert transport is not None
-        if negotiation.phase is Phase.TLS:
+        if self._upgrade is not None and not isinstance(self._line, SecureLine):
             negotiation.feed(data)  # came with the end of the handshake; `_start_tls` goes on
             return
         while True:
