@@ -31,13 +31,14 @@ MIB: Final = 1024 * KIB
 LIMITED_CHUNK: Final = 512 * KIB
 #: what is read through the chain at a time: it is held in memory
 READ_CHUNK: Final = 2 * MIB
-#: What a worker copies by itself grows and shrinks so that a chunk takes a few milliseconds: a
+#: What a worker copies by itself grows and shrinks so that a chunk takes some milliseconds, waiting
+#: for those before it included. Each costs the loop the time of a few requests of guests; but a
 #: clone of many MiB is one system call, and on a slow disk a pause must not wait for long.
 FIRST_CHUNK: Final = 2 * MIB
 LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
-SOON: Final = 0.005  # seconds
-LATE: Final = 0.025
+SOON: Final = 0.012  # seconds
+LATE: Final = 0.04
 #: so many times longer may it take where many jobs copy
 MOST_CROWDING: Final = 3.0
 #: pieces that are moved together at most

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from liveblockd.errors import ConfigError
 from liveblockd.runtime.memory import keep_freed_buffers
+from liveblockd.runtime.slices import ask_for_short_slices
 
 T = TypeVar("T")
 
@@ -26,10 +27,10 @@ log = logging.getLogger(__name__)
 LOOP_KINDS = ("auto", "uvloop", "asyncio")
 LOOP_VARIABLE = "LIVEBLOCKD_LOOP"
 
-#: A worker that comes back from a system call asks the loop's thread for the GIL and is given it
-#: after this long at the latest; the 5 ms that Python waits by default would be the time of forty
-#: requests. Below a millisecond the switching itself begins to cost.
-SWITCH_INTERVAL = 0.001
+#: Who wants the GIL is given it after this long at the latest. Python's 5 ms would be the time of
+#: forty requests. It also bounds what the loop waits where the GIL is free and nobody told it,
+#: since the thread that was told has no processor: most of its long waits beside a stream.
+SWITCH_INTERVAL = 0.0002
 
 
 def loop_factory(kind: str | None = None) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -59,5 +60,6 @@ def run(main: Coroutine[Any, Any, T], *, kind: str | None = None, debug: bool = 
         raise
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_freed_buffers()
+    ask_for_short_slices()
     with asyncio.Runner(debug=debug, loop_factory=factory) as runner:
         return runner.run(main)

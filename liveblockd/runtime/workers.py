@@ -198,7 +198,9 @@ class WorkerPool:
                 error = exc
             if job[4] is not None:
                 following = job[4].leave()
-            if following is not None and not self._closed:  # behind the jobs of others
+            if following is not None and not self._closed and not self._queue.empty():
+                # Behind the jobs of others. Without any it goes on here: another thread would have
+                # to wake up, and be one more to want the GIL.
                 self._queue.put(following)
                 following = None
             done.append((job, result, error))

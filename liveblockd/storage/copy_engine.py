@@ -30,6 +30,7 @@ import numpy.typing as npt
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Buffer
 from liveblockd.storage.first_words import first_words, first_words_of
+from liveblockd.storage.gate import Gate, gate_of
 
 FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")  # source fd, source offset, length, destination offset
@@ -68,16 +69,6 @@ class CopyMethod(enum.Enum):
 _unsupported: set[tuple[int, int, CopyMethod]] = set()
 #: devices to which nothing can be cloned
 _no_clones: set[int] = set()
-
-
-#: The kernel lets one write to a file at a time, and who waits for it spins: workers that copy into
-#: one file take turns instead. A file has one of these, which it may share with others.
-_turns = tuple(threading.Lock() for _ in range(64))
-
-
-def _turn(fd: int) -> threading.Lock:
-    target = os.fstat(fd)
-    return _turns[hash((target.st_dev, target.st_ino)) % len(_turns)]
 
 
 class _Local(threading.local):
@@ -246,12 +237,13 @@ def _splice(segments: Sequence[Segment], clones: set[int], fd: int, cluster_size
     full = np.logical_and.reduceat(words != 0, np.cumsum(counts) - counts).tolist()
     done: set[int] = set()
     begin = end = 0  # what lies side by side in the target, for the disk to begin with
-    with _turn(fd):
+    gate = gate_of(fd)
+    with gate.turn:
         for (index, *_), whole in zip(chosen, full, strict=True):
             if not whole:
                 continue
             source, at, to, length, _ = segments[index]
-            if not _copy_run(source, at, fd, to, length):
+            if not _copy_run(source, at, fd, to, length, gate):
                 break  # whatever it is, who goes on finds it out
             if to != end:
                 if done:
@@ -353,15 +345,21 @@ def copy_extent(
 
 
 def _copy_file_range(
-    src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int
+    src_fd: int,
+    src_offset: int,
+    dst_fd: int,
+    dst_offset: int,
+    length: int,
+    gate: Gate | None = None,
 ) -> int:
     """Bytes copied until it went no further, for the plain copy to go on; -1: never again."""
     done = 0
     while done < length:
+        part = length - done
+        if gate is not None:
+            part = min(part, gate.piece())
         try:
-            count = os.copy_file_range(
-                src_fd, dst_fd, length - done, src_offset + done, dst_offset + done
-            )
+            count = os.copy_file_range(src_fd, dst_fd, part, src_offset + done, dst_offset + done)
         except OSError as error:
             # EINVAL is about these ranges or the open mode, the rest of _NEVER about the hosts.
             return -1 if not done and error.errno in _NEVER else done - done % CLONE_ALIGNMENT
@@ -442,7 +440,7 @@ def _copy_in_kernel(
     do are read. Who has to go on with what is left is ``_copy_through_memory``.
     """
     piece = max(WRITEBACK_PIECE - WRITEBACK_PIECE % cluster_size, cluster_size)
-    turn = _turn(dst_fd)
+    gate = gate_of(dst_fd)
     for start in range(0, length, piece):
         part = min(piece, length - start)
         number, count = start // cluster_size, -(-part // cluster_size)
@@ -450,11 +448,12 @@ def _copy_in_kernel(
         if words is None:
             return start
         begins_zero = words == 0
-        with turn:
+        with gate.turn:
             for first, last in _runs(~begins_zero):
                 begin = start + first * cluster_size
                 size = min(start + last * cluster_size, length) - begin
-                if not _copy_run(src_fd, src_offset + begin, dst_fd, dst_offset + begin, size):
+                to = dst_offset + begin
+                if not _copy_run(src_fd, src_offset + begin, dst_fd, to, size, gate):
                     return start
         for first, last in _runs(begins_zero):
             begin = start + first * cluster_size
@@ -472,9 +471,11 @@ def _copy_in_kernel(
     return length
 
 
-def _copy_run(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> bool:
+def _copy_run(
+    src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int, gate: Gate
+) -> bool:
     """All of it by copy_file_range(2); False if some was not copied, whatever the reason."""
-    done = _copy_file_range(src_fd, src_offset, dst_fd, dst_offset, length)
+    done = _copy_file_range(src_fd, src_offset, dst_fd, dst_offset, length, gate)
     if done < 0:
         pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev, CopyMethod.COPY_FILE_RANGE)
         _unsupported.add(pair)

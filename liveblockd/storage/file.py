@@ -44,6 +44,7 @@ from liveblockd.storage.driver import (
     ExtentKind,
     Permission,
 )
+from liveblockd.storage.gate import gate_of
 from liveblockd.storage.locks import ImageLocks
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
@@ -118,6 +119,7 @@ class FileDriver(BlockDriver):
         self._read_flags = opened.read_flags
         self._write_flags = opened.write_flags
         self._calm = Calm()
+        self._gate = gate_of(opened.fd)
         self._batches = WriteBatches(self._jobs, opened.fd)
         #: writes that were made on the loop without RWF_NOWAIT
         self.inline_writes = 0
@@ -226,12 +228,18 @@ class FileDriver(BlockDriver):
             return self._write_calmly(offset, data)
         if self.read_only or len(data) > NOWAIT_LIMIT:
             return False
+        gate = self._gate
+        gate.writes += 1
+        entered = gate.enter()
         try:
             return os.pwritev(self._fd, (data,), offset, flags) == len(data)
         except OSError as error:
             if error.errno in (EOPNOTSUPP, EINVAL):
                 self._write_flags = None
             return False  # of any other error the coroutine tells, which everybody counts
+        finally:
+            if entered:
+                gate.leave()
 
     def _write_calmly(self, offset: int, data: Buffer) -> bool:
         length = len(data)
@@ -243,10 +251,16 @@ class FileDriver(BlockDriver):
             return False
         if (offset | length) % hostcalls.PAGE and not self._edges_cached(offset, length):
             return False
+        gate = self._gate
+        gate.writes += 1
+        entered = gate.enter()
         try:
             whole = os.pwrite(self._fd, data, offset) == length
         except OSError:
             whole = False
+        finally:
+            if entered:
+                gate.leave()
         self._calm.took(begun, perf_counter_ns())
         self.inline_writes += 1
         return whole

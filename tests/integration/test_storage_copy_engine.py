@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from liveblockd.storage import copy_engine
+from liveblockd.storage import gate as gate_module
 from liveblockd.storage.copy_engine import (
     CopyMethod,
     Segment,
@@ -20,6 +21,7 @@ from liveblockd.storage.copy_engine import (
     copy_segments,
     is_zero,
 )
+from liveblockd.storage.gate import LARGE_PIECE, PIECE, gate_of
 
 CLUSTER = 65536
 
@@ -427,7 +429,41 @@ def test_workers_take_turns_with_one_file(make):
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert content(target) == data
-    assert not any(turn.locked() for turn in copy_engine._turns)
+    assert not gate_of(target).turn.locked()
+
+
+def test_copies_are_made_in_small_pieces_while_a_guest_writes(make, monkeypatch):
+    """To the file that they fill, and only there; they come to the same bytes."""
+    clusters = 2 * LARGE_PIECE // CLUSTER + 3
+    data = random.Random(11).randbytes(clusters * CLUSTER)
+    source, target = make(data), make()
+    if copy_engine.first_words(source, 0, 1, CLUSTER) is None:
+        pytest.skip("no first words here")
+    calls, gate, real = [], gate_of(target), os.copy_file_range
+
+    def noted(source, target, count, at, to):
+        calls.append(count)
+        return real(source, target, count, at, to)
+
+    monkeypatch.setattr(os, "copy_file_range", noted)
+    monkeypatch.setattr(gate_module, "WINDOW", 3600)
+    gate._quiet_from, gate._seen = 0, gate.writes
+    copy_nonzero(source, 0, target, 0, len(data), CLUSTER)
+    if len(calls) < 3:
+        pytest.skip("no copies in the kernel here")
+    assert calls == [LARGE_PIECE, LARGE_PIECE, 3 * CLUSTER]
+    calls.clear()
+    os.ftruncate(target, 0)
+    gate.writes += 1
+    try:
+        copy_nonzero(source, 0, target, 0, len(data), CLUSTER)
+        assert calls == [PIECE] * (2 * LARGE_PIECE // PIECE) + [3 * CLUSTER]
+        calls.clear()
+        copy_segments([Segment(source, 0, 0, LARGE_PIECE)], target, CLUSTER)
+        assert calls == [PIECE] * (LARGE_PIECE // PIECE)
+    finally:
+        gate._quiet_from = 0
+    assert content(target) == data
 
 
 def segments_of(rng, sources, total, pieces):

@@ -20,6 +20,7 @@ from liveblockd.storage import file as file_module
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver, HostDevice
+from liveblockd.storage.gate import gate_of
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
 from tests.support.descriptors import descriptors
@@ -756,6 +757,37 @@ async def test_small_writes_go_to_the_page_cache_from_the_loop(environment, tmp_
     assert not disk.write_nowait(8192, b"z" * 4096), "the last one was slow"
     await disk.close()
     assert content_of(tmp_path / "image")[4096:12288] == b"x" * 4096 + b"y" * 4096
+
+
+@pytest.mark.parametrize("flags", [0, None], ids=["RWF_NOWAIT", "calm"])
+async def test_copies_to_the_file_see_writes_from_the_loop(
+    environment, tmp_path, monkeypatch, flags
+):
+    disk = await open_file(environment, make(tmp_path, bytes(1 << 20)))
+    disk._write_flags = flags  # 0: as on tmpfs; None: as on ext4
+    monkeypatch.setattr(disk._calm, "_much_is_dirty", lambda: False)
+    gate, before, seen = disk._gate, disk._gate.writes, []
+    assert gate is gate_of(disk.host_file().fd)
+    call = "pwrite" if flags is None else "pwritev"
+    real = getattr(os, call)
+
+    def noted(*arguments):
+        seen.append(gate.enter())
+        return real(*arguments)
+
+    def failing(*arguments):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, call, noted)
+    assert disk.write_nowait(4096, b"x" * 4096)
+    assert seen == [False], "its write is under way"
+    monkeypatch.setattr(os, call, failing)
+    assert not disk.write_nowait(4096, b"y" * 4096)
+    assert gate.writes == before + 2
+    assert gate.enter(), "both have left"
+    gate.leave()
+    monkeypatch.undo()
+    await disk.close()
 
 
 async def test_part_of_a_page_that_is_not_cached_is_left_to_a_worker(

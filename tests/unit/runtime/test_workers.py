@@ -2,6 +2,7 @@ import asyncio
 import os
 import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
@@ -282,6 +283,22 @@ async def test_copies_to_one_file_go_one_by_one_while_somebody_is_served(busy_po
     busy_pool.demand.guests = Arrivals()
     running = Running()
     await asyncio.gather(*(lane.run(running.beside, "a") for _ in range(12)))
+
+
+class CountedQueue(SimpleQueue):
+    puts = 0
+
+    def put(self, job):
+        self.puts += 1
+        super().put(job)
+
+
+async def test_copies_to_one_file_stay_on_one_thread_while_somebody_is_served(busy_pool):
+    """No other one is woken up for the next."""
+    lane = busy_pool.lane()
+    queue = busy_pool.copies._queue = CountedQueue()
+    found = await asyncio.gather(*(lane.run(threading.get_ident) for _ in range(50)))
+    assert len(set(found)) == 1 and queue.puts == 1
 
 
 async def test_copies_to_other_files_go_on_beside_them(busy_pool):

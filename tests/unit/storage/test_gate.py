@@ -1,0 +1,77 @@
+"""Guests' writes before copies to the same file."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from liveblockd.storage import gate as gate_module
+from liveblockd.storage.gate import LARGE_PIECE, PATIENCE, PIECE, WINDOW, Gate, gate_of
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(gate_module, "monotonic", lambda: now[0])
+    return now
+
+
+def test_pieces_are_small_while_a_guest_writes_and_for_a_while_after(clock):
+    gate = Gate()
+    assert gate.piece() == LARGE_PIECE, "nobody has written"
+    gate.writes += 1
+    assert gate.piece() == PIECE
+    clock[0] += WINDOW * 0.9
+    assert gate.piece() == PIECE
+    gate.writes += 1
+    assert gate.piece() == PIECE, "it begins anew"
+    clock[0] += WINDOW * 0.9
+    assert gate.piece() == PIECE
+    clock[0] += WINDOW * 0.2
+    assert gate.piece() == LARGE_PIECE
+
+
+def test_a_copy_waits_for_a_write_under_way():
+    gate = Gate()
+    gate.writes += 1
+    assert gate.enter()
+    assert not gate.enter(), "another guest does not wait for it"
+    passed = []
+    copy = threading.Thread(target=lambda: passed.append((gate.piece(), gate.enter())))
+    begun = time.monotonic()
+    copy.start()
+    copy.join(20)
+    # the write did not end, so it was patience that did
+    assert passed == [(PIECE, False)] and time.monotonic() - begun >= PATIENCE
+    gate.leave()
+    assert gate.piece() == PIECE
+    assert gate.enter(), "who copies holds nothing afterwards"
+    gate.leave()
+
+
+def test_a_copy_goes_on_when_the_write_ends(monkeypatch):
+    monkeypatch.setattr(gate_module, "PATIENCE", 20.0)
+    gate = Gate()
+    gate.writes += 1
+    assert gate.enter()
+    passed = []
+    copy = threading.Thread(target=lambda: passed.append(gate.piece()))
+    copy.start()
+    time.sleep(0.02)
+    assert not passed
+    gate.leave()
+    copy.join(10)
+    assert passed == [PIECE]
+
+
+def test_a_file_has_one_gate(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    first, second = os.open(path, os.O_RDONLY), os.open(path, os.O_RDWR)
+    third = os.dup(first)
+    try:
+        assert gate_of(first) is gate_of(second) is gate_of(third)
+    finally:
+        for fd in (first, second, third):
+            os.close(fd)
