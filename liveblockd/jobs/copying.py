@@ -38,7 +38,7 @@ FIRST_CHUNK: Final = 2 * MIB
 LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
 SOON: Final = 0.012  # seconds
-LATE: Final = 0.04
+LATE: Final = 0.025
 #: so many times longer may it take where many jobs copy
 MOST_CROWDING: Final = 3.0
 #: pieces that are moved together at most

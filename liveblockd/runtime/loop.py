@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from liveblockd.errors import ConfigError
 from liveblockd.runtime.memory import keep_freed_buffers
-from liveblockd.runtime.slices import ask_for_short_slices
+from liveblockd.runtime.slices import SLICE, ask_for_slices
 
 T = TypeVar("T")
 
@@ -60,6 +60,6 @@ def run(main: Coroutine[Any, Any, T], *, kind: str | None = None, debug: bool = 
         raise
     sys.setswitchinterval(SWITCH_INTERVAL)
     keep_freed_buffers()
-    ask_for_short_slices()
+    ask_for_slices(SLICE)
     with asyncio.Runner(debug=debug, loop_factory=factory) as runner:
         return runner.run(main)

@@ -29,6 +29,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
 from liveblockd.runtime.demand import Demand
+from liveblockd.runtime.slices import COPY_SLICE, ask_for_slices
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -61,10 +62,13 @@ class WorkerPool:
         threads: int = DEFAULT_THREADS,
         *,
         demand: Demand | None = None,
+        time_slice: int = 0,
     ) -> None:
         if threads < 1:
             raise ValueError("a worker pool needs a thread")
         self._limit = threads
+        #: of its threads, in nanoseconds; 0: that of who starts them
+        self._slice = time_slice
         #: what lanes give way to
         self.demand = demand or Demand()
         #: of each thread what it lets go of at its end
@@ -93,7 +97,7 @@ class WorkerPool:
         if self._copies is None:
             if self._closed:
                 raise RuntimeError("the worker pool is closed")
-            self._copies = WorkerPool(COPY_THREADS, demand=self.demand)
+            self._copies = WorkerPool(COPY_THREADS, demand=self.demand, time_slice=COPY_SLICE)
         return self._copies
 
     def lane(self) -> Lane:
@@ -179,6 +183,8 @@ class WorkerPool:
 
     def _live(self, ended: threading.Lock) -> None:
         """The life of a thread."""
+        if self._slice:
+            ask_for_slices(self._slice)
         try:
             self._work()
         finally:

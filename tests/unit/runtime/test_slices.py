@@ -47,7 +47,8 @@ def test_the_loop_and_its_workers_have_short_slices():
         print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))
     """)
     expected = str(os.getpriority(os.PRIO_PROCESS, 0) + 3)
-    assert found[:3] == [str(slices.SLICE)] * 3
+    assert found[:2] == [str(slices.SLICE)] * 2
+    assert found[2] == str(slices.COPY_SLICE)
     assert found[3:] == [min(expected, "19", key=int), str(os.sched_getscheduler(0))]
 
 
@@ -56,14 +57,15 @@ def test_another_policy_is_left_alone():
         import os
         from liveblockd.runtime import slices
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        print(slices.ask_for_short_slices(), slices.slice_of_thread(), os.sched_getscheduler(0))
+        print(slices.ask_for_slices(slices.SLICE), slices.slice_of_thread())
+        print(os.sched_getscheduler(0))
     """)
     assert found == ["False", "0", str(os.SCHED_IDLE)]
 
 
 def test_where_the_kernel_refuses_all_stays(monkeypatch):
     monkeypatch.setattr(slices, "_call", lambda *_: -1)
-    assert not slices.ask_for_short_slices()
+    assert not slices.ask_for_slices(slices.SLICE)
     assert slices.slice_of_thread() == 0
     monkeypatch.setattr(slices, "_NUMBERS", None)
-    assert not slices.ask_for_short_slices()
+    assert not slices.ask_for_slices(slices.SLICE)
