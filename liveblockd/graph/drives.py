@@ -270,11 +270,15 @@ async def _open_node(
     driver, probed = options.driver or options.format, False
     if driver is None:
         file = members["file"]
-        if isinstance(file, Mapping) and find_driver(file["driver"]).is_format:
-            # json: describes the image as a whole
+        if isinstance(file, Mapping) and (
+            "driver" not in file or find_driver(str(file["driver"])).is_format
+        ):
+            # json: describes the image as a whole, be it without its format
             members = {**file, **{k: v for k, v in members.items() if k != "file"}}
-            driver = members["driver"]
-        else:
+            driver, file = members.get("driver"), members.get("file")
+            if driver is None and file is None:
+                raise BlockError("Must specify either driver or file")
+        if driver is None:
             driver = await Opener(graph).probe(file)
             probed = driver == "raw"
     members["driver"] = driver
@@ -316,7 +320,7 @@ def _file_members(options: DriveOptions) -> Any:
         if not isinstance(file, str):
             raise BlockError("Invalid parameter type for 'file', expected: string")
         found = filenames.protocol_options(file)
-    if options.aio is not None and found["driver"] in ("file", "host_device"):
+    if options.aio is not None and found.get("driver") in ("file", "host_device"):
         found.setdefault("aio", options.aio)
     return found
 

@@ -43,6 +43,8 @@ BackingMembers: TypeAlias = Mapping[str, Any] | None
 
 #: images in one chain; each costs a descriptor. Requests do not pass through them one by one.
 MAX_DEPTH: Final = 1000
+#: what an image without its file is answered with
+NO_FILE: Final = 'A block device must be specified for "file"'
 #: nodes that one image may bring with it: a ``json:`` name may hide a chain in a file child, which
 #: may lead to the same image again, and every look at a format opens nodes
 MAX_NODES: Final = 4 * MAX_DEPTH
@@ -328,24 +330,44 @@ class Opener:
             spec["file"] = {"driver": "file"} | dict(file)
         else:
             named = filenames.protocol_options(filenames.full_backing_filename(node, written))
-            if find_driver(str(named.get("driver", "file"))).is_format:
+            # json: describes the image as a whole, be it without its format
+            if "driver" not in named or find_driver(str(named["driver"])).is_format:
                 spec = named | spec
             else:
                 spec["file"] = named | dict(file or {})
         if "driver" not in spec:
             stated = node.driver.backing_format if written else None
+            if not stated and "file" not in spec:
+                raise BlockError(NO_FILE)
             spec["driver"] = stated or await self.probe(spec["file"])
         driver = find_driver(spec["driver"])
-        if not driver.is_format and not driver.is_filter:
+        if not driver.is_format and not driver.is_filter and "file" in spec:
             # The header says "file" or the like: the protocol node is the image.
             own = {k: v for k, v in spec.items() if k not in ("file", "driver")}
             spec = dict(spec["file"]) | own
         return parse(BlockdevOptions, spec, keyval=True), below
 
+    async def image_members(self, name: str, stated: str | None) -> tuple[dict[str, Any], bool]:
+        """Members of blockdev-add for the image that a name stands for, and whether it was probed.
+
+        ``stated``: its format, unless a json: name says it; None: look for it. Raises BlockError.
+        """
+        members = filenames.protocol_options(name)
+        if "driver" in members and not find_driver(str(members["driver"])).is_format:
+            members = {"file": members}
+        probed = stated is None and "driver" not in members
+        if "driver" not in members:
+            if "file" not in members:
+                raise BlockError("Must specify either driver or file")
+            members["driver"] = stated or await self.probe(members["file"])
+        return members, probed
+
     async def probe(self, file: Any) -> str:
         """The format that the first bytes of ``file`` (members of blockdev-add) suggest."""
         if isinstance(file, str):
             return await probe_node(self.graph.lookup_any(file))
+        if not isinstance(file, Mapping):  # of a json: name
+            raise BlockError("Invalid parameter type for 'file', expected: BlockdevRef")
         options = parse(BlockdevOptions, dict(file), keyval=True)
         if options.read_only is None:
             options = options.model_copy(update={"read_only": True})

@@ -209,7 +209,7 @@ async def create_overlay(
         f"backing_fmt={backing_format} lazy_refcounts=off refcount_bits=16"
     )
     options = filenames.protocol_options(filename)
-    if options["driver"] != "file":
+    if options.get("driver") != "file" or "filename" not in options:
         raise BlockError(f"Could not create '{filename}': Operation not supported", errno=95)
     try:
         async with new_file(graph, options["filename"], filename) as new:

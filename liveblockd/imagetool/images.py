@@ -20,7 +20,7 @@ from liveblockd.graph import filenames
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
-from liveblockd.graph.opening import Opener
+from liveblockd.graph.opening import NO_FILE, Opener
 from liveblockd.imagetool.output import warn
 from liveblockd.keyval import nest, parse_keyval, parse_opts
 from liveblockd.qapi import parse, parse_size
@@ -74,9 +74,6 @@ def check_cache_mode(mode: str | None, what: str = "cache") -> None:
         raise ToolError(f"Invalid {what} option: {mode}")
 
 
-_NO_FILE: Final = 'A block device must be specified for "file"'
-
-
 def _given(filename: str) -> dict[str, Any]:
     """Members of blockdev-add that a name or the text of options stands for; BlockError."""
     if not isinstance(filename, OptionText):
@@ -92,7 +89,7 @@ def _given(filename: str) -> dict[str, Any]:
     elif file is not None:
         raise BlockError(f"Cannot find device='{file}' nor node-name='{file}'")
     elif "driver" not in found or find_driver(str(found["driver"])).is_format:
-        raise BlockError(_NO_FILE)
+        raise BlockError(NO_FILE)
     return found
 
 
@@ -152,7 +149,10 @@ class Images:
             driver = str(found.get("driver", ""))
             if driver and (isinstance(filename, OptionText) or find_driver(driver).is_format):
                 return driver
-            file = found["file"] if isinstance(filename, OptionText) else found
+            whole = isinstance(filename, OptionText) or not driver
+            file = found.get("file") if whole else found
+            if file is None:
+                raise BlockError(NO_FILE)
             if isinstance(file, Mapping):
                 file = dict(file) | {"read-only": True, "force-share": force_share}
             return await Opener(self.graph).probe(file)
@@ -235,6 +235,8 @@ class Images:
             found.setdefault("driver", image_format)
             found.setdefault("discard", "unmap")
             members |= found
+        elif "driver" not in found:  # json: without the format
+            return {"driver": image_format} | found | members
         elif find_driver(str(found["driver"])).is_format or not driver.is_format:
             return found | members
         else:
@@ -257,7 +259,7 @@ class Images:
             found = _given(filename)
             file = found.get("file", found)
             if not isinstance(file, Mapping):
-                raise BlockError(_NO_FILE)
+                raise BlockError(NO_FILE)
             members |= file
             node = await self.graph.open(parse(BlockdevOptions, members))
             await self.use(node, writable=writable, exclusive=not force_share)

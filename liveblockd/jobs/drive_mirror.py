@@ -133,11 +133,10 @@ async def _named_backing(graph: Graph, source: Node, target: Node) -> Node | Non
     for node in chain.chain(source):
         if _is_called(node, name):
             return node
-    file = filenames.protocol_options(name)
-    driver = target.driver.backing_format or await Opener(graph).probe(file)
-    members = {"driver": driver, "file": file, "read-only": True}
     try:
-        return await graph.open(parse(BlockdevOptions, members), monitor_owned=False)
+        members, _ = await Opener(graph).image_members(name, target.driver.backing_format)
+        options = parse(BlockdevOptions, members | {"read-only": True})
+        return await graph.open(options, monitor_owned=False)
     except BlockError as error:
         raise BlockError(
             f"Could not open backing file: {error.message}", errno=error.errno

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.create import create_qcow2
@@ -21,7 +20,7 @@ from liveblockd.graph.opening import Opener
 from liveblockd.graph.snapshot import MAX_BACKING_NAME, NewImageMode, backing_string
 from liveblockd.qapi import parse
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import drivers
+from liveblockd.storage.registry import drivers, find_driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +62,27 @@ async def open_target(
         image_format = source.driver_class.driver_name
     if image_format is not None and image_format not in drivers():
         raise BlockError(f"Unknown file format '{image_format}'")
-    made = probed = False
+    made = False
     if not existing:
         assert image_format is not None
         made = await _make(graph, source, new.filename, image_format, backing, console)
     try:
-        options = filenames.protocol_options(new.filename)
-        if "driver" not in options:
-            raise BlockError(f"The target '{new.filename}' has no driver")
-        if image_format is None:
-            image_format = await Opener(graph).probe(options)
-            probed = image_format == "raw"
-        members: dict[str, Any] = {"driver": image_format, "file": options, "read-only": False}
+        members, probed = await Opener(graph).image_members(new.filename, image_format)
+        image_format = str(members["driver"])
+        members["read-only"] = False
         if new.node_name is not None:
             members["node-name"] = new.node_name
         if new.discard is not None:
             members["discard"] = new.discard
         if source.options.cache is not None:
             members["cache"] = source.options.cache.to_qmp()
-        if not open_backing and "backing" in drivers()[image_format].child_roles:
+        if not open_backing and "backing" in find_driver(image_format).child_roles:
             members["backing"] = None
-        node = await graph.open(parse(BlockdevOptions, members), monitor_owned=False, probed=probed)
+        node = await graph.open(
+            parse(BlockdevOptions, members),
+            monitor_owned=False,
+            probed=probed and image_format == "raw",
+        )
     except BaseException:
         if made:
             await remove_target(graph, new)
@@ -118,7 +117,7 @@ async def _make(
         raise BlockError(f"Format driver '{image_format}' does not support image creation")
     backing_format = None if backing is None else backing.driver_class.driver_name
     options = filenames.protocol_options(filename)
-    if (driver := options.get("driver", "json")) != "file":
+    if (driver := options.get("driver", "json")) != "file" or "filename" not in options:
         raise BlockError(f"Protocol driver '{driver}' does not support image creation")
     console(_formatting(filename, image_format, size, name, backing_format))
     try:

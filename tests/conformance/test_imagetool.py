@@ -52,6 +52,8 @@ COMMANDS = [
     "map -s 3M -l 70k b.qcow2", "map -s 60k old.qcow2",
     "compare a.qcow2 a.qcow2", "compare a.qcow2 b.qcow2", "compare -s a.qcow2 b.qcow2",
     "compare -f raw r.raw packed.qcow2", "compare a.qcow2 gone", "compare a.qcow2 r.raw",
+    'map json:{"file.filename":"b.qcow2"}', 'map json:{"file":{"filename":"b.qcow2"}}',
+    'info json:{"file":{"driver":"file","filename":"r.raw"}}',
     "compare -F raw a.qcow2 r.raw", "compare -q a.qcow2 b.qcow2", "compare old.qcow2 old.qcow2",
 ]  # fmt: skip
 
@@ -250,6 +252,35 @@ def test_backing_chain_with_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_wrong_usage() -> None:
     assert ours("info")[0] == 1
     assert ours("blah")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "written",
+    ['{"file.driver":"file","file.filename":"a"}', '{"file":{"filename":"a"}}',
+     '{"file.filename":"a","driver":"qcow2"}'],
+)  # fmt: skip
+def test_backing_files_by_json_without_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu("create", "-f", "qcow2", "a", "4M")
+    qemu_io("a", "write 1M 64k")
+    for stated in ("-F qcow2", ""):
+        words = [*stated.split(), "b", "4M"]
+        ours("create", "-q", "-u", "-f", "qcow2", "-b", f"json:{written}", *words)
+        assert '"depth": 1' in ours("map", "--output=json", "b")[1]
+        assert ours("map", "b") == qemu("map", "b")
+
+
+@pytest.mark.parametrize("name", ["{}", '{"file":7}', '{"file":[]}', '{"driver":[]}', "[]"])
+def test_json_names_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours("create", "-q", "-u", "-f", "qcow2", "-b", f"json:{name}", "-F", "qcow2", "b", "4M")
+    for words in (["map", "b"], ["info", f"json:{name}"], ["check", f"json:{name}"]):
+        status, _, error = ours(*words)
+        assert status == 1 and "Could not open" in error
 
 
 def test_map_names_the_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def parameters(target, sync, *, copy_mode=MirrorCopyMode.BACKGROUND, **others):
     [("full", "qcow2", "background"), ("top", "qcow2", "write-blocking"),
      ("none", "qcow2", "background"), ("full", "raw", "write-blocking"),
      ("top", "raw", "background"), ("none", "raw", "background"),
-     ("full", "existing-qcow2", "background"),
+     ("full", "existing-qcow2", "background"), ("full", "existing-json", "background"),
      *itertools.product(("full", "top", "none"), ("existing",), MirrorCopyMode)],
 )  # fmt: skip
 async def test_pivot(sync, image_format, mode, tmp_path):
@@ -73,6 +73,10 @@ async def test_pivot(sync, image_format, mode, tmp_path):
         run("qemu-img", "create", "-q", "-f", "qcow2", target, SIZE)
         run("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 12M", target)
         others = {"mode": NewImageMode.EXISTING, "image_format": "qcow2"}
+    if image_format == "existing-json":
+        on = f'json:{{"file.filename":"{tmp_path / "base.raw"}"}}'
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", on, "-F", "raw", target, SIZE)
+        others = {"mode": NewImageMode.EXISTING}
     if image_format == "raw" and sync != "full":
         with pytest.raises(BlockError, match="Backing file not supported for file format 'raw'"):
             await start_drive_mirror(
@@ -92,10 +96,11 @@ async def test_pivot(sync, image_format, mode, tmp_path):
         assert job.error is None
         await asyncio.sleep(0.05)
     assert bool(lines) is (image_format in ("qcow2", "raw"))
-    assert drive.node.filename == str(target)
+    if image_format != "existing-json":
+        assert drive.node.filename == str(target)
     assert bytes(await drive.read(0, SIZE)) == model
     layers = {"full": 1, "top": 2, "none": 3}[sync]
-    if image_format == "existing" and sync == "full":
+    if image_format in ("existing", "existing-json") and sync == "full":
         layers = 2
     chain = len({n.name for n in bench.graph.nodes.values() if n.driver_class.is_format})
     assert chain == layers, sorted(bench.graph.nodes)
@@ -122,7 +127,7 @@ async def test_refusals_leave_no_file(tmp_path):
         (tmp_path / "top.qcow2", {}, "in use|lock"),
         ("nbd://localhost:1/x", {}, "Protocol driver 'nbd' does not support image creation"),
         ("json:{}", {}, "Protocol driver 'json' does not support image creation"),
-        ("json:{}", {"image_format": "raw", "mode": NewImageMode.EXISTING}, "has no driver"),
+        ("json:{}", {"image_format": "raw", "mode": NewImageMode.EXISTING}, "driver or file"),
         (target, {"mode": NewImageMode.EXISTING}, "Could not open '.*': No such file"),
         (target, {"node_name": "top"}, "Duplicate nodes with node-name='top'"),
         (target, {"node_name": "9x"}, "Invalid node-name: '9x'"),

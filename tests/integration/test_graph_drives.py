@@ -204,6 +204,9 @@ async def test_names_with_a_protocol(graph):
     one = await drive(graph, file=f"json:{text}")
     assert one.node.filename == "a.img"
     await delete_drive(graph, one.name)
+    one = await drive(graph, file='json:{"file.filename":"a.img"}')
+    assert (one.node.filename, one.node.driver_class.driver_name) == ("a.img", "qcow2")
+    await delete_drive(graph, one.name)
     one = await drive(graph, file="null-co://", format="raw")
     assert one.node.filename == "null-co://"
     assert "Unknown protocol 'gopher'" in await refused(drive(graph, file="gopher://x"))
@@ -217,6 +220,9 @@ async def test_refusals_leave_nothing(graph, tmp_path):
         ({"file": "a.img", "format": "nope"}, "Unknown driver 'nope'"),
         ({"file": "a.img", "cache": "fast"}, "invalid cache option"),
         ({"file": "a.img", "format": "raw", "colour": "red"}, "Parameter 'colour' is unexpected"),
+        ({"file": "json:{}"}, "Must specify either driver or file"),
+        ({"file": 'json:{"file":7}'}, "Invalid parameter type for 'file'"),
+        ({"file": 'json:{"driver":[]}'}, "Unknown driver '[]'"),
         ({"file": "a.img", "if_": "usb"}, "Parameter 'if' does not accept value 'usb'"),
         ({"format": "raw"}, "A drive needs a file"),
         ({"file": "a.img", "throttling.iops-total": "5"}, "Throttling is not supported"),
