@@ -147,7 +147,11 @@ class Daemon:
 
     async def _stop_work(self) -> None:
         """Exports first, so that no guest writes while its jobs are undone."""
-        await self._step("removing the exports", self._exports.close())
+        closed = asyncio.ensure_future(self._exports.close())
+        await asyncio.wait((closed,), timeout=_PATIENCE)
+        if not closed.done():
+            self._scheduler.request_end()  # guests may wait for one of the jobs, which may hang
+        await self._step("removing the exports", closed)
         await self._step("cancelling the jobs", self._scheduler.cancel_all())
 
     async def _end(self) -> None:
@@ -182,6 +186,7 @@ class Daemon:
         await asyncio.wait((acquired,), timeout=_PATIENCE)
         if not acquired.done():
             log.warning("waiting for a command to end before the images are closed")
+            self._scheduler.request_end()  # it may wait for one of the jobs, which may hang
             await acquired
         lock.release()
 

@@ -425,13 +425,16 @@ class Graph:
     @contextmanager
     def _nothing_held(self, backends: Iterable[Backend]) -> Iterator[None]:
         """Drivers that let requests wait (throttle) let those of these users go."""
-        users = set(backends)
+        with self.nothing_held(*(backend.node for backend in backends)):
+            yield
+
+    @contextmanager
+    def nothing_held(self, *nodes: Node) -> Iterator[None]:
+        """Drivers that let requests wait let those go that come from ``nodes``."""
         holding = [
             node.driver
-            for node in self.nodes.values()
-            if node.driver_class.holds_requests
-            and node.opened
-            and not users.isdisjoint(self.users_above(node))
+            for node in _parents_first(nodes)
+            if node.driver_class.holds_requests and node.opened
         ]
         for driver in holding:
             driver.drain_begin()
@@ -446,6 +449,15 @@ class Graph:
         for node in _parents_first(roots):
             if node.opened:
                 node.driver.stop_waiting()
+
+    def cut_off(self, node: Node, silence: float) -> None:
+        """Nobody wants what is under way to ``node``: end it where a peer does not answer."""
+        pending = [node]
+        while pending:
+            found = pending.pop()
+            if found.opened:
+                found.driver.stop_waiting(silence)
+            pending += [e.child for role, e in found.children.items() if role != "backing"]
 
     # -- operations on one node
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -147,6 +147,15 @@ class Backup(CopyJob):
             bitmap.freeze()
             self.bitmap = bitmap
 
+    def nothing_held(self) -> AbstractContextManager[None]:
+        """Of both sides."""
+        return self.graph.nothing_held(self.source, self.target)
+
+    def cut_off(self, silence: float) -> None:
+        """The target is worth nothing any more, and no guest has to suffer for it."""
+        self.core.on_error = OnCbwError.BREAK_SNAPSHOT
+        self.graph.cut_off(self.target, silence)
+
     def images(self) -> tuple[list[Node], Node | None]:
         """Source and target."""
         return chain.chain(self.source)[:1], chain.skip_filters(self.target)
@@ -202,7 +211,8 @@ class Backup(CopyJob):
     async def plan(self, offset: int) -> tuple[list[Run], int]:
         """Pieces for the next stretch of what is to do."""
         assert self.user is not None
-        return await self.user.run(lambda: self._plan(offset))
+        with self.reading():
+            return await self.user.run(lambda: self._plan(offset))
 
     async def _plan(self, offset: int) -> tuple[list[Run], int]:
         pieces: list[Run] = []
@@ -322,7 +332,8 @@ class Backup(CopyJob):
 
     async def _read_and_write(self, piece: Run) -> None:
         try:
-            data = await self.disk.read(piece.offset, piece.length)
+            with self.reading():
+                data = await self.disk.read(piece.offset, piece.length)
         except OSError as error:
             raise PieceFailedError("read", error) from error
         try:

@@ -18,6 +18,7 @@ Errors: those of ``CopyJob``; BlockError and OSError from ``prepare``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -99,6 +100,10 @@ class Commit(CopyJob):
         self.reader = await hold.stand(self.top, Permission.NONE, Permission.ALL)
         self.writer = await hold.stand_on_base()
 
+    def nothing_held(self) -> AbstractContextManager[None]:
+        """Of all that it reads, and of the base."""
+        return self.graph.nothing_held(self.top)
+
     def images(self) -> tuple[list[Node], Node | None]:
         """From the top to the last one to go; the base."""
         base = chain.skip_filters(self.base)
@@ -115,15 +120,13 @@ class Commit(CopyJob):
     async def plan(self, offset: int) -> tuple[list[Run], int]:
         """Pieces for the next stretch of the disk."""
         assert self.reader is not None
-        return await self.reader.run(
-            lambda: plan_stretch(
-                self.top,
-                self.base,
-                (offset, self.length),
-                self.granularity,
-                lambda found: found.kind,
+        stretch = (offset, self.length)
+        with self.reading():
+            return await self.reader.run(
+                lambda: plan_stretch(
+                    self.top, self.base, stretch, self.granularity, lambda found: found.kind
+                )
             )
-        )
 
     async def move(self, piece: Run) -> None:
         """Write one piece into the base."""
@@ -172,7 +175,8 @@ class Commit(CopyJob):
         assert self.writer is not None
         there = max(0, min(piece.length, self.top.length - piece.offset))
         try:
-            data = await self.top.read(piece.offset, there) if there else b""
+            with self.reading():
+                data = await self.top.read(piece.offset, there) if there else b""
         except OSError as error:
             raise PieceFailedError("read", error) from error
         if there < piece.length:

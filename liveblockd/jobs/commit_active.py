@@ -22,7 +22,8 @@ from liveblockd.graph.node import Node
 from liveblockd.jobs.commit import CommitParameters
 from liveblockd.jobs.commit_hold import CommitHold, nodes_between
 from liveblockd.jobs.job import JobType
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorCore, MirrorOptions
+from liveblockd.jobs.mirror import MirrorCore
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.storage.driver import Permission
 
 

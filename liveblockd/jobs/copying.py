@@ -243,6 +243,7 @@ class CopyJob(Job):
     async def _judge(self) -> None:
         """Ask the policy about what failed, once everything else in flight has ended."""
         await self.settle()
+        self.check_wanted()
         failures, self._failures = self._failures, []
         failures.sort(key=lambda failure: failure.piece.offset)
         stopped = False
@@ -260,6 +261,7 @@ class CopyJob(Job):
     async def _judge_plan(self, error: OSError) -> None:
         """What there is to do cannot be found out: stop, or fail; nothing can be left out."""
         await self.settle()
+        self.check_wanted()
         if self.action_on("read", error.errno or EIO) is not ErrorAction.STOP:
             raise error
 

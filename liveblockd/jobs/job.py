@@ -20,8 +20,10 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from errno import ECANCELED, EIO, ENOSPC
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from liveblockd.errors import BlockError
 from liveblockd.jobs.ratelimit import RateLimit
@@ -135,6 +137,7 @@ class Job:
         self.scheduler: Scheduler = None  # type: ignore[assignment]
         self.transaction: Transaction = None  # type: ignore[assignment]
         self._wake = asyncio.Event()
+        self._readers: set[asyncio.Task[Any]] = set()
 
     # -- what a subclass is about
 
@@ -173,6 +176,13 @@ class Job:
 
     def end_gently(self) -> None:
         """A cancel that is not forced: end as completed, without switching over."""
+
+    def nothing_held(self) -> AbstractContextManager[None]:
+        """A context in which no filter (throttle) lets requests of the job wait."""
+        return nullcontext()
+
+    def cut_off(self, silence: float) -> None:
+        """It was asked to end: give up what nobody needs then, if it hangs for so many seconds."""
 
     def images(self) -> tuple[list[Node], Node | None]:
         """The layers that it works on, the highest first, and the base below or the target."""
@@ -213,8 +223,34 @@ class Job:
         if halted and not self.cancel_requested:
             await self.settle()
             await self.scheduler.stand_still(self)
+        self.check_wanted()
+
+    def check_wanted(self) -> None:
+        """Raise JobCancelled once asked to end."""
         if self.cancel_requested:
             raise JobCancelled
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A context to read the disk in: OSError(ECANCELED) once ``give_up_reads`` was called."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._readers.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task in self._readers:  # somebody else wants the whole task to end
+                raise
+            task.uncancel()
+            raise OSError(ECANCELED, os.strerror(ECANCELED)) from None
+        finally:
+            self._readers.discard(task)
+
+    def give_up_reads(self) -> None:
+        """Wait for none of the reads under way any more; only those that wait are tasks here."""
+        readers, self._readers = self._readers, set()
+        for task in readers:
+            task.cancel()
 
     def wake(self) -> None:
         """Something changed: end the wait of the job's task, now or when it begins."""

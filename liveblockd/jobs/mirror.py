@@ -20,9 +20,7 @@ Errors: OSError of the source or target under the policy ``report``; BlockError 
 from __future__ import annotations
 
 import asyncio
-import enum
-from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, aclosing, suppress
 from errno import EIO
 from typing import ClassVar, Final
 
@@ -34,12 +32,12 @@ from liveblockd.graph.node import Node
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap, most_copies
 from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
 from liveblockd.jobs.host_copy import copy_run
-from liveblockd.jobs.job import BlockdevOnError, ErrorAction, Job
+from liveblockd.jobs.job import ErrorAction, Job
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Buffer
 
-DEFAULT_BUFFER: Final = 16 * MIB
 MOST_CHUNK: Final = 2 * MIB
 #: zeros between data are written with it when they are fewer
 LEAST_ZEROES: Final = 64 * KIB
@@ -53,28 +51,6 @@ LAST_REST: Final = 0.05
 LEAST_REST: Final = 256 * KIB
 #: bytes that may be dirty in a mirror that is called ready although guests go on writing
 READY_REST: Final = 4 * MIB
-
-
-class MirrorCopyMode(enum.StrEnum):
-    """When a guest's write reaches the target (qapi/block-core.json)."""
-
-    BACKGROUND = "background"
-    WRITE_BLOCKING = "write-blocking"
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorOptions:
-    """How a mirror works; ``speed`` in bytes per second, sizes in bytes."""
-
-    granularity: int = 64 * KIB
-    buf_size: int = DEFAULT_BUFFER
-    speed: int = 0
-    on_source_error: BlockdevOnError = BlockdevOnError.REPORT
-    on_target_error: BlockdevOnError = BlockdevOnError.REPORT
-    unmap: bool = True
-    copy_mode: MirrorCopyMode = MirrorCopyMode.BACKGROUND
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
 
 
 class MirrorCore(Job):
@@ -130,6 +106,8 @@ class MirrorCore(Job):
         self.filter: Node | None = None
         #: the target is put on a backing node later, which must not show where zeros belong
         self.backing_to_come = False
+        #: guests may be on the target by now, or soon
+        self.needed = False
         #: asked to end, with or without a switch
         self.ending = False
         self.switching = False
@@ -176,6 +154,10 @@ class MirrorCore(Job):
         if self.bitmap in self.source.bitmaps:
             self.source.remove_bitmap(self.bitmap)
             self.graph.rebind_above(self.source)
+
+    def nothing_held(self) -> AbstractContextManager[None]:
+        """Of both sides."""
+        return self.graph.nothing_held(self.source, self.target)
 
     def images(self) -> tuple[list[Node], Node | None]:
         """Source and target; of a commit the layers down to the base."""
@@ -330,7 +312,8 @@ class MirrorCore(Job):
                     position += run.length
 
         try:
-            await self.source_user.run(ask)
+            with self.reading():
+                await self.source_user.run(ask)
         except OSError as error:
             raise PieceFailedError("read", error) from error
         for first, count in holes:
@@ -424,14 +407,16 @@ class MirrorCore(Job):
     async def _copy(self, offset: int, length: int) -> None:
         """Let the target have what the source has now; raises PieceFailedError."""
         try:
-            parts = await self._parts(offset, length)
+            with self.reading():
+                parts = await self._parts(offset, length)
         except OSError as error:
             raise PieceFailedError("read", error) from error
         for start, count, zero in parts:
             data: Buffer = b""
             if not zero:
                 try:
-                    data = await self.source.read(start, count)
+                    with self.reading():
+                        data = await self.source.read(start, count)
                 except OSError as error:
                     raise PieceFailedError("read", error) from error
             try:
@@ -462,6 +447,7 @@ class MirrorCore(Job):
         if not self._failures:
             return
         await self.settle()
+        self.check_wanted()
         failures, self._failures = self._failures, []
         for failure in failures:
             code = failure.error.errno or EIO
@@ -551,6 +537,7 @@ class MirrorCore(Job):
                 await self.source.flush()
             self._progress()
             if self.switching:
+                self.needed = True
                 await self.pivot()
             self._over = True
 

@@ -18,7 +18,8 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
-from liveblockd.jobs.mirror import MirrorCore, MirrorOptions
+from liveblockd.jobs.mirror import MirrorCore
+from liveblockd.jobs.mirror_options import MirrorOptions
 from liveblockd.storage.driver import Permission
 
 BLOCKER = "block device is in use by block job: mirror"
@@ -88,6 +89,11 @@ class Mirror(MirrorCore):
     def let_go(self) -> None:
         """Copies do not wait for a target whose server is gone."""
         self.graph.stop_waiting(self.target)
+
+    def cut_off(self, silence: float) -> None:
+        """The target is worth nothing, unless guests are about to go on with it."""
+        if not self.needed:
+            self.graph.cut_off(self.target, silence)
 
     def check_completion(self) -> None:
         """The node to be replaced is still there and free."""

@@ -16,13 +16,13 @@ from liveblockd.graph.bitmaps import default_granularity
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.mirror_top import MirrorTop
 from liveblockd.graph.node import Node, Operation
-from liveblockd.jobs.mirror import DEFAULT_BUFFER, MirrorOptions
 from liveblockd.jobs.mirror_job import (
     Mirror,
     MirrorParameters,
     MirrorSyncMode,
     not_supported,
 )
+from liveblockd.jobs.mirror_options import DEFAULT_BUFFER, MirrorOptions
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.user import JobUser

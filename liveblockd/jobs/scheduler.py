@@ -32,6 +32,7 @@ from liveblockd.events import (
     JobStatusChange,
     Publisher,
 )
+from liveblockd.jobs.hanging import hurry
 from liveblockd.jobs.job import BlockDeviceIoStatus, ErrorAction, Job, JobCancelled
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb, may_become
 from liveblockd.jobs.turns import Turns
@@ -79,6 +80,7 @@ class Scheduler:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._working: set[Job] = set()
         self._settled: dict[Job, list[asyncio.Future[None]]] = {}
+        self._hurried: dict[Job, asyncio.Task[None]] = {}
 
     # -- starting
 
@@ -178,6 +180,8 @@ class Scheduler:
         """Ask the job to end; the end is announced by events. Also wakes a paused job."""
         check_verb(job.id, job.status, JobVerb.CANCEL)
         forced = job.cancel_is_forced(force)
+        if forced:
+            self._hurry(job)
         if job.transaction.ending is not None and not job.transaction.aborted:
             return  # it is being finalized: what it does now is true whatever we say
         if forced:
@@ -207,13 +211,17 @@ class Scheduler:
         check_verb(job.id, job.status, JobVerb.DISMISS)
         await asyncio.shield(self._spawn(self._dismiss(job), f"dismiss {job.id}"))
 
-    async def cancel_all(self) -> None:
-        """End every job, with its events, and forget it (quit, SIGTERM)."""
+    def request_end(self) -> None:
+        """Ask every job to end."""
         for job in reversed(tuple(self.jobs.values())):
             if job.status is JobStatus.CREATED:
                 self._abort_transaction(job)
             elif job.status not in (*_ENDED, JobStatus.ABORTING):
                 self.cancel(job, force=True)
+
+    async def cancel_all(self) -> None:
+        """End every job, with its events, and forget it (quit, SIGTERM)."""
+        self.request_end()
         for job in tuple(self.jobs.values()):
             await self._until(job, lambda job=job: job.status in _ENDED)  # type: ignore[misc]
             if job.status is JobStatus.CONCLUDED:
@@ -348,6 +356,7 @@ class Scheduler:
             if other is not job:
                 other.cancel_requested = True
                 other.let_go()
+                self._hurry(other)
                 if other.user_paused:
                     self._resume(other)
                 other.wake()
@@ -369,6 +378,8 @@ class Scheduler:
 
     async def _conclude(self, job: Job) -> None:
         await self._guarded(job, job.clean)
+        if (hurried := self._hurried.pop(job, None)) is not None:
+            hurried.cancel()
         if job.is_block_job and job.started:
             self._announce_end(job)
         self._move(job, JobStatus.CONCLUDED)
@@ -405,6 +416,10 @@ class Scheduler:
         assert may_become(job.status, status), f"job {job.id}: {job.status} -> {status}"
         job.status = status
         self.publisher.publish(JobStatusChange(id=job.id, status=status))
+
+    def _hurry(self, job: Job) -> None:
+        if job.started and job.status not in _ENDED and job not in self._hurried:
+            self._hurried[job] = self._spawn(hurry(job), f"hurry {job.id}")
 
     def _resume(self, job: Job) -> None:
         job.io_status = BlockDeviceIoStatus.OK

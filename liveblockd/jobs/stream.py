@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from errno import ENOTSUP
 from typing import ClassVar
@@ -99,6 +99,10 @@ class Stream(CopyJob):
         """The layer that stays below ``top``; None: none does."""
         return chain.layer_below(self.bottom)
 
+    def nothing_held(self) -> AbstractContextManager[None]:
+        """Of all that it reads."""
+        return self.graph.nothing_held(self.top)
+
     def images(self) -> tuple[list[Node], Node | None]:
         """From the top to the last one to go; the base."""
         return chain.layers_between(self.top, self.base), self.base
@@ -108,7 +112,8 @@ class Stream(CopyJob):
     async def plan(self, offset: int) -> tuple[list[Run], int]:
         """Pieces for the next stretch of the disk, as far as ``LOOK_AHEAD`` runs go."""
         assert self.user is not None
-        return await self.user.run(lambda: self._plan(offset))
+        with self.reading():
+            return await self.user.run(lambda: self._plan(offset))
 
     async def _plan(self, offset: int) -> tuple[list[Run], int]:
         base = self.base
@@ -185,7 +190,8 @@ class Stream(CopyJob):
         # An intermediate image that is shorter than the top reads as zeros past its end.
         there = max(0, min(piece.length, source.length - piece.offset))
         try:
-            data = await source.read(piece.offset, there) if there else b""
+            with self.reading():
+                data = await source.read(piece.offset, there) if there else b""
         except OSError as error:
             raise PieceFailedError("read", error) from error
         if there < piece.length:

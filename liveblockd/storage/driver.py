@@ -406,8 +406,11 @@ class BlockDriver(abc.ABC):
     def drain_end(self) -> None:
         """As before ``drain_begin``."""
 
-    def stop_waiting(self) -> None:
-        """Requests that wait for a server to come back fail now (a job is cancelled, we end)."""
+    def stop_waiting(self, silence: float | None = None) -> None:
+        """Requests that wait for a server to come back fail now (a job is cancelled, we end).
+
+        With ``silence`` also those that a server has left unanswered for so many seconds.
+        """
 
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""

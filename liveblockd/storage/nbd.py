@@ -39,6 +39,8 @@ MOST: Final = 1 << 30
 DATA: Final = 2 << 20
 #: seconds between two tries to connect
 AGAIN: Final = 0.2
+#: seconds for which a server may say nothing while the node is being closed
+PATIENCE: Final = 10.0
 
 
 class NbdOptions(BlockdevOptions):
@@ -264,15 +266,20 @@ class NbdDriver(BlockDriver):
         self._link.end_patience()
         try:
             if not self._link.lost:
-                await self.flush()
+                flush = asyncio.create_task(self.flush())
+                while not (await asyncio.wait((flush,), timeout=AGAIN))[0]:
+                    self._link.cut_off(PATIENCE)
+                await flush
             elif self._link.dirty:
                 raise OSError(EIO, "the NBD server is gone, with what it had not flushed")
         finally:
             await self._link.close()
 
-    def stop_waiting(self) -> None:
-        """For a server that is gone."""
+    def stop_waiting(self, silence: float | None = None) -> None:
+        """For a server that is gone, or does not answer."""
         self._link.stop_waiting()
+        if silence is not None:
+            self._link.cut_off(silence)
 
     # -- inside
 

@@ -86,6 +86,8 @@ class NbdConnection(asyncio.Protocol):
         self._buffer = bytearray()
         self._waiting: dict[int, Answer] = {}
         self._cookie = 0
+        self._heard = 0.0  # seconds of the loop's clock
+        self._unsent = 0  # bytes
         self._may_send = asyncio.Event()
         self._may_send.set()
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -102,6 +104,8 @@ class NbdConnection(asyncio.Protocol):
             await self._may_send.wait()
         if self.lost:
             raise ConnectionLostError(EIO, strerror(EIO))
+        if not self._waiting:
+            self._heard = asyncio.get_running_loop().time()
         self._cookie += 1
         cookie = self._cookie
         answer = self._waiting[cookie] = Answer(command, offset, length)
@@ -142,6 +146,19 @@ class NbdConnection(asyncio.Protocol):
         self._end("given up")
         self._transport.abort()
 
+    def silence(self) -> float:
+        """Seconds for which a server has neither answered nor taken what it was sent; to be asked
+        now and then, for that is when it is looked at.
+        """
+        if self.lost or not self._waiting:
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        unsent = self._transport.get_write_buffer_size()
+        if unsent < self._unsent:
+            self._heard = now
+        self._unsent = unsent
+        return now - self._heard
+
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -164,6 +181,7 @@ class NbdConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Greeting, options, replies."""
         try:
+            self._heard = asyncio.get_running_loop().time()
             if self._negotiation is not None:
                 self._negotiate(data)
             else:

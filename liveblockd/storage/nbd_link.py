@@ -220,6 +220,18 @@ class NbdLink:
         if self._back is not None and not self._back.done():
             self._back.set_result(None)
 
+    def cut_off(self, silence: float) -> None:
+        """Requests that a server has not answered for so many seconds fail now.
+
+        That server is left for good: what it does in the end with what it was sent may come after
+        what somebody else writes there.
+        """
+        if self._connection.silence() >= silence:
+            if self._back is None:
+                self._back = asyncio.get_running_loop().create_future()
+            self._break("the server does not answer, and nobody waits for it")
+            self._connection.abort()
+
     def _retire(self, connection: NbdConnection) -> None:
         """The server says that it is ending: leave it, when it has done what it took."""
         if connection is self._connection and not connection.lost:

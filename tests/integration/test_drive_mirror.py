@@ -10,8 +10,8 @@ import pytest
 from liveblockd.errors import BlockError
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.jobs.drive_mirror import DriveMirrorParameters, start_drive_mirror
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.transitions import JobStatus
 from liveblockd.storage.driver import Permission
 from tests.integration.test_mirror import MIB, SIZE, Lanes, make_source

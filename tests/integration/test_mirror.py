@@ -10,8 +10,8 @@ import subprocess
 import pytest
 
 from liveblockd.jobs import mirror
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.jobs.transitions import JobStatus
 from liveblockd.storage.driver import Permission

@@ -26,8 +26,8 @@ from liveblockd.graph.transaction import Action, perform
 from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode
 from liveblockd.jobs.backup_start import create_backup
 from liveblockd.jobs.job import BlockdevOnError, Job
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.jobs.transaction import JobAction
 from tests.simulation import forms

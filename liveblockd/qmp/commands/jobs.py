@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.jobs.job import BlockDeviceIoStatus, BlockJobType, Job, JobType
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorCore
+from liveblockd.jobs.mirror import MirrorCore
+from liveblockd.jobs.mirror_options import MirrorCopyMode
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb
 from liveblockd.qapi import QapiModel
 from liveblockd.qmp.context import Context
@@ -176,15 +177,27 @@ async def query_jobs(context: Context, _arguments: Any) -> list[JobInfo]:
     ]
 
 
+async def _set_up(context: Context, job_id: str) -> None:
+    """Return when no command is about to set the job up.
+
+    A cancel waits for no other command: one may be waiting for this very job, which hangs.
+    """
+    job = context.scheduler.find(job_id)
+    if job is not None and job.status is JobStatus.CREATED:
+        async with context.command_lock:
+            pass
+
+
 @command("block-job-set-speed", args=SpeedArguments, aliases=("block_job_set_speed",))
 async def block_job_set_speed(context: Context, arguments: SpeedArguments) -> None:
     """Change the speed at once."""
     context.scheduler.set_speed(block_job(context, arguments.device), arguments.speed)
 
 
-@command("block-job-cancel", args=CancelArguments, aliases=("block_job_cancel",))
+@command("block-job-cancel", args=CancelArguments, aliases=("block_job_cancel",), query=True)
 async def block_job_cancel(context: Context, arguments: CancelArguments) -> None:
     """End a job; BLOCK_JOB_CANCELLED tells when it has ended."""
+    await _set_up(context, arguments.device)
     job = block_job(context, arguments.device)
     if job.user_paused and not arguments.force:
         raise BlockError(f"The block job for device '{job.id}' is currently paused")
@@ -260,9 +273,10 @@ async def job_resume(context: Context, arguments: IdArgument) -> None:
     context.scheduler.resume(any_job(context, arguments.id))
 
 
-@command("job-cancel", args=IdArgument)
+@command("job-cancel", args=IdArgument, query=True)
 async def job_cancel(context: Context, arguments: IdArgument) -> None:
     """End a job whatever it does, paused or ready too."""
+    await _set_up(context, arguments.id)
     context.scheduler.cancel(any_job(context, arguments.id), force=True)
 
 

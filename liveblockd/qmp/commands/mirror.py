@@ -8,8 +8,8 @@ from __future__ import annotations
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.jobs.drive_mirror import DriveMirrorParameters, start_drive_mirror
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.jobs.mirror import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.qapi import QapiModel, UInt32
 from liveblockd.qmp.context import Context

@@ -10,8 +10,9 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.jobs.mirror import SLICE, MirrorCopyMode, MirrorOptions
+from liveblockd.jobs.mirror import SLICE
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.jobs.transitions import JobStatus
 from liveblockd.storage.driver import Permission
