@@ -407,10 +407,7 @@ class BlockDriver(abc.ABC):
         """As before ``drain_begin``."""
 
     def stop_waiting(self, silence: float | None = None) -> None:
-        """Requests that wait for a server to come back fail now (a job is cancelled, we end).
-
-        With ``silence`` also those that a server has left unanswered for so many seconds.
-        """
+        """Fail requests that wait for a lost server, or are unanswered so many seconds."""
 
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""

@@ -301,6 +301,8 @@ class NbdLink:
         except ConnectionLostError:
             return False
         except OSError as error:
+            if error.errno == ESHUTDOWN:  # it was the old one, which is ending
+                return False
             self._break(f"writes could not be made again: {error.strerror}")
             return False
         if connection.lost:
