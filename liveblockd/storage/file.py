@@ -9,6 +9,7 @@ Invariants:
 
 * The descriptor's number never changes while the node is open: a change between read-only and
   read-write replaces what it refers to (dup2), so jobs that hold the number go on.
+* With auto-read-only the descriptor is for writing only while somebody has permission to write.
 * The size is asked of the host each time, never kept: jobs grow the file past this driver.
 * No coroutine here returns, cancelled or not, while its system call is under way.
 * After a failed flush all later ones fail: which pages the kernel dropped nobody knows.
@@ -20,11 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import fcntl
+import logging
 import os
 import stat
-from dataclasses import dataclass
-from errno import EACCES, EBADF, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM, EROFS
+from errno import EBADF, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM
 from functools import partial
 from time import perf_counter_ns
 from typing import Self
@@ -44,6 +44,7 @@ from liveblockd.storage.driver import (
     ExtentKind,
     Permission,
 )
+from liveblockd.storage.file_opening import OpenFile, open_as_allowed, open_fd, probe
 from liveblockd.storage.gate import gate_of
 from liveblockd.storage.locks import ImageLocks
 from liveblockd.storage.options import BlockdevOptions
@@ -57,7 +58,9 @@ INLINE_WRITE = 64 << 10
 #: extents that one ``map`` finds out: two system calls each
 MAP_LIMIT = 1024
 
-_READ_ONLY_REASONS = (EACCES, EPERM, EROFS)
+_WRITES = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
+
+log = logging.getLogger(__name__)
 
 
 class OnOffAuto(enum.StrEnum):
@@ -74,18 +77,6 @@ class BlockdevAioOptions(enum.StrEnum):
     THREADS = "threads"
     NATIVE = "native"
     IO_URING = "io_uring"
-
-
-@dataclass(frozen=True, slots=True)
-class OpenFile:
-    """What opening found out; ``HostFile`` for jobs."""
-
-    fd: int
-    direct: bool
-    read_only: bool
-    alignment: int
-    read_flags: int | None  # of preadv in read_nowait; None: it always declines
-    write_flags: int | None  # None: write_nowait asks ``calm``, or declines with O_DIRECT
 
 
 class FileOptions(BlockdevOptions):
@@ -114,6 +105,10 @@ class FileDriver(BlockDriver):
         self.request_alignment = opened.alignment
         self._jobs = environment.workers.group()
         self._opened = opened
+        #: auto-read-only: the descriptor is for writing only while somebody writes
+        self._follows = bool(options.auto_read_only)
+        self._writable = not (opened.read_only or self._follows)
+        self._going_back: asyncio.Task[None] | None = None
         self._fd = opened.fd
         self._direct = opened.direct
         self._read_flags = opened.read_flags
@@ -173,17 +168,12 @@ class FileDriver(BlockDriver):
         mode = os.stat(filename).st_mode
         cls._check_type(filename, mode)  # before open: that of a FIFO would not return
         read_only = bool(options.read_only)
-        try:
-            fd = _open_fd(filename, read_only, direct)
-        except OSError as error:
-            if not (options.auto_read_only and error.errno in _READ_ONLY_REASONS) or read_only:
-                raise
-            read_only = True
-            fd = _open_fd(filename, read_only, direct)
+        auto = bool(options.auto_read_only)
+        fd, read_only = open_as_allowed(filename, read_only=read_only, direct=direct, auto=auto)
         try:
             cls._check_type(filename, os.fstat(fd).st_mode)
             hostcalls.file_size(fd)
-            return _probe(fd, read_only, direct)
+            return probe(fd, read_only, direct)
         except BaseException:
             os.close(fd)
             raise
@@ -464,6 +454,8 @@ class FileDriver(BlockDriver):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        if self._going_back is not None:
+            await self._going_back
         while self._jobs.count or self._batches:
             await asyncio.sleep(0)  # what was begun in this round goes to the workers
             await self._jobs.idle()
@@ -481,6 +473,8 @@ class FileDriver(BlockDriver):
         More locks are a worker's job, fewer are given up here at once: that cannot fail, nor be
         cancelled half-way. A call that is refused or cancelled has changed nothing.
         """
+        if self._going_back is not None:
+            await asyncio.shield(self._going_back)
         old_used, old_shared = self._locks.used, self._locks.shared
         more = (used | old_used, shared & old_shared)
         if more != (old_used, old_shared):
@@ -490,7 +484,29 @@ class FileDriver(BlockDriver):
             except asyncio.CancelledError:
                 self._locks.acquire(old_used, old_shared)
                 raise
+        if self._follows and used & _WRITES and not (self.read_only or self._writable):
+            try:
+                await self._change_mode(writable=True)
+            except BaseException as error:
+                self._locks.acquire(old_used, old_shared)
+                if isinstance(error, OSError):
+                    raise self._no_reopen(error) from error
+                raise
         self._locks.acquire(used, shared)
+        if self._follows and self._writable and not used & _WRITES:
+            self._going_back = asyncio.get_running_loop().create_task(self._go_back())
+
+    async def _go_back(self) -> None:
+        """The last writer is gone; the kernel keeps errors of its writes for our next flush."""
+        try:
+            await self._change_mode(writable=False)
+        except OSError as error:  # open for longer than needed; harms no data
+            log.warning("%s: stays open for writing: %s", self.filename, error.strerror)
+        finally:
+            self._going_back = None
+
+    def _no_reopen(self, error: OSError) -> BlockError:
+        return BlockError.from_os_error(f"Could not reopen '{self.filename}'", error)
 
     async def set_read_only(self, read_only: bool) -> None:
         """Reopen the same file; flushed before it becomes read-only. BlockError on failure."""
@@ -499,26 +515,33 @@ class FileDriver(BlockDriver):
         try:
             if read_only:
                 await self.flush()
-            await self._change_mode(read_only)
+            writes = not self._follows or bool(self._locks.used & _WRITES)
+            if self._going_back is not None:
+                await asyncio.shield(self._going_back)
+            await self._change_mode(writable=writes and not read_only)
         except OSError as error:
-            raise BlockError.from_os_error(f"Could not reopen '{self.filename}'", error) from error
+            raise self._no_reopen(error) from error
+        self.read_only = read_only
 
-    async def _change_mode(self, read_only: bool) -> None:
-        job = self._jobs.submit(self._reopen, read_only)
+    async def _change_mode(self, *, writable: bool) -> None:
+        """OSError, and then nothing has changed; so it is when the caller is cancelled."""
+        if writable == self._writable:
+            return
+        job = self._jobs.submit(self._reopen, not writable)
         try:
             await job
         except asyncio.CancelledError:
             # The descriptor changed all the same, or not at all; back to what the caller knows.
             if job.exception() is None:
-                self.read_only = read_only
-                await self._jobs.run(self._reopen, not read_only)
-                self.read_only = not read_only
+                self._writable = writable
+                await self._jobs.run(self._reopen, writable)
+                self._writable = not writable
             raise
-        self.read_only = read_only
+        self._writable = writable
 
     def _reopen(self, read_only: bool) -> None:
         """On a worker. Through /proc, since the name may mean another file by now."""
-        fd = _open_fd(f"/proc/self/fd/{self._fd}", read_only, self._direct)
+        fd = open_fd(f"/proc/self/fd/{self._fd}", read_only, self._direct)
         try:
             self._locks.copy_to(fd)
             os.dup2(fd, self._fd, inheritable=False)
@@ -556,31 +579,6 @@ class HostDevice(FileDriver):
                 f"'{cls.driver_name}' driver requires '{filename}' "
                 "to be either a character or block device"
             )
-
-
-def _open_fd(filename: str, read_only: bool, direct: bool) -> int:
-    flags = os.O_RDONLY if read_only else os.O_RDWR
-    try:
-        return os.open(filename, flags | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-    except OSError as error:
-        if direct and error.errno == EINVAL:
-            raise OSError(EINVAL, "the file system does not support O_DIRECT") from error
-        raise
-
-
-def _probe(fd: int, read_only: bool, direct: bool) -> OpenFile:
-    if hostcalls.filesystem_type(fd) in (hostcalls.TMPFS_MAGIC, hostcalls.RAMFS_MAGIC):
-        if direct:
-            # The page cache is the file there: a file system that takes the flag (since Linux 6.6)
-            # ignores it, but splicing and alignment would pay for it.
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        return OpenFile(fd, False, read_only, 1, 0, 0)
-    if direct:
-        return OpenFile(fd, direct, read_only, hostcalls.probe_alignment(fd), None, None)
-    nowait = os.RWF_NOWAIT if hostcalls.probe_nowait(fd) else None
-    # Writes cannot be tried before there is something to write: the first one tells.
-    return OpenFile(fd, direct, read_only, 1, nowait, nowait)
 
 
 def _hand_on(waiting: JobFuture[None], job: asyncio.Future[None]) -> None:
