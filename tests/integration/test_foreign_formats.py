@@ -64,6 +64,11 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def qcow(source, tmp_path_factory):
+    return converted(source, tmp_path_factory.mktemp("qcow"), "qcow", "").read_bytes()
+
+
 def converted(source, directory, driver, options):
     path = directory / f"image.{driver}"
     extra = ["-o", options] if options else []
@@ -316,10 +321,9 @@ async def test_a_chain_of_qcow(source, tmp_path):
         (8, bytes(7) + b"\x60\0\1\0\0", "Backing file name too long"),
     ],
 )
-async def test_a_field_of_a_qcow_header(source, tmp_path, offset, value, message):
+async def test_a_field_of_a_qcow_header(qcow, tmp_path, offset, value, message):
     path = tmp_path / "image.qcow"
-    run("qemu-img", "convert", "-f", "raw", "-O", "qcow", source, path)
-    data = bytearray(path.read_bytes())
+    data = bytearray(qcow)
     data[offset : offset + len(value)] = value
     path.write_bytes(data)
     assert message in await refusal(members("qcow", path))

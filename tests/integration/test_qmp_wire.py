@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
+from tests.support.warm import begin
+
 ROOT = Path(__file__).parents[2]
 DAEMON = [sys.executable, "-m", "tests.support.qmp_daemon"]
 TIMEOUT = 20.0
@@ -40,7 +42,7 @@ class Process:
         chardev = chardev or f"socket,id=m,path={self.path},server=on,wait=off"
         command = [*DAEMON, f"--{self._loop}", "--chardev", chardev, "--monitor", monitor]
         with self._errors.open("ab") as errors:
-            process = subprocess.Popen(command, cwd=ROOT, stderr=errors, **kwargs)
+            process = begin(command, cwd=ROOT, stderr=errors, **kwargs)
         self._processes.append(process)
         return process
 

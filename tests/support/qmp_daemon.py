@@ -121,10 +121,15 @@ async def serve(arguments: list[str]) -> None:
         await monitor.close()
 
 
-if __name__ == "__main__":
+def main() -> int:
     if "--uvloop" in sys.argv:
         import uvloop
 
         uvloop.run(serve(sys.argv[1:]))
     else:
         asyncio.run(serve(sys.argv[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +41,27 @@ LIVEBLOCKD = (sys.executable, "-m", "liveblockd")
 
 
 def begin(command: Sequence[str], **more: Any) -> subprocess.Popen[Any]:
-    """``Popen(command, ...)``, warm where the command is LIVEBLOCKD and its options."""
-    if tuple(command[: len(LIVEBLOCKD)]) == LIVEBLOCKD:
-        return WarmPopen(command[len(LIVEBLOCKD) :], **more)
-    return subprocess.Popen(command, **more)
+    """``Popen(command, ...)``, warm where that can be: ``python -m`` one of ``PROGRAMS``."""
+    known = tuple(command[:2]) == LIVEBLOCKD[:2] and command[2] in PROGRAMS
+    return (WarmPopen if known and "pass_fds" not in more else subprocess.Popen)(command, **more)
 
 
 class WarmPopen(subprocess.Popen[Any]):
-    """``python -m liveblockd WORDS``, begun warm; takes what Popen takes for pipes, cwd and env."""
+    """``python -m PROGRAM WORDS``, begun warm; takes what Popen takes for pipes, cwd and env."""
 
     def _execute_child(self, *more: Any) -> None:
         call = _execute_child.bind(self, *more).arguments
         pipes = [call[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         request = {
-            "words": list(call["args"]),
+            "words": call["args"][3:],
             "directory": os.fspath(call["cwd"] or os.getcwd()),
             "environment": dict(os.environ if call["env"] is None else call["env"]),
         }
         standard = [own if theirs == -1 else theirs for own, theirs in enumerate(pipes)]
         with _one_at_a_time, _reaping_orphans():
-            socket.send_fds(_starter(), [json.dumps(request).encode()], standard)
-            answer = _starter().recv(100)
+            starter = _starter(call["args"][2])
+            socket.send_fds(starter, [json.dumps(request).encode()], standard)
+            answer = starter.recv(100)
         if not answer:
             raise OSError("the process that starts warm daemons has ended")
         self.pid = int(answer)
@@ -72,17 +72,17 @@ class WarmPopen(subprocess.Popen[Any]):
 
 
 _one_at_a_time = threading.Lock()
-_running: dict[int, socket.socket] = {}
+_running: dict[tuple[int, str], socket.socket] = {}
 
 
-def _starter() -> socket.socket:
-    """The socket to the starter of this process, which ends with the last who holds it."""
-    own = os.getpid()
+def _starter(program: str) -> socket.socket:
+    """The socket to this process's starter of a program; it ends with the last who holds it."""
+    own = os.getpid(), program
     if own not in _running:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             subprocess.Popen(
-                [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.support.warm", program, str(theirs.fileno())],
                 cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
@@ -104,21 +104,31 @@ def _reaping_orphans() -> Iterator[None]:
 # -- in the process that forks
 
 
-def import_all() -> None:
-    """What ``run_daemon`` imports and loads, in the environment it makes for that."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no threads: only one would be forked
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    gc.disable()
-    import uvloop  # noqa: F401
-
+def import_daemon() -> Callable[[], int]:
+    """What ``run_daemon`` imports and loads."""
     import liveblockd.daemon.core  # noqa: F401
+    from liveblockd.__main__ import main
     from liveblockd.daemon.drivers import load_all_drivers
     from liveblockd.qmp import registry
 
     load_all_drivers()
     registry.load()
-    gc.freeze()
-    gc.enable()
+    return main
+
+
+def import_monitors() -> Callable[[], int]:
+    """The daemon of the QMP wire: other commands, and few of them."""
+    from tests.support.qmp_daemon import main, register_stand_ins
+
+    register_stand_ins()
+    return main
+
+
+#: by the name of the module: where its file is, and what imports it
+PROGRAMS = {
+    "liveblockd": ("liveblockd/__main__.py", import_daemon),
+    "tests.support.qmp_daemon": ("tests/support/qmp_daemon.py", import_monitors),
+}
 
 
 def next_daemon(control: socket.socket) -> dict[str, Any] | None:
@@ -150,8 +160,16 @@ def next_daemon(control: socket.socket) -> dict[str, Any] | None:
 def main() -> int:
     """Serve until the other side is gone; in a child, be the daemon."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
-    import_all()
+    file, import_program = PROGRAMS[sys.argv[1]]
+    control = socket.socket(fileno=int(sys.argv[2]))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no threads: only one would be forked
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    gc.disable()
+    import uvloop  # noqa: F401
+
+    program = import_program()
+    gc.freeze()
+    gc.enable()
     request = next_daemon(control)
     if request is None:
         return 0
@@ -159,10 +177,8 @@ def main() -> int:
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv = [str(ROOT / "liveblockd" / "__main__.py"), *request["words"]]
-    from liveblockd.__main__ import main as daemon
-
-    return daemon()
+    sys.argv = [str(ROOT / file), *request["words"]]
+    return program()
 
 
 if __name__ == "__main__":
