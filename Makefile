@@ -10,6 +10,8 @@ SCALE ?= 1
 ONLY ?=
 DAEMONS ?= uvloop,asyncio
 DIRECTORY ?=
+# Twice the processors: a test waits for disks, clocks and processes about as long as it computes.
+WORKERS ?= $(shell n=$$((2 * $$(nproc))); echo $$((n < 16 ? n : 16)))
 
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
@@ -36,10 +38,10 @@ demo: $(VENV)/.run
 	@$(BIN)/python -m liveblockd.demo
 
 test: $(VENV)/.dev peers
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 test-all: $(VENV)/.dev peers
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 stress: $(VENV)/.dev peers
 	$(BIN)/python -m tests.simulation.stress --seeds $(SEEDS)
