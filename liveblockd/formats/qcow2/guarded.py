@@ -78,7 +78,11 @@ class GuardedClusters:
         return low == high or self._removed.issuperset(self._bulk_view[low:high])
 
     def __contains__(self, cluster: int) -> bool:
-        return not self.isdisjoint(range(cluster, cluster + 1))
+        if cluster in self.added:
+            return True
+        view = self._bulk_view
+        at = bisect_left(view, cluster)
+        return at < len(view) and view[at] == cluster and cluster not in self._removed
 
     def array(self) -> Entries:
         """All members, sorted; one may be there twice."""

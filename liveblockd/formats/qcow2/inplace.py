@@ -74,9 +74,15 @@ class InPlace:
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """Begin a write in place, or to one cluster that this image does not have yet."""
+        cluster = offset >> self._bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        if table is None:
+            return False
+        if not table.view[cluster & self._l2_mask]:
+            return self._begin_new(table, cluster, offset, data, done)
         host_offset = self._place(offset, len(data))
         if host_offset < 0:
-            return self._begin_new(offset, data, done)
+            return False
         quarantine = self._metadata.quarantine
         epoch = quarantine.enter()
         self._begun += 1
@@ -133,14 +139,14 @@ class InPlace:
 
     # -- the first write to a cluster
 
-    def _begin_new(self, offset: int, data: Buffer, done: Done) -> bool:
+    def _begin_new(
+        self, table: L2Table, cluster: int, offset: int, data: Buffer, done: Done
+    ) -> bool:
+        """For a cluster that this image has nothing of."""
         length, size = len(data), self._in_cluster + 1
-        cluster = offset >> self._bits
         metadata = self._metadata
-        table = self._tables.get(cluster >> self._l2_bits)
         if (
-            table is None
-            or table.bad
+            table.bad
             or not table.exclusive
             or table.bitmaps is not None
             or self.read_only
@@ -153,7 +159,7 @@ class InPlace:
         ):
             return False
         index = cluster & self._l2_mask
-        if table.view[index] or cluster in self._claims:
+        if cluster in self._claims:
             return False
         found = b"" if length == size else self._seen(cluster)
         if found is None:

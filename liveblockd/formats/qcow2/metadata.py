@@ -461,7 +461,15 @@ class Metadata:
                 self._tell(self.on_remap, table, first, 1)
             return
         hosts = np.arange(count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
-        self.publish(table, first, hosts + np.uint64(host_offset | COPIED))
+        hosts += np.uint64(host_offset | COPIED)
+        replaced = table.entries[first : first + count]
+        if self.watch is not None or table.bitmaps is not None or np.count_nonzero(replaced):
+            self.publish(table, first, hosts)
+            return
+        replaced[:] = hosts  # nothing is freed, and nobody counts
+        self.mark_dirty(table, first, first + count)
+        if self.on_remap is not None:
+            self._tell(self.on_remap, table, first, count)
 
     def _host_ranges(self, entries: Entries) -> list[tuple[int, int]]:
         """(host_offset, clusters) of all that these L2 entries refer to."""

@@ -244,3 +244,27 @@ async def test_all_ways_leave_the_same_bytes(seed, begins, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(disk.content())
     assert check(path) == {}
+
+
+async def test_entries_for_nothing_are_published_without_looking_at_what_is_freed(monkeypatch):
+    image, _ = await image_over()
+    metadata, told = image._metadata, []
+    metadata.on_remap = lambda offset, length: told.append((offset, length))
+    looked = []
+    publish = metadata.publish
+    monkeypatch.setattr(metadata, "publish", lambda *args: looked.append(args) or publish(*args))
+    table = await metadata.writable(0)
+    table.dirty.clear()
+    host_offset, count, _ = await metadata.allocate(5)
+    metadata.publish_run(table, 3, host_offset, count)
+    quick = table.entries[3:8].tolist()
+    assert not looked
+    assert told == [(3 * CLUSTER, 5 * CLUSTER)]
+    assert (table.dirty.low, table.dirty.high) == (3, 8)
+    assert metadata.dirty_tables[0] is table
+    table.entries[3:8] = 0
+    table.entries[7] = 1  # a zero cluster: somebody's
+    metadata.publish_run(table, 3, host_offset, count)
+    assert len(looked) == 1
+    assert table.entries[3:8].tolist() == quick
+    await image.close()

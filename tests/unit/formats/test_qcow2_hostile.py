@@ -128,6 +128,7 @@ def test_guarded_clusters_against_a_set():
         expected = [not model.isdisjoint(range(i, i + count)) for i in range(300)]
         assert guarded.overlaps(start, start + np.uint64(count - 1)).tolist() == expected
         assert [not guarded.isdisjoint(range(i, i + count)) for i in range(300)] == expected
+        assert [i for i in range(310) if i in guarded] == sorted(model)
 
 
 LARGE = """

@@ -394,6 +394,49 @@ def test_the_allocator_against_a_set(order: int, seed: int) -> None:
         assert in_use == {c for c in span if owned[c] or c in retired}
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from((0, 3, 4, 6)), st.integers(0, 1 << 32))
+def test_one_cluster_is_taken_as_the_general_way_takes_it(order: int, seed: int) -> None:
+    rng = random.Random(seed)
+    quick, general = new_refcounts(order), new_refcounts(order)
+    general._take_next = lambda: 0  # type: ignore[method-assign]
+    taken = []
+    take = quick._take_next
+    quick._take_next = lambda: taken.append(take()) or taken[-1]  # type: ignore[method-assign]
+    owned: list[int] = []
+    for _ in range(200):
+        choice = rng.random()
+        if choice < 0.7:
+            count = rng.choice((1, 1, 1, 5))
+            host, found = quick.allocate(count)
+            assert (host, found) == general.allocate(count)
+            owned += range(host >> 9, (host >> 9) + found)
+        elif owned:
+            cluster = owned.pop(rng.randrange(len(owned)))
+            quick.decrement(cluster, 1)
+            general.decrement(cluster, 1)
+        assert quick.blocks.keys() == general.blocks.keys()
+        for index, block in quick.blocks.items():
+            other = general.blocks[index]
+            assert block.counts.tolist() == other.counts.tolist()
+            assert (block.dirty.low, block.dirty.high) == (other.dirty.low, other.dirty.high)
+    assert sum(map(bool, taken)) > 40
+
+
+def test_no_metadata_is_taken_and_nothing_beyond_the_last_cluster() -> None:
+    refcounts = new_refcounts(4)
+    refcounts.add_metadata(5 * 512, 1)
+    assert refcounts.allocate(1) == (4 * 512, 1)
+    with pytest.raises(DamageError):
+        refcounts.allocate(1)
+    assert refcounts.refcount(5) == 0
+    refcounts = new_refcounts(4)
+    assert refcounts._take_next() == 0, "in use"
+    assert refcounts.allocate(1) == (4 * 512, 1)
+    refcounts._end = 6
+    assert [refcounts._take_next() for _ in range(3)] == [5, 0, 0]
+
+
 @pytest.mark.parametrize("count", [63, 64, 70, 200, 5000])
 def test_more_adjacent_clusters_than_a_block_describes(count: int) -> None:
     refcounts = new_refcounts(6)  # 64 refcounts in a block, 64 blocks in the table
