@@ -24,6 +24,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import filenames
 from liveblockd.graph.node import Edge, Node
 from liveblockd.storage.driver import BlockIO, ExtentKind, HostFile
+from liveblockd.storage.filters.base import FilterDriver
 
 
 def skip_filters(node: Node | None) -> Node | None:
@@ -31,6 +32,14 @@ def skip_filters(node: Node | None) -> Node | None:
     while node is not None and node.is_filter:
         node = node.file
     return node
+
+
+def stacked(node: Node) -> Iterator[Node]:
+    """``node``, and what is below it where it is a filter, down to the layer."""
+    found: Node | None = node
+    while found is not None:
+        yield found
+        found = found.file if found.is_filter else None
 
 
 def layer_below(node: Node) -> Node | None:
@@ -145,6 +154,23 @@ def overlays(node: Node) -> list[Node]:
     return found
 
 
+def behind_filters(top: Node) -> set[Node]:
+    """The layers at and below ``top`` that are to be read through a filter between, not past it."""
+    found: set[Node] = set()
+    node: Node | None = top
+    behind = False
+    while node is not None:
+        if node.is_filter:
+            driver = node.driver
+            behind |= isinstance(driver, FilterDriver) and driver.sees_reads
+            node = node.file
+        else:
+            if behind:
+                found.add(node)
+            node = node.backing
+    return found
+
+
 def unfreeze(edges: list[Edge]) -> None:
     """Undo ``freeze``; ``edges`` is empty afterwards, so that twice is harmless."""
     for edge in edges:
@@ -211,20 +237,25 @@ async def resolve(
 ) -> AsyncGenerator[Run, None]:
     """As ``allocated_above``, with ``top`` itself as the first layer; runs come as they are found.
 
-    Runs that say the same of contiguous host bytes are merged. Past the end of a layer below the
-    first it is ZERO there, or UNALLOCATED without ``short_is_zero``.
+    Runs that say the same of contiguous host bytes are merged. What is to be read through a filter
+    is COMPRESSED: nobody reads it from the host file. Past the end of a layer below the first it is
+    ZERO there, or UNALLOCATED without ``short_is_zero``.
     """
     stop = skip_filters(base)
     first = skip_filters(top)
     assert first is not None and first is not stop
     last: Run | None = None
     pending: list[_Question | Run] = [_Question(first, 1, offset, length)]  # the next one is last
+    behind = behind_filters(top)
     while pending:
         item = pending.pop()
         if not isinstance(item, Run):
             known = await _look_up(item, stop) if short_is_zero else None
             pending.extend(reversed(known or await _ask(item, stop, short_is_zero)))
-        elif last is None:
+            continue
+        if item.layer in behind and item.kind is ExtentKind.DATA:
+            item = item._replace(kind=ExtentKind.COMPRESSED, host_offset=-1)
+        if last is None:
             last = item
         elif _continues(last, item):
             last = last._replace(length=last.length + item.length)

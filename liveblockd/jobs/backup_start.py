@@ -181,7 +181,8 @@ def _check_bitmap(
 
 
 def _check_nodes(source: Node, target: Node, parameters: BackupParameters) -> None:
-    if source is target:
+    # A filter above the source is the source: what is kept would be kept from being kept.
+    if source in chain.stacked(target):
         raise BlockError("Source and target cannot be the same")
     if parameters.compress:
         driver = target.driver

@@ -85,6 +85,8 @@ async def survey_stretch(
     stop = chain.skip_filters(base)
     layers = chain.chain(top)
     layers = layers[: layers.index(stop)] if stop in layers else layers
+    if not chain.behind_filters(top).isdisjoint(layers):
+        return None  # such a layer is not read past the filter
     tables = max(1, SURVEY_TABLES // len(layers))
     end = length
     surveys: list[Survey] = []

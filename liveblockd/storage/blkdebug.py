@@ -213,6 +213,11 @@ class Blkdebug(FilterDriver):
         await self._request(BlkdebugIOType.BLOCK_STATUS, offset, length, ())
         return await self.child.map(offset, length)
 
+    @property
+    def sees_reads(self) -> bool:
+        """While there are rules."""
+        return self._armed
+
     def host_file(self) -> HostFile | None:
         """None while there are rules, which a job that copies by descriptor would pass by."""
         return None if self._armed else self.child.host_file()

@@ -180,6 +180,13 @@ SCENARIOS = {
         ("job-finalize", {"id": "b"}), *verbs("b", "finalize", "cancel", "complete", "pause"),
         bitmap("clear"), ("job-dismiss", {"id": "b"}), bitmap("remove"),
     ],
+    "filters of the source": [
+        ("blockdev-add", {"driver": "copy-on-read", "node-name": "cor", "file": "d0"}),
+        backup(device="cor", target="d0"), backup(device="cor", target="cor"),
+        mirror(target="cor"), mirror(device="cor", target="d0"), mirror(replaces="cor", **KEPT),
+        ("job-complete", {"id": "m"}), ("job-finalize", {"id": "m"}), ("job-dismiss", {"id": "m"}),
+        ("blockdev-del", {"node-name": "cor"}),
+    ],
     "drive-mirror, wrong": [
         ("drive-mirror", {"job-id": "m", "device": "d0", "target": "n.qcow2", "sync": "full",
                           **more})

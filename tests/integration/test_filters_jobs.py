@@ -2,9 +2,18 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from liveblockd.errors import BlockError
+from liveblockd.jobs.backup import BackupParameters
+from liveblockd.jobs.backup_start import start_backup
+from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_start import start_mirror
+from liveblockd.storage.filters.buckets import Limits, Rate
+from liveblockd.storage.filters.throttle_group import ThrottleGroup
+from tests.simulation.bench import Bench
 from tests.support.daemon import DaemonProcess
 
 SIZE = 4 << 20
@@ -82,3 +91,73 @@ def test_commit(images):
         run(images, "qemu-img", "check", "-q", f"{name}.qcow2")
     assert "base.qcow2" in run(images, "qemu-img", "info", "top.qcow2")
     assert "identical" in run(images, "qemu-img", "compare", "top.qcow2", "all.raw")
+
+
+@pytest.mark.parametrize("kind", ["stream", "commit", "mirror", "backup"])
+@pytest.mark.parametrize("where", ["between", "above"])
+async def test_no_job_reads_past_a_throttle(kind, where, images, monkeypatch):
+    """A worker could copy from file to file; the limits are there for the disk that it reads."""
+    if where == "above" and kind in ("stream", "commit"):
+        pytest.skip("they read below the top")
+    read = 0
+
+    def account(self, is_write, length):
+        nonlocal read
+        read += 0 if is_write else length
+
+    monkeypatch.setattr(ThrottleGroup, "account", account)
+    monkeypatch.chdir(images)
+    size = 16 * SIZE
+    for name, below in (("lowest", []), ("lower", ["-b", "lowest"]), ("upper", ["-b", "lower"])):
+        backing = [*below, "-F", "qcow2"] if below else []
+        run(images, "qemu-img", "create", "-q", "-f", "qcow2", *backing, name, str(size))
+    run(images, "qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {size}", "lower")
+    run(images, "qemu-img", "create", "-q", "-f", "qcow2", "target", str(size))
+    bench = Bench()
+    group = ThrottleGroup(Limits({"bps-total": Rate(10**15)}))
+    bench.graph.environment = replace(bench.graph.environment, throttle_group=lambda _: group)
+    lowest, lower, upper, target = (
+        {"driver": "qcow2", "file": {"driver": "file", "filename": name}}
+        for name in ("lowest", "lower", "upper", "target")
+    )
+    device = "upper"
+    lower |= {"node-name": "lower", "backing": lowest}
+    if where == "between":
+        lower = throttle("slow", lower)
+    upper |= {"node-name": "upper", "backing": lower}
+    if where == "above":
+        upper, device = throttle("slow", upper), "slow"
+    await bench.open(**upper)
+    await bench.open(node_name="target", **target)
+    if kind == "stream":
+        job = await bench.stream(device, "j")
+    elif kind == "commit":
+        job = await bench.commit(device, "j")
+    elif kind == "mirror":
+        job = await start_mirror(
+            bench.graph, bench.scheduler,
+            MirrorParameters("j", device, "target", MirrorSyncMode.FULL),
+        )  # fmt: skip
+    else:
+        parameters = BackupParameters("j", device, "target", MirrorSyncMode.FULL)
+        job = await start_backup(bench.graph, bench.scheduler, parameters)
+    await bench.end(job, "ready" if kind in ("mirror", "commit") else "null")
+    assert job.error is None
+    assert read >= size
+    await bench.close()
+
+
+async def test_a_backup_is_not_kept_on_its_source(images, monkeypatch):
+    """A filter above the source: old data would be kept where they are, behind the own filter."""
+    monkeypatch.chdir(images)
+    bench = Bench()
+    group = ThrottleGroup(Limits())
+    bench.graph.environment = replace(bench.graph.environment, throttle_group=lambda _: group)
+    await bench.open(**image("base", None))
+    await bench.open(**throttle("slow", "base"))
+    with pytest.raises(BlockError, match="Source and target cannot be the same"):
+        await start_backup(
+            bench.graph, bench.scheduler,
+            BackupParameters("j", "base", "slow", MirrorSyncMode.FULL),
+        )  # fmt: skip
+    await bench.close()

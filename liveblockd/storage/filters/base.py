@@ -119,6 +119,11 @@ class FilterDriver(BlockDriver):
         found = getattr(self.child, "driver", self.child)
         return found if isinstance(found, BlockDriver) else None
 
+    @property
+    def sees_reads(self) -> bool:
+        """Whether a job may not read past this filter, with what its maps say."""
+        return False
+
     def limits(self) -> dict[str, int]:
         """The child's."""
         below = self.driver_below

@@ -120,6 +120,11 @@ class Blkverify(FilterDriver):
         """Zeros where both say zeros; the rest only ``read`` can give."""
         return await map_all(self._nodes, offset, length)
 
+    @property
+    def sees_reads(self) -> bool:
+        """They are compared."""
+        return True
+
     def host_file(self) -> None:
         """None: what is done there would not be compared."""
         return

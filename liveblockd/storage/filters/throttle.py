@@ -114,6 +114,11 @@ class Throttle(FilterDriver):
         """None while there are limits, which a copy by descriptor would pass by."""
         return self.child.host_file() if self.group.limits.unlimited else None
 
+    @property
+    def sees_reads(self) -> bool:
+        """While there are limits."""
+        return not self.group.limits.unlimited
+
     def drain_begin(self) -> None:
         """Nothing waits any more."""
         self._member.drain_begin()
