@@ -59,6 +59,9 @@ class BlkdebugOptions(BlockdevOptions):
     unshare_child_perms: list[BlockPermission] | None = None
 
 
+_CHANGES = (BlkdebugIOType.WRITE, BlkdebugIOType.WRITE_ZEROES, BlkdebugIOType.DISCARD)
+
+
 @register_driver
 class Blkdebug(FilterDriver):
     """A filter over ``image``."""
@@ -74,6 +77,8 @@ class Blkdebug(FilterDriver):
         self.request_alignment = options.align or 1
         self._options = options
         self._rules = rules
+        #: since the last flush that succeeded, while there were rules
+        self._written = False
         rules.event("none")
 
     @classmethod
@@ -142,6 +147,11 @@ class Blkdebug(FilterDriver):
         for tag in {found[0] for found in self._rules.suspended}:
             self._rules.resume(tag, every=True)
 
+    async def debug_event(self, name: str) -> None:
+        """The driver above says that ``name`` happened; waits at a breakpoint."""
+        if self._rules.needed:
+            await self._rules.happen(name)
+
     # -- guest I/O
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
@@ -173,11 +183,13 @@ class Blkdebug(FilterDriver):
         if view.nbytes <= most:
             await self._request(BlkdebugIOType.WRITE, offset, view.nbytes)
             await self.child.write(offset, data)
+            await self._done()
             return
         for start in range(0, view.nbytes, most):
             part = view[start : start + most]
             await self._request(BlkdebugIOType.WRITE, offset + start, part.nbytes)
             await self.child.write(offset + start, part)
+            await self._done()
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
@@ -188,6 +200,7 @@ class Blkdebug(FilterDriver):
             at, part = offset + start, min(most, length - start)
             await self._request(BlkdebugIOType.WRITE_ZEROES, at, part, blkdebug_events.ZERO_WRITE)
             await self.child.write_zeroes(at, part, may_unmap=may_unmap, fast_only=fast_only)
+            await self._done()
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Events: write_compressed, write_aio."""
@@ -204,9 +217,18 @@ class Blkdebug(FilterDriver):
             await self.child.discard(offset + start, part)
 
     async def flush(self) -> None:
-        """Events: flush_to_os, flush_to_disk."""
-        await self._request(BlkdebugIOType.FLUSH, 0, 0, blkdebug_events.FLUSH)
-        await self.child.flush()
+        """Events: flush_to_os, flush_to_disk. Fails only where something was written before."""
+        if self._rules.needed and not self._written:
+            for event in blkdebug_events.FLUSH:
+                await self._rules.happen(event)
+        else:
+            await self._request(BlkdebugIOType.FLUSH, 0, 0, blkdebug_events.FLUSH)
+        self._written = False
+        try:
+            await self.child.flush()
+        except BaseException:
+            self._written = True
+            raise
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Fails only by rules with iotype=block-status."""
@@ -234,6 +256,10 @@ class Blkdebug(FilterDriver):
         }
         return super().limits() | {name: value for name, value in given.items() if value}
 
+    async def _done(self) -> None:
+        if self._rules.needed:
+            await self._rules.happen("pwritev_done")
+
     async def _request(
         self,
         iotype: BlkdebugIOType,
@@ -245,6 +271,8 @@ class Blkdebug(FilterDriver):
         rules = self._rules
         if not rules.needed:
             return
+        if iotype in _CHANGES:
+            self._written = True
         if events is None:
             found = await self._regions()
             events = blkdebug_events.events_of(

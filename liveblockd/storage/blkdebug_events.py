@@ -2,10 +2,11 @@
 
 Specification: qapi/block-core.json, BlkdebugEvent; QEMU docs/interop/qcow2 for the tables.
 
-QEMU's qcow2 driver calls out its steps. Ours does not: the request itself is looked at. When the
-image is qcow2 the header, the L1 and the refcount table say where the metadata is; all else is
-guest data. So ``read_aio`` does not fire when the header is read, as nobody would expect. An L2
-table that the L1 table on disk does not name yet counts as data.
+QEMU's qcow2 driver calls out its steps. Of ours the request itself is looked at. When the image is
+qcow2 the header, the L1 and the refcount table say where the metadata is; all else is guest data.
+So ``read_aio`` does not fire when the header is read, as nobody would expect. An L2 table that the
+L1 table on disk does not name yet counts as data. What cannot be seen so the driver above tells:
+``step`` says what kind of data a request is about, ``Blkdebug.debug_event`` what came before it.
 
 PURE: bytes in, values out; the caller reads the tables. Damaged tables give fewer regions.
 """
@@ -13,8 +14,10 @@ PURE: bytes in, values out; the caller reads the tables. Damaged tables give few
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 MAGIC = b"QFI\xfb"
 HEADER_LENGTH = 104
@@ -34,6 +37,10 @@ class Region:
     on_read: tuple[str, ...]
     on_write: tuple[str, ...]
 
+
+T = TypeVar("T")
+#: the event of requests for data in this context, in place of ``read_aio`` or ``write_aio``
+_step: Final[ContextVar[str]] = ContextVar("step", default="")
 
 DATA_READ = ("read_aio",)
 DATA_WRITE = ("write_aio", "pwritev")
@@ -80,7 +87,18 @@ def events_of(found: Iterable[Region], offset: int, length: int, write: bool) ->
     for region in found:
         if region.start < offset + length and offset < region.end:
             return region.on_write if write else region.on_read
+    if name := _step.get():
+        return (name, "pwritev") if write else (name,)
     return DATA_WRITE if write else DATA_READ
+
+
+async def step(name: str, work: Awaitable[T]) -> T:
+    """Await ``work``, whose requests for data are the event ``name``."""
+    token = _step.set(name)
+    try:
+        return await work
+    finally:
+        _step.reset(token)
 
 
 def _entries(table: bytes) -> set[int]:

@@ -184,6 +184,8 @@ class Writer:
                 start, contents = await self._contents(
                     table, cluster, begin, end, offset, data[:length], fresh=fresh
                 )
+                if len(contents) > length:
+                    await metadata.event("cow_write")
                 at = host_offset + start - (cluster << bits)
                 await self.put(at, contents)
             if table.bitmaps is None:
@@ -297,6 +299,7 @@ class Writer:
             backing = self._metadata.children.get("backing")
             if backing is None or offset >= backing.length:
                 return None
+        await self._metadata.event("cow_read")
         return await self._reader.read(offset, length)
 
 

@@ -527,10 +527,18 @@ class Metadata:
             self.on_dirty()
             return host_offset, found, fresh
 
+    async def event(self, name: str) -> None:
+        """One of QEMU's debug events: a step that requests to the file do not show."""
+        listener = getattr(getattr(self.file, "driver", self.file), "debug_event", None)
+        if listener is not None:
+            await listener(name)
+
     async def allocate_data(self, cluster: int, count: int) -> tuple[int, int, bool]:
         """As ``allocate``, for guest clusters from ``cluster`` on, which the caller has claimed."""
+        await self.event("cluster_alloc")
         if self.has_data_file:
             return cluster << self.geometry.cluster_bits, count, False
+        await self.event("refblock_alloc")
         host_offset, found, fresh = await self.allocate(count)
         return host_offset, found, fresh and self.stores is self.children
 

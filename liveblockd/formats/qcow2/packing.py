@@ -25,6 +25,7 @@ from liveblockd.formats.qcow2.layout import COPIED
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import CompressedRange, compressed_entry
 from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage.blkdebug_events import step
 
 #: bytes that are compressed at once
 BATCH = 4 << 20
@@ -77,7 +78,7 @@ class Packer:
         place: CompressedRange | None = None
         try:
             place = CompressedRange(await self._allocate(len(packed)), len(packed))
-            await write_bytes(metadata.file, place.host_offset, packed)
+            await step("write_compressed", write_bytes(metadata.file, place.host_offset, packed))
             entry = compressed_entry(place, geometry)
             metadata.publish(table, index, np.array([entry], np.uint64))
         except OSError:
@@ -89,6 +90,8 @@ class Packer:
             claims.release(claim)
 
     async def _allocate(self, length: int) -> int:
+        await self._metadata.event("cluster_alloc_bytes")
+        await self._metadata.event("refblock_alloc")
         while True:
             try:
                 host_offset = self._metadata.refcounts.allocate_bytes(length)

@@ -23,6 +23,7 @@ from liveblockd.formats.qcow2.mapping import append_extent, runs
 from liveblockd.formats.qcow2.metadata import Metadata, read_bytes
 from liveblockd.formats.qcow2.tables import compressed_range
 from liveblockd.runtime.workers import WorkerPool
+from liveblockd.storage.blkdebug_events import step
 from liveblockd.storage.driver import Buffer, Extent, ExtentKind, Packed
 from liveblockd.storage.flatmap import FlatMap
 
@@ -106,6 +107,8 @@ class Reader:
                 return await data.read_guest(part.guest_offset, host_offset, length)
             return await read_bytes(data, host_offset, length)
         if kind is ExtentKind.UNALLOCATED:
+            if "backing" in self._metadata.children:
+                await self._metadata.event("read_backing_aio")
             return await self.read_backing(part.guest_offset, length)
         if kind is ExtentKind.ZERO:
             return bytes(length)
@@ -122,7 +125,7 @@ class Reader:
         entries = part.entries[: -(-(skip + part.extent.length) // size)]
         batch = max(1, INFLATE_BATCH // size)
         batches = [
-            await self._read_packed(entries[start : start + batch])
+            await step("read_compressed", self._read_packed(entries[start : start + batch]))
             for start in range(0, len(entries), batch)
         ]
         compression = self._metadata.header.compression_type
