@@ -14,7 +14,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import chain
+from liveblockd.graph import chain, filenames
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.drives import DriveOptions, open_drive
 from liveblockd.graph.node import Node
@@ -50,7 +50,7 @@ class JobJournal:
             await open_drive(graph, options)
             return
         last = self._journal.drive(options.id)
-        elsewhere = last is not None and last.opened.file == _real(file)
+        elsewhere = last is not None and _place(last.opened.file) == _place(file)
         if last is not None and elsewhere:
             _check_unchanged(options.id, last, self._journal.path)
             log.warning(
@@ -61,8 +61,8 @@ class JobJournal:
             options = options.model_copy(update=changes)
         drive = await open_drive(graph, options)
         layer = chain.skip_filters(drive.node)
-        if layer is None or not image_of(layer).file:
-            return
+        if layer is None or image_of(layer).file.startswith("json:"):
+            return  # nobody can say whether another text means the same
         opened = last.opened if last is not None and elsewhere else image_of(layer)
         self._drives[drive] = opened, layer
         if last is not None and not elsewhere:
@@ -110,8 +110,17 @@ class JobJournal:
                 log.warning("job '%s' (%s) was under way and %s", record.id, record.type, how)
 
 
-def _real(file: str) -> str:
-    return os.path.realpath(file)
+def _place(name: str) -> object:
+    """What is the same for names that lead to the same file or export."""
+    try:
+        members = filenames.protocol_options(name)
+    except BlockError:
+        return name
+    while isinstance(inner := members.get("file"), dict):
+        members = inner
+    if members.get("driver") in ("file", "host_device") and "filename" in members:
+        return os.path.realpath(members["filename"])
+    return members
 
 
 def _check_unchanged(name: str, last: DriveRecord, journal: str) -> None:

@@ -27,9 +27,10 @@ from liveblockd.graph.filter import CommitTop
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.backing_link import backing_format, backing_string
+from liveblockd.jobs.chain_parameters import ChainParameters
 from liveblockd.jobs.commit_hold import CommitHold, nodes_between
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
-from liveblockd.jobs.job import BlockdevOnError, JobType
+from liveblockd.jobs.job import JobType
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import copyable, plan_stretch
 from liveblockd.jobs.user import JobUser
@@ -38,22 +39,11 @@ from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 
 @dataclass(frozen=True, slots=True)
-class CommitParameters:
-    """What the client asked for, as it can be written down and read again; bytes per second."""
+class CommitParameters(ChainParameters):
+    """block-commit: ``top`` (a file name) or ``top_node``, without both the active image."""
 
-    job_id: str
-    device: str
-    base: str | None = None
-    base_node: str | None = None
     top: str | None = None
     top_node: str | None = None
-    backing_file: str | None = None
-    backing_mask_protocol: bool = False
-    speed: int = 0
-    on_error: BlockdevOnError = BlockdevOnError.REPORT
-    filter_node_name: str | None = None
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
 
 
 class Commit(CopyJob):

@@ -118,6 +118,10 @@ class History:
                 error=None if error is None else str(error),
             )
             self._forget()
+        elif "speed" in line:
+            found = self.jobs[line["job"]]
+            parameters = found.parameters | {"speed": int(line["speed"])}
+            self.jobs[found.id] = replace(found, parameters=parameters)
         else:
             name = str(line["drive"])
             opened, active = Image.from_json(line["opened"]), Image.from_json(line["active"])
@@ -157,6 +161,11 @@ def began_line(job: JobRecord) -> dict[str, Any]:
 def ended_line(job_id: str, time: float, result: str, error: str | None) -> dict[str, Any]:
     """It has ended, or was given up."""
     return {"time": time, "ended": job_id, "result": result, "error": error}
+
+
+def speed_line(job_id: str, speed: int) -> dict[str, Any]:
+    """It has another speed now, in bytes per second; 0: no limit."""
+    return {"job": job_id, "speed": speed}
 
 
 def drive_line(name: str, opened: Image, active: Image) -> dict[str, Any]:

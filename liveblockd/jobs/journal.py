@@ -27,7 +27,6 @@ from typing import Any, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.events import Event, JobStatusChange
-from liveblockd.graph import filenames
 from liveblockd.graph.node import Node
 from liveblockd.jobs.history import (
     DriveRecord,
@@ -37,6 +36,7 @@ from liveblockd.jobs.history import (
     began_line,
     drive_line,
     ended_line,
+    speed_line,
 )
 from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Scheduler
@@ -150,6 +150,7 @@ class Journal:
 
         scheduler.publisher.subscribe(note)
         scheduler.write_down = self._write_down
+        scheduler.on_speed = self._speed_set
 
     async def _write_down(self, job: Job) -> None:
         if job.immediate:
@@ -177,6 +178,10 @@ class Journal:
         )
         self._known.add(job)
         self._add(began_line(record))
+
+    def _speed_set(self, job: Job) -> None:
+        if job in self._known:
+            self._add(speed_line(job.id, job.speed))
 
     def _ended(self, job: Job) -> None:
         self._known.discard(job)
@@ -270,7 +275,7 @@ def image_of(layer: Node) -> Image:
     node, below = layer, layer.file
     while below is not None:
         node, below = below, below.file
-    name = filenames.exact_filename(node) or ""
+    name = node.filename  # plain, or else json:
     inode = 0
     if node.driver_class.driver_name in ("file", "host_device"):
         name = os.path.realpath(name)

@@ -74,6 +74,8 @@ class Scheduler:
         self.clock: Clock = clock or SystemClock()
         #: who may copy, where not all may at once
         self.turns: Turns[Job] = Turns(max_concurrent)
+        #: told of a job that has another speed now
+        self.on_speed: Callable[[Job], None] = lambda _: None
         #: of the journal: returns when it is durable that the job, which is to start, was there
         self.write_down: Callable[[Job], Coroutine[Any, Any, None]] | None = None
         self.jobs: dict[str, Job] = {}
@@ -169,6 +171,7 @@ class Scheduler:
             raise BlockError("Parameter 'speed' expects a non-negative value")
         job.limit.set_speed(speed, self.clock.monotonic())
         job.wake()
+        self.on_speed(job)
 
     def complete(self, job: Job) -> None:
         """Let a ready job switch over."""

@@ -31,9 +31,10 @@ from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.jobs.backing_link import backing_format, backing_string
+from liveblockd.jobs.chain_parameters import ChainParameters
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
-from liveblockd.jobs.job import BlockdevOnError, JobType
+from liveblockd.jobs.job import JobType
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
 from liveblockd.jobs.user import JobUser
@@ -45,21 +46,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class StreamParameters:
-    """What the client asked for, as it can be written down and read again; bytes per second."""
+class StreamParameters(ChainParameters):
+    """block-stream: down to ``base``, or to ``bottom`` and with it."""
 
-    job_id: str
-    device: str
-    base: str | None = None
-    base_node: str | None = None
     bottom: str | None = None
-    backing_file: str | None = None
-    backing_mask_protocol: bool = False
-    speed: int = 0
-    on_error: BlockdevOnError = BlockdevOnError.REPORT
-    filter_node_name: str | None = None
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
 
 
 class Stream(CopyJob):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from liveblockd.daemon.journal import _place
 from tests.support.daemon import DaemonProcess, QmpError, nbd_write
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
@@ -56,8 +57,11 @@ def killed_at_work(directory, command, **arguments):
     """A daemon that is killed while a slow job copies."""
     with daemon(directory) as first:
         qmp = first.qmp()
-        qmp(command, device="d", job_id="j", speed=MIB // 4, **arguments)
+        qmp(command, device="d", job_id="j", speed=MIB // 2, **arguments)
         until_copying(qmp, "j")
+        qmp("block-job-set-speed", device="j", speed=MIB // 4)
+        while f'"speed": {MIB // 4}}}' not in (directory / "journal").read_text():
+            qmp("query-block-jobs")
         first.stop(signal.SIGKILL)
     (directory / "daemon.pid").unlink()
 
@@ -341,3 +345,32 @@ def test_a_journal_that_cannot_be_made(images):
         daemon(images, journal="journal=nowhere/journal"),
     ):
         pass
+
+
+def test_a_drive_on_a_node_without_a_plain_name_is_opened_there(images):
+    with daemon(images) as first:
+        qmp = first.qmp()
+        qmp("blockdev-add", driver="null-co", node_name="away", size=4 * MIB, read_zeroes=True)
+        qmp("blockdev-mirror", device="d", target="away", job_id="m", sync="none")
+        qmp.wait("BLOCK_JOB_READY", device="m")
+        qmp("block-job-complete", device="m")
+        qmp.wait("BLOCK_JOB_COMPLETED", device="m")
+        first.stop(signal.SIGKILL)
+    (images / "daemon.pid").unlink()
+    with daemon(images) as second:
+        (drive,) = second.qmp()("query-block")
+        assert drive["inserted"]["drv"] == "null-co"
+        assert drive["inserted"]["image"]["virtual-size"] == 4 * MIB
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("a", "file:a"), ("a", 'json:{"driver":"qcow2","file":{"driver":"file","filename":"a"}}'),
+        ("a", "x/../a"), ("nbd:unix:/s:exportname=e", "nbd+unix:///e?socket=/s"),
+        ("nbd:h:10809:exportname=e", "nbd://h:10809/e"),
+    ],
+)  # fmt: skip
+def test_names_of_the_same_place(one, other):
+    assert _place(one) == _place(other)
+    assert _place(one) != _place("nbd://elsewhere/e") != _place("b")

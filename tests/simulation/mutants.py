@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -144,7 +145,7 @@ def _reuse_before_commit(stack: ExitStack) -> None:
         quarantine = self.metadata.quarantine
         freed, quarantine._freed = quarantine._freed, []
         for item in freed:
-            await self._release_one(item)
+            await self._releaser.release_all(deque((item,)))
         await commit(self)
 
     stack.enter_context(mock.patch.object(Committer, "_commit", mutated))

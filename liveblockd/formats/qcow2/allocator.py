@@ -252,6 +252,17 @@ class Refcounts:
         block = self._block(index)
         return int(block.counts[within]) if block else 0
 
+    def single(self, cluster: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of ``count`` clusters have the refcount 1; raises BlockNeeded."""
+        found = np.zeros(count, np.bool_)
+        done = 0
+        for index, within, length in self._pieces(cluster, count):
+            block = self._block(index)
+            if block is not None:
+                found[done : done + length] = block.counts[within : within + length] == 1
+            done += length
+        return found
+
     def decrement(self, cluster: int, count: int) -> None:
         """One reference less to each of ``count`` clusters; the removal is durable.
 

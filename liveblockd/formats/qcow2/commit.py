@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from errno import EIO
 from typing import Any, NamedTuple
 
-from liveblockd.formats.qcow2.allocator import BlockNeeded, SealedRefcounts, Write
+from liveblockd.formats.qcow2.allocator import SealedRefcounts, Write
 from liveblockd.formats.qcow2.header import Header, Rewrite, fixed_fields
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import (
@@ -41,7 +40,8 @@ from liveblockd.formats.qcow2.layout import (
     Incompatible,
 )
 from liveblockd.formats.qcow2.metadata import Metadata
-from liveblockd.formats.qcow2.quarantine import Batch, Freed
+from liveblockd.formats.qcow2.quarantine import Batch
+from liveblockd.formats.qcow2.release import Releaser
 from liveblockd.formats.qcow2.tables import DamageError, to_disk
 
 #: dirty metadata is committed after this time, in seconds, if nobody flushes before
@@ -50,8 +50,6 @@ AUTOSYNC_SECONDS = 1.0
 #: the disk takes them would otherwise wait for fdatasync all the time, which nobody has asked for
 AUTOSYNC_PAUSE = 9
 LONGEST_AUTOSYNC = 30.0
-#: freed clusters that are released in one go; a flush that is waited for comes in between
-RELEASE_CLUSTERS = 1024
 #: writes of a stage that are handed to the file child at once
 PARALLEL_WRITES = 16
 
@@ -101,9 +99,7 @@ class Committer:
         self._lost: OSError | None = None
         self._worker: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
-        #: ready for use again, but for what ``_release`` has to do
-        self._to_release: deque[Freed] = deque()
-        self._releasing: Freed | None = None
+        self._releaser = Releaser(metadata)
         self._ended = True
         metadata.on_dirty = self._on_dirty
 
@@ -126,10 +122,8 @@ class Committer:
         """(host_offset, clusters) of what has one refcount more than memory has references."""
         for freed in self.metadata.quarantine.pending():
             yield freed.host_offset, freed.clusters
-        for freed in self._to_release:
+        for freed in self._releaser.pending():
             yield freed.host_offset, freed.clusters
-        if self._releasing is not None:
-            yield self._releasing.host_offset, self._releasing.clusters
         yield from self.metadata.refcounts.retired
 
     @property
@@ -270,10 +264,10 @@ class Committer:
                     self._wanted = False
                     error = await self._try_commit()
                     self._tell(waiters, error)
-                elif self._to_release:
+                elif self._releaser:
                     await self._release()
                 elif freed := self.metadata.quarantine.ready():
-                    self._to_release.extend(freed)
+                    self._releaser.add(freed)
                 else:
                     break
         finally:
@@ -282,6 +276,15 @@ class Committer:
             for waiter in (*waiters, *self._waiters):
                 if not waiter.done():
                     waiter.set_exception(OSError(EIO, "the commit was aborted"))
+
+    async def _release(self) -> None:
+        """A part, for it takes long: who waits for a commit does not wait for all of it."""
+        if self.damaged:
+            self._releaser.clear()
+            return
+        self._releaser.on_damage = self.on_damage
+        await self._releaser.release()
+        await asyncio.sleep(0)
 
     def _tell(self, waiters: list[asyncio.Future[None]], error: OSError | None) -> None:
         """Answer those who wait, with a loss that nobody has heard of as well."""
@@ -473,78 +476,6 @@ class Committer:
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
-
-    # -- freed clusters
-
-    async def _release(self) -> None:
-        """The disk does not refer to these any more: lower their refcounts.
-
-        What cannot be done for an I/O error stays allocated, which leaks space but no data. To give
-        much space back takes long: whoever waits for a commit does not wait for all of that.
-        """
-        number = 0
-        while self._to_release and not (self._waiters or self._wanted):
-            if self.damaged:
-                self._to_release.clear()
-                return
-            item = self._to_release.popleft()
-            if item.clusters > RELEASE_CLUSTERS:
-                rest = RELEASE_CLUSTERS << self.metadata.geometry.cluster_bits
-                self._to_release.appendleft(
-                    Freed(item.host_offset + rest, item.clusters - RELEASE_CLUSTERS, item.unmap)
-                )
-                item = item._replace(clusters=RELEASE_CLUSTERS)
-            self._releasing = item
-            try:
-                await self._release_one(item)
-            except DamageError as damage:
-                self.on_damage(damage)
-            except OSError:
-                continue
-            finally:
-                self._releasing = None
-            number += 1
-            if number % 256 == 0:
-                await asyncio.sleep(0)
-
-    async def _release_one(self, item: Freed) -> None:
-        metadata = self.metadata
-        refcounts = metadata.refcounts
-        cluster = item.host_offset >> metadata.geometry.cluster_bits
-        refcounts.stop_packing(cluster, item.clusters)
-        if item.unmap:
-            await self._unmap(cluster, item.clusters)
-        while True:
-            try:
-                refcounts.decrement(cluster, item.clusters)
-            except BlockNeeded as needed:
-                await metadata.load_block(needed.index)
-                continue
-            break
-        refcounts.remove_metadata(item.host_offset, item.clusters)
-        self._on_dirty()
-
-    async def _unmap(self, cluster: int, count: int) -> None:
-        """Give the space of clusters that nothing else refers to back to the host."""
-        metadata = self.metadata
-        bits = metadata.geometry.cluster_bits
-        first = cluster  # of the run that nothing else refers to
-        for number in range(cluster, cluster + count + 1):
-            if number < cluster + count and await self._references(number) == 1:
-                continue
-            if first < number:
-                try:
-                    await metadata.file.discard(first << bits, (number - first) << bits)
-                except OSError:
-                    return  # a wish only
-            first = number + 1
-
-    async def _references(self, cluster: int) -> int:
-        while True:
-            try:
-                return self.metadata.refcounts.refcount(cluster)
-            except BlockNeeded as needed:
-                await self.metadata.load_block(needed.index)
 
 
 def _merged(writes: Sequence[Write]) -> list[Write]:

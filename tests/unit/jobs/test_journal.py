@@ -19,6 +19,7 @@ from liveblockd.jobs.history import (
     began_line,
     drive_line,
     ended_line,
+    speed_line,
 )
 from liveblockd.jobs.journal import Journal
 from tests.support.workers import InlineWorkers
@@ -39,7 +40,9 @@ def encoded(lines):
 def random_lines(rng):
     for _ in range(rng.randrange(60)):
         name = rng.choice("abc")
-        match rng.randrange(3):
+        match rng.randrange(4):
+            case 3:
+                yield speed_line(name, rng.randrange(1 << 40))
             case 0:
                 yield began_line(job(name, rng.random()))
             case 1:
@@ -72,6 +75,7 @@ def test_it_may_end_anywhere(seed):
 @pytest.mark.parametrize(
     "line",
     [b"{", b"[]", b"3", b"null", b'{"began": "x"}', b'{"ended": "unknown", "time": 1}', b"\xff",
+     b'{"job": "unknown", "speed": 1}', b'{"job": [], "speed": 1}', b'{"speed": 1}',
      b'{"began": "x", "time": "t", "type": "s", "images": [], "base": null, "parameters": {}}',
      b'{"began": "x", "time": 1, "type": "s", "images": [3], "base": null, "parameters": {}}',
      b'{"drive": "d", "opened": "/f", "active": []}'],
@@ -200,3 +204,13 @@ class TestFile:
         with pytest.raises(BlockError, match="another version"):
             Journal.open(str(path), InlineWorkers())
         assert path.read_bytes() == b'{"journal": "of somebody else"}\n'
+
+
+def test_the_last_speed_counts():
+    history = History()
+    lines = [began_line(job("a")), speed_line("a", 7), speed_line("a", 8)]
+    assert history.load(encoded([*history.lines(), *lines])) == 0
+    assert history.jobs["a"].parameters == {"a": 1, "speed": 8}
+    again = History()
+    again.load(encoded(history.lines()))
+    assert content(again) == content(history)
