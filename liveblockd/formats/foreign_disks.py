@@ -374,12 +374,3 @@ _OPENERS: Final[dict[str, Callable[[HostBytes], Disk]]] = {
     "vdi": _open_vdi,
     "vpc": _open_vpc,
 }
-
-
-def is_installed() -> bool:
-    """Whether the library is there (it is imported by this)."""
-    try:
-        import dissect.hypervisor  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -232,10 +232,6 @@ class Backend:
         if offset + length > self.statistics.wr_highest_offset:
             self.statistics.wr_highest_offset = offset + length
 
-    async def write_fua(self, offset: int, data: Buffer) -> None:
-        """``write`` and durable."""
-        await self.write(offset, data, fua=True)
-
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """``write`` of whole clusters, compressed where the format can; see ``BlockDriver``."""
         length = len(data)

@@ -27,7 +27,6 @@ from liveblockd.storage.flags import first_true
 #: bytes of the bitmap that are looked at in one step
 _STEP: Final = 8192
 MIN_GRANULARITY: Final = 512
-MAX_GRANULARITY: Final = 1 << 31
 MAX_NAME: Final = 1023
 DEFAULT_GRANULARITY: Final = 65536
 _WORD: Final = 8

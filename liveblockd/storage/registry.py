@@ -8,14 +8,12 @@ Runs on: import time and the event loop. Errors: ``BlockError`` for an unknown d
 
 from __future__ import annotations
 
-import functools
 import importlib
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
@@ -60,19 +58,6 @@ class Environment:
     find_node: Callable[[str], BlockIO | None] = lambda _: None
     #: only what images say of themselves is asked for: no key of an encrypted one is needed
     no_io: bool = False
-
-
-class OpenableDriver(Protocol):
-    """What a registered class has beyond ``BlockDriver``."""
-
-    driver_name: str
-    Options: type[BlockdevOptions]
-
-    @classmethod
-    async def open(
-        cls, options: Any, children: dict[str, BlockIO], environment: Environment
-    ) -> BlockDriver:
-        """Open the image; raises BlockError and leaves nothing behind then."""
 
 
 DriverClass = TypeVar("DriverClass", bound=type[BlockDriver])
@@ -120,13 +105,3 @@ def find_driver(name: str) -> Any:
         return _drivers[name]
     except KeyError:
         raise BlockError(f"Unknown driver '{name}'") from None
-
-
-def blockdev_union() -> Any:
-    """The union of the ``Options`` of all drivers, for introspection of ``blockdev-add``.
-
-    Values are parsed by ``qapi.parse(BlockdevOptions, value)``, which picks the variant by its
-    ``driver`` at once.
-    """
-    models = [option_models[name] for name in sorted(option_models)]
-    return functools.reduce(operator.or_, models)

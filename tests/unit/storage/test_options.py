@@ -87,4 +87,4 @@ def test_lookup():
     assert registry.find_driver("file").driver_name == "file"
     with pytest.raises(BlockError, match="Unknown driver 'zzz'"):
         registry.find_driver("zzz")
-    assert FileOptions in registry.blockdev_union().__args__
+    assert registry.option_models["file"] is FileOptions
