@@ -27,7 +27,11 @@ $(VENV)/.run: pyproject.toml
 	@$(BIN)/python -m compileall -q liveblockd # where PYTHONDONTWRITEBYTECODE is set, nobody else does
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
 	$(PIP) -e '.[test,dev]'
 	@touch $@
 
@@ -37,31 +41,31 @@ peers:
 demo: $(VENV)/.run
 	@$(BIN)/python -m liveblockd.demo
 
-test: $(VENV)/.dev peers
+test: $(VENV)/.test peers
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
-test-all: $(VENV)/.dev peers
+test-all: $(VENV)/.test peers
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-stress: $(VENV)/.dev peers
+stress: $(VENV)/.test peers
 	$(BIN)/python -m tests.simulation.stress --seeds $(SEEDS)
 
 # Every kind of job at once, by QMP, on several drives in use.
-chaos: $(VENV)/.dev peers
+chaos: $(VENV)/.test peers
 	$(BIN)/python -m tests.simulation.chaos --seeds $(SEEDS)
 
 # Tens of thousands of power cuts, in the middle of guest I/O, streams, snapshots and resizes.
-powercut: $(VENV)/.dev peers
+powercut: $(VENV)/.test peers
 	$(BIN)/python -m tests.simulation.powercut --seeds $(SEEDS) --cuts $(CUTS)
 
 # Live operations under a Linux guest that works on its file system. Two minutes.
-guest: $(VENV)/.dev peers
+guest: $(VENV)/.test peers
 	@tools/debian-packages --optional qemu-system-x86 busybox-static e2fsprogs
 	@tools/guest-kernel .guest
 	$(BIN)/python -m pytest -n 0 -rs tests/guest
 
 # QEMU's tools and this engine on twins of images of every kind.
-matrix: $(VENV)/.dev peers
+matrix: $(VENV)/.test peers
 	$(BIN)/python -m tests.support.matrix --seeds $(SEEDS)
 
 # Beside qemu-storage-daemon; writes docs/benchmarks.md (benchmarks/README.md).
@@ -71,7 +75,7 @@ bench: $(VENV)/.run peers
 		--daemons $(DAEMONS) $(if $(DIRECTORY),--directory '$(DIRECTORY)')
 
 # Takes every check of what an image says out of a copy, and sees a test fail. An hour or so.
-mutants-guards: $(VENV)/.dev
+mutants-guards: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz.guards --jobs 2
 
 check: lint coverage
