@@ -229,9 +229,9 @@ async def test_it_converges_while_writing_is_slower_than_copying(tmp_path):
     await bench.open(node_name="target", **target)
     async with Lanes(drive, model, 5, pause=0.05) as guest:
         job = await start_mirror(bench.graph, bench.scheduler, parameters)
-        await bench.end(job, JobStatus.READY, 20)
+        await bench.end(job, JobStatus.READY)
         bench.scheduler.complete(job)
-        await bench.end(job, seconds=20)
+        await bench.end(job)
         assert guest.writes > 20
     assert bytes(await drive.read(0, SIZE)) == model
     assert drive.node.name == "target"
@@ -246,9 +246,9 @@ async def test_write_blocking_converges_whatever_the_guest_does(tmp_path):
     await bench.open(node_name="target", **target)
     async with Lanes(drive, model, 6):
         job = await start_mirror(bench.graph, bench.scheduler, parameters)
-        await bench.end(job, JobStatus.READY, 20)
+        await bench.end(job, JobStatus.READY)
         bench.scheduler.complete(job)
-        await bench.end(job, seconds=20)
+        await bench.end(job)
     assert bytes(await drive.read(0, SIZE)) == model
     await bench.close()
 

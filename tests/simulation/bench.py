@@ -71,7 +71,7 @@ class Bench:
             self.graph, self.scheduler, CommitParameters(job_id, device, **options)
         )
 
-    async def end(self, job: Job, status: str = "null", seconds: float = 30) -> None:
+    async def end(self, job: Job, status: str = "null", seconds: float = 100) -> None:
         """Wait until the job has ``status``."""
         async with asyncio.timeout(seconds):
             while job.status != status:  # noqa: ASYNC110

@@ -52,7 +52,7 @@ class Peer:
         self._client.close()
         self._process.terminate()
         try:
-            self._process.wait(TIMEOUT)
+            self._process.wait(20)  # there are jobs that QEMU does not let end
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

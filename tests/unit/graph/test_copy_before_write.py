@@ -111,7 +111,7 @@ async def test_readers_see_the_past_and_the_guest_what_it_wrote(seed, backed):
             assert got == bench.then[offset : offset + length]
         await bench.graph.detach(user)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(100):
         await asyncio.gather(guest(), reader(), *([old_way(), old_way()] if backed else [reader()]))
     assert bytes(await bench.guest.read(0, SIZE)) == model
     assert bytes(await bench.reader.read(0, SIZE)) == bench.then
