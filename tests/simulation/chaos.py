@@ -22,8 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from liveblockd.errors import BlockError
@@ -36,7 +35,9 @@ from liveblockd.qmp.context import Context
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
-from tests.simulation.chaos_faults import FaultyPool, below_blkdebug
+from tests.simulation.chaos_backups import Backups
+from tests.simulation.chaos_copies import Copies, path_of
+from tests.simulation.chaos_faults import POLICIES, FaultyPool, below_blkdebug
 from tests.simulation.small_chunks import small_chunks
 from tests.simulation.watched import Moment, Watched
 
@@ -49,13 +50,6 @@ registry.load()
 PATIENCE = 10_000
 #: seconds after which commands are called stuck
 LONG = 1000
-POLICIES = ("report", "ignore", "stop", "enospc")
-
-
-def path_of(node: Node) -> str:
-    """Of the image file."""
-    assert node.file is not None
-    return node.file.filename
 
 
 def _make_raw(path: str, size: int) -> None:
@@ -85,7 +79,7 @@ def stuck(*jobs: Job) -> str:
     return text.getvalue()
 
 
-class Drive:
+class Drive(Backups, Copies):
     """A drive, its guest and its two operators."""
 
     def __init__(self, bench: Bench, rng: random.Random, directory: str, name: str) -> None:
@@ -98,6 +92,12 @@ class Drive:
         self.done: Counter[str] = Counter()
         #: images whose requests failed: clusters may have been lost
         self.leaking: set[str] = set()
+        #: images of which no flush succeeds
+        self.unflushable: set[str] = set()
+        #: all drives of the daemon
+        self.all: list[Drive] = [self]
+        #: commits that have begun, and those under way
+        self.commits = self.committing = 0
         #: what operators do; (): everything
         self.only: tuple[str, ...] = ()
         self._numbers = 0
@@ -175,6 +175,13 @@ class Drive:
             self.grow: 1,
             self.bitmaps: 2,
             self.internal: 1,
+            self.several: 2,
+            self.drive_mirror: 2,
+            self.drive_backup: 2,
+            self.backup_top: 1,
+            self.backup_none: 2,
+            self.fleece: 2,
+            self.grouped: 2,
         }
         if self.only:
             kinds = {getattr(self, name): 1 for name in self.only}
@@ -192,11 +199,14 @@ class Drive:
         """Into the top or any other image."""
         layers = self.layers()
         top = self.rng.randrange(len(layers))
-        more: dict[str, Any] = {}
+        base = None
         if top + 1 < len(layers) and self.rng.random() < 0.6:
-            more["base_node"] = self.rng.choice(layers[top + 1 :]).name
-        device = self.name if top == 0 else layers[top].name
-        await self._job("block-stream", device=device, **more)
+            base = self.rng.choice(layers[top + 1 :])
+        await self._stream(layers[top], base, device=self.name if top == 0 else None)
+
+    async def _stream(self, top: Node, base: Node | None, device: str | None = None) -> None:
+        more: dict[str, Any] = {} if base is None else {"base_node": base.name}
+        await self._job("block-stream", device=device or top.name, **more)
 
     async def snapshot(self) -> None:
         """A new overlay below the running guest."""
@@ -210,10 +220,17 @@ class Drive:
         if len(layers) < 2:
             return
         top = 0 if self.rng.random() < 0.5 else self.rng.randrange(len(layers) - 1)
-        base = self.rng.choice(layers[top + 1 :])
-        await self._job(
-            "block-commit", device=self.name, top_node=layers[top].name, base_node=base.name
-        )
+        await self._commit(layers[top], self.rng.choice(layers[top + 1 :]))
+
+    async def _commit(self, top: Node, base: Node) -> None:
+        self.commits += 1
+        self.committing += 1
+        try:
+            await self._job(
+                "block-commit", device=self.name, top_node=top.name, base_node=base.name
+            )
+        finally:
+            self.committing -= 1
 
     async def mirror(self) -> None:
         """To a new image; ended as a copy, or the guest goes over to it."""
@@ -238,8 +255,9 @@ class Drive:
             )
             if below is not None and self.layers()[1:2] != [below]:
                 self.bench.scheduler.cancel(job, force=True)  # the other operator was quicker
-            await self._steer(job, moment.begin, may_switch=not faulty)
-            self._check_end(job, faulty)
+            hopeless = path in self.unflushable
+            await self._steer(job, moment.begin, may_switch=not faulty, hopeless=hopeless)
+            self._check_end(job, faulty, path)
         switched = self.backend.node.name == target
         if not switched:
             await self.qmp("blockdev-del", node_name=target)
@@ -250,101 +268,17 @@ class Drive:
         else:
             self.done["pivot"] += 1
 
-    async def backup(self) -> None:
-        """Full, or an increment if there is one to build on."""
-        if self._backup is None or self.rng.random() < 0.3:
-            await self._full_backup()
-            return
-        faulty = self.rng.random() < 0.4
-        target, path = await self._target(self._backup, faulty=faulty)
-        with self._guest_may_fail(faulty):
-            with Moment(self.guest) as moment:
-                job = await self._begin(
-                    "blockdev-backup",
-                    give_up=target,
-                    device=self.name,
-                    target=target,
-                    sync="incremental",
-                    bitmap="backup",
-                    **self._policies(),
-                )
-            await self._end_backup(job, target, path, moment, "an increment")
-
-    def _policies(self) -> dict[str, str]:
-        rng = self.rng
-        return {
-            "on_target_error": rng.choice(POLICIES),
-            "on_source_error": rng.choice(POLICIES),
-            "on_cbw_error": rng.choice(("break-guest-write", "break-snapshot")),
-        }
-
-    @contextmanager
-    def _guest_may_fail(self, faulty: bool) -> Iterator[None]:
-        """A write that has to wait for the target gets its error."""
-        self.guest.may_fail += faulty
-        try:
-            yield
-        finally:
-            self.guest.may_fail -= faulty
-
-    def _check_end(self, job: Job, faulty: bool) -> bool:
-        """Whether it succeeded; AssertionError if it had no reason to fail."""
+    def _check_end(self, job: Job, faulty: bool, path: str = "") -> bool:
+        """Whether it succeeded; AssertionError if it had no reason to fail, or every one."""
         self.log.append(f"  {job.id}: ended: {job.error}")
         if job.error is None:
+            assert path not in self.unflushable, f"{job.id}: nothing of {path} is durable"
             return True
         if faulty or self.bench.workers.injected:
             self.done["failed"] += 1
         else:
             assert job.cancelled or _grown(job), f"{job.id}: {job.error}"
         return False
-
-    async def _full_backup(self) -> None:
-        faulty = self.rng.random() < 0.4
-        target, path = await self._target(None, faulty=faulty)
-        more: dict[str, Any] = {"compress": True} if self.rng.random() < 0.2 else {}
-        node = self.layers()[0].name
-        job_id = f"{self.name}-job{self.number()}"
-        more |= {key.replace("_", "-"): value for key, value in self._policies().items()}
-        backup = {"job-id": job_id, "device": self.name, "target": target, "sync": "full", **more}
-        actions: list[dict[str, Any]] = [{"type": "blockdev-backup", "data": backup}]
-        old = self._backup is not None and self.layers()[0].find_bitmap("backup") is not None
-        bitmap = {"node": node, "name": "backup"}
-        kind = "block-dirty-bitmap-clear" if old else "block-dirty-bitmap-add"
-        actions.insert(self.rng.randrange(2), {"type": kind, "data": bitmap})
-        with self._guest_may_fail(faulty):
-            done = await self._full_backup_at_once(actions, job_id, target, path)
-        if not done:
-            with_bitmap = self.bench.graph.nodes.get(node)
-            if with_bitmap is not None and with_bitmap.find_bitmap("backup") is not None:
-                await self._quietly("block-dirty-bitmap-remove", node=node, name="backup")
-
-    async def _end_backup(
-        self, job: Job, target: str, path: str, moment: Moment, what: str
-    ) -> bool:
-        await self._steer(job)
-        await self.qmp("blockdev-del", node_name=target)
-        if not self._check_end(job, path in self.leaking):
-            return False
-        moment.compare(await self._content(path), what)
-        self._backup = path if path.endswith("qcow2") else None
-        self.done[what] += 1
-        return True
-
-    async def _full_backup_at_once(
-        self, actions: list[dict[str, Any]], job_id: str, target: str, path: str
-    ) -> bool:
-        try:
-            with Moment(self.guest) as moment:
-                await self.qmp("transaction", actions=actions)
-        except BlockError:
-            await self.qmp("blockdev-del", node_name=target)
-            raise
-        self._backup = None
-        job = self.bench.scheduler.find(job_id)
-        if job is None:  # it is over already
-            await self.qmp("blockdev-del", node_name=target)
-            return True
-        return await self._end_backup(job, target, path, moment, "a backup")
 
     async def grow(self) -> None:
         """The guest learns of it at once."""
@@ -399,6 +333,8 @@ class Drive:
         }
         file: dict[str, Any] = {"driver": "file", "filename": path}
         node["file"] = below_blkdebug(rng, file, size) if faulty else file
+        if any(rule.get("once") is False for rule in node["file"].get("inject-error", ())):
+            self.unflushable.add(path)
         node["discard"] = "unmap"
         if raw:
             await asyncio.to_thread(_make_raw, path, size)
@@ -444,9 +380,17 @@ class Drive:
         self._check_end(job, False)
 
     async def _steer(
-        self, job: Job, at_end: Callable[[], object] | None = None, *, may_switch: bool = True
+        self,
+        job: Job,
+        at_end: Callable[[], object] | None = None,
+        *,
+        may_switch: bool = True,
+        hopeless: bool = False,
     ) -> None:
-        """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there."""
+        """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there.
+
+        ``hopeless``: it cannot succeed, and will be cancelled.
+        """
         scheduler, rng = self.bench.scheduler, self.rng
         may_cancel = rng.random() < 0.2
         deadline = asyncio.get_running_loop().time() + rng.random() * 0.15
@@ -459,8 +403,8 @@ class Drive:
             late = asyncio.get_running_loop().time() > deadline
             verb = rng.choice(("pause", "resume", "resume", "speed", "cancel", "end", "end"))
             if late:
-                may_cancel = False
-                verb = rng.choice(("resume", "no limit", "end"))
+                may_cancel = hopeless
+                verb = rng.choice(("resume", "no limit", "end", *(("cancel",) if hopeless else ())))
             if verb == "end" and job.status == "ready":
                 if at_end is not None:
                     at_end()
@@ -529,7 +473,7 @@ async def run_seed(seed: int, directory: str, kinds: tuple[str, ...] = ()) -> st
     ):
         try:
             for drive in drives:
-                drive.only = kinds
+                drive.only, drive.all = kinds, drives
                 await drive.build(lock)
             asyncio.get_running_loop().call_later(
                 LONG - 5, lambda: sys.stdout.write(stuck(*bench.scheduler.jobs.values()))

@@ -1,7 +1,8 @@
 """What goes wrong in a chaos: requests to targets fail now and then, workers give copies up.
 
 A target's file stands below ``blkdebug`` with a few rules, each of which lets one request fail that
-touches its sector. Guests never stand on such a one: mirrors to it end without a switch.
+touches its sector, or one flush, or all flushes. Guests never stand on such a one: mirrors to it
+end without a switch.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from tests.simulation.jitter import JitterPool
 
 T = TypeVar("T")
 SECTOR = 512
+#: on-target-error and the like
+POLICIES = ("report", "ignore", "stop", "enospc")
 
 
 def inject(rng: random.Random, size: int) -> list[dict[str, Any]]:
     """Rules of ``blkdebug`` for an image of a disk of ``size`` bytes."""
     sectors = size // SECTOR + 256
-    return [
+    rules: list[dict[str, Any]] = []
+    if rng.random() < 0.3:
+        # One flush, or none succeeds.
+        once = rng.random() < 0.5
+        rules.append({"event": "none", "iotype": "flush", "errno": EIO, "once": once})
+    return rules + [
         {
             "event": "none",
             "iotype": rng.choice(("write", "write", "write", "write-zeroes", "read")),

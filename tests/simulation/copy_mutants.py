@@ -14,8 +14,10 @@ from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.jobs import mirror
 from liveblockd.jobs.backup import Backup
 from liveblockd.jobs.copying import PieceFailedError
+from liveblockd.jobs.job import Job
 from liveblockd.jobs.mirror import MirrorCore
 from liveblockd.jobs.mirror_job import Mirror
+from liveblockd.jobs.scheduler import Scheduler, Transaction
 
 
 def _mirror_not_flushed(stack: ExitStack) -> None:
@@ -115,6 +117,21 @@ def _bitmap_without_successor(stack: ExitStack) -> None:
         thaw(self, **options)
 
     stack.enter_context(mock.patch.object(DirtyBitmap, "thaw", mutated))
+
+
+def _group_of_one(stack: ExitStack) -> None:
+    """Jobs of a group succeed each for itself."""
+    create = Scheduler.create
+
+    def mutated(self: Scheduler, job: Job, transaction: Transaction | None = None) -> None:
+        del transaction
+        create(self, job)
+
+    stack.enter_context(mock.patch.object(Scheduler, "create", mutated))
+
+
+#: those that no power cut shows
+LIVE_MUTANTS: dict[str, Callable[[ExitStack], None]] = {"group-of-one": _group_of_one}
 
 
 def _stale_bitmap_believed(stack: ExitStack) -> None:

@@ -27,7 +27,7 @@ from liveblockd.graph import backend
 from liveblockd.jobs.commit import Commit
 from liveblockd.jobs.commit_active import CommitActive
 from liveblockd.jobs.stream import Stream
-from tests.simulation.copy_mutants import COPY_MUTANTS, COPY_PLANS
+from tests.simulation.copy_mutants import COPY_MUTANTS, COPY_PLANS, LIVE_MUTANTS
 from tests.simulation.disks import SimulatedDisk
 
 
@@ -394,5 +394,5 @@ def planted(name: str | None) -> Iterator[None]:
     """Have the defect for a while; None: none."""
     with ExitStack() as stack:
         if name is not None:
-            MUTANTS[name](stack)
+            (MUTANTS | LIVE_MUTANTS)[name](stack)
         yield
