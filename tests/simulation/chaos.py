@@ -386,13 +386,14 @@ class Drive(Backups, Copies):
         *,
         may_switch: bool = True,
         hopeless: bool = False,
+        cancels: float = 0.2,
     ) -> None:
         """Pauses, speeds, perhaps a cancel; a job that is ready is completed or ended there.
 
-        ``hopeless``: it cannot succeed, and will be cancelled.
+        ``hopeless``: it cannot succeed, and will be cancelled. ``cancels``: how likely one is.
         """
         scheduler, rng = self.bench.scheduler, self.rng
-        may_cancel = rng.random() < 0.2
+        may_cancel = rng.random() < cancels
         deadline = asyncio.get_running_loop().time() + rng.random() * 0.15
         looks = 0
         while job.status != "null":

@@ -40,7 +40,7 @@ class Backups:
         async def _begin(
             self, command: str, /, *, give_up: str | None = None, **arguments: Any
         ) -> Job: ...
-        async def _steer(self, job: Job, *, hopeless: bool = False) -> None: ...
+        async def _steer(self, job: Job, **how: Any) -> None: ...
         async def _content(self, path: str) -> bytes: ...
         def _check_end(self, job: Job, faulty: bool, path: str = "") -> bool: ...
         def layers(self) -> list[Node]: ...
@@ -106,7 +106,9 @@ class Backups:
     async def _end_backup(
         self, job: Job, target: str, path: str, moment: Moment, what: str
     ) -> bool:
-        await self._steer(job, hopeless=path in self.unflushable)
+        # The next increment has what one that was cancelled was to have.
+        cancels = 0.5 if what == "an increment" else 0.2
+        await self._steer(job, hopeless=path in self.unflushable, cancels=cancels)
         await self.qmp("blockdev-del", node_name=target)
         if not self._check_end(job, path in self.leaking, path):
             return False

@@ -1,9 +1,9 @@
 """Steps of a machine that copy the disk: mirrors that the guest goes over to, and backups.
 
 A part of ``machine.Scene``. The log gets ``backup`` when the instant of a copy has passed (the
-image, its bytes, and where those are not known), ``backed`` when its job has completed, and
-``base`` when that is what the bitmap of increments counts from. What is unfinished is nobody's
-backup.
+image, its bytes, and where those are not known), ``backed`` when its job has completed, ``gone``
+when what it stands on changes, and ``base`` when that is what the bitmap of increments counts from.
+What is unfinished is nobody's backup.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from liveblockd.graph.transaction import Action, perform
 from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode
 from liveblockd.jobs.backup_start import create_backup
 from liveblockd.jobs.job import BlockdevOnError, Job
-from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_job import Mirror, MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
-from liveblockd.jobs.mirror_start import start_mirror
+from liveblockd.jobs.mirror_start import launch, make_mirror, start_mirror
+from liveblockd.jobs.starting import start_job
 from liveblockd.jobs.transaction import JobAction
 from tests.simulation import forms
 from tests.simulation.bench import Bench
@@ -89,6 +90,10 @@ class Copies:
 
     copies = 0
     _base: Base | None = None
+    #: no flush of the next target succeeds
+    _unflushable = False
+    #: backups that stand on images of the disk
+    _on_chain: list[int]
     #: by job: the number of its ``backup`` in the log, None until that is written
     _under_way: dict[str, int | None]
     #: jobs that completed before that
@@ -116,6 +121,8 @@ class Copies:
             if self.guest.size > KIB * KIB:
                 form = {"cluster_size": 4096}
             await self._create(name, size, form, backing)
+        if self._unflushable:
+            self.machine.names[name].faults["flush"] = 1.0
         return await self.bench.open(
             node_name=self.mark + name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0],
             detect_zeroes=self.detect_zeroes,
@@ -127,21 +134,32 @@ class Copies:
 
     async def _do_mirror(self) -> None:
         """The guest goes over to a copy; or it does not, and the copy is of one instant."""
+        layers = chain.chain(self.backend.node)
+        top = len(layers) > 1 and self.random.random() < 0.35
+        await self._mirror(MirrorSyncMode.TOP if top else MirrorSyncMode.FULL)
+
+    async def _do_mirror_none(self) -> None:
+        """The guest goes over to an image on the one it had."""
+        await self._mirror(MirrorSyncMode.NONE)
+
+    async def _mirror(self, sync: MirrorSyncMode) -> Job:
         rng = self.random
         self.copies += 1
         layers = chain.chain(self.backend.node)
-        below = layers[1] if len(layers) > 1 and rng.random() < 0.35 else None
+        below = {MirrorSyncMode.TOP: 1, MirrorSyncMode.NONE: 0}.get(sync)
+        below = None if below is None else layers[below]
         name = f"{self.directory}/mirror{self.copies}.img"
         if below is None:
             target = await self._new_image(name, None, None, may_be_raw=True)
         else:
-            target = await self._new_image(name, below.filename, below.name, may_be_raw=False)
+            node = None if sync is MirrorSyncMode.NONE else below.name
+            target = await self._new_image(name, below.filename, node, may_be_raw=False)
         modes, policies = tuple(MirrorCopyMode), ("report", "ignore", "stop")
         parameters = MirrorParameters(
             f"{self.mark}mirror{self.copies}",
             self.drive,
             target.name,
-            MirrorSyncMode.FULL if below is None else MirrorSyncMode.TOP,
+            sync,
             granularity=rng.choice((512, 4 * KIB, 64 * KIB)),
             options=MirrorOptions(
                 speed=rng.choice((0, 0, 256 * KIB)),
@@ -152,8 +170,12 @@ class Copies:
         )
         self.story.append(f"  {parameters} {self.forms[name]}")
         try:
-            job = await start_mirror(self.bench.graph, self.bench.scheduler, parameters)
+            if sync is MirrorSyncMode.NONE:
+                job = await start_job(self.bench.scheduler, self._start_on_source(parameters))
+            else:
+                job = await start_mirror(self.bench.graph, self.bench.scheduler, parameters)
             await self._end_mirror(job, name)
+            return job
         finally:
             if chain.skip_filters(self.backend.node) is target:
                 target.monitor_owned = False
@@ -161,12 +183,24 @@ class Copies:
             else:
                 await self.bench.graph.delete(target.name)
 
-    async def _end_mirror(self, job: Job, name: str) -> None:
+    async def _start_on_source(self, parameters: MirrorParameters) -> Mirror:
+        """As drive-mirror does it: at the end the target comes to stand on the source."""
+        graph = self.bench.graph
+        async with graph.lock:
+            source, target = graph.lookup_root(self.drive), graph.find(parameters.target)
+            job = make_mirror(parameters, graph, source, target)
+            job.new_backing, job.backing_to_come = (source,), True
+            job.held.block(source)
+            return await launch(job, self.bench.scheduler)
+
+    async def _end_mirror(self, job: Mirror, name: str) -> None:
         rng, scheduler = self.random, self.bench.scheduler
         cancel = 0.2 if rng.random() < 0.1 else None
         await self._until(job, ("ready", "null"), cancel)
         await self._wait(rng.choice((0.0, 0.1, 0.3)))
         how = rng.choices(("switch", "stop here", "cancel"), (8, 2, 1))[0]
+        if job.nothing_yet and how == "stop here":
+            how = "cancel"  # it has what was written meanwhile, which nobody knows
         if job.status != "ready":
             pass
         elif how == "switch":
@@ -239,13 +273,46 @@ class Copies:
         specific = node.driver.format_specific()
         return specific is not None and specific["data"]["compat"] != "0.10"
 
+    async def _do_backup_top(self) -> None:
+        """What the active image has, on the one below it; good as long as that one is as it is."""
+        layers = chain.chain(self.backend.node)
+        if len(layers) < 2:
+            await self._do_backup()
+            return
+        below = layers[1]
+        assert below.file is not None and isinstance(below.file.driver, SimulatedDisk)
+        number = await self._back_up(below.file.driver.medium.name, [], sync=MirrorSyncMode.TOP)
+        if number is not None:
+            self._on_chain.append(number)
+
+    def _chain_changes(self) -> None:
+        """Images below the active one are written to from now on."""
+        for number in self._on_chain:
+            self.machine.note("gone", number)
+        self._on_chain.clear()
+
+    async def _do_unflushable(self) -> None:
+        """A mirror or backup to a disk of which no flush succeeds does not succeed either."""
+        self._unflushable = True
+        try:
+            if self.random.random() < 0.5:
+                job = await self._mirror(MirrorSyncMode.FULL)
+                assert job.error is not None, f"{job.id}: the target is not durable"
+            else:
+                await self._back_up(None, [], sync=MirrorSyncMode.FULL)
+        finally:
+            self._unflushable = False
+
     async def _forget_since(self, node: Node) -> None:
         self._base = None
         self.machine.note("base", 0, 0, None)
         if node.find_bitmap(SINCE) is not None:
             await dirty.remove(self.bench.graph, node.name, SINCE)
 
-    async def _back_up(self, below: str | None, actions: list[Action], **options: Any) -> None:
+    async def _back_up(
+        self, below: str | None, actions: list[Action], **options: Any
+    ) -> int | None:
+        """The number of the copy, if there is one."""
         rng, graph, scheduler = self.random, self.bench.graph, self.bench.scheduler
         self.copies += 1
         job_id = f"{self.mark}backup{self.copies}"
@@ -278,6 +345,7 @@ class Copies:
             started = await self._at_once(name, job_id, actions)
             if started:
                 await self._end_backup(job_id, name, parameters, has_bitmap)
+            return self._under_way[job_id]
         finally:
             await graph.delete(target.name)
 
@@ -352,6 +420,7 @@ class Copies:
             cancel = rng.choice((0.0, 0.03, 0.3)) if rng.random() < 0.3 else None
             await self._until(job, cancel=cancel)
             failed = job.error is not None
+            assert failed or not self._unflushable, f"{job_id}: the target is not durable"
         mode = parameters.bitmap_mode
         if failed and mode is BitmapSyncMode.ALWAYS:
             # What it has is no backup, but the bitmap counts from there: increments build on it.

@@ -36,6 +36,34 @@ def _mirror_not_flushed(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Mirror, "pivot", switch))
 
 
+def _source_not_flushed(stack: ExitStack) -> None:
+    """Guests go over to a target that stands on what is not durable, and flush only that."""
+    copy_rest, pivot = Mirror._copy_rest, Mirror.pivot
+
+    async def mutated(self: Mirror) -> None:
+        await copy_rest(self)
+        self.source.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+    async def switch(self: Mirror) -> None:
+        del self.source.flush
+        self.source.flush = self.source.driver.flush  # type: ignore[method-assign]
+        await pivot(self)
+
+    stack.enter_context(mock.patch.object(Mirror, "_copy_rest", mutated))
+    stack.enter_context(mock.patch.object(Mirror, "pivot", switch))
+
+
+def _failed_flush_unseen(stack: ExitStack) -> None:
+    """A backup succeeds although its target could not be flushed."""
+    prepare = Backup.prepare
+
+    async def mutated(self: Backup) -> None:
+        with suppress(OSError):
+            await prepare(self)
+
+    stack.enter_context(mock.patch.object(Backup, "prepare", mutated))
+
+
 def _mirror_without_the_rest(stack: ExitStack) -> None:
     """What guests write while the mirror comes to its end does not reach the target."""
 
@@ -142,6 +170,8 @@ def _stale_bitmap_believed(stack: ExitStack) -> None:
 #: by name
 COPY_MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "mirror-not-flushed": _mirror_not_flushed,
+    "source-not-flushed": _source_not_flushed,
+    "failed-flush-unseen": _failed_flush_unseen,
     "mirror-without-the-rest": _mirror_without_the_rest,
     "mirror-clean-after-copy": _mirror_clean_after_copy,
     "mirror-one-side-only": _mirror_one_side_only,
@@ -163,6 +193,8 @@ _CHAIN: dict[str, Any] = {
 #: as ``mutants.PLANS``
 COPY_PLANS: dict[str, dict[str, Any]] = {
     "mirror-not-flushed": _MIRROR,
+    "source-not-flushed": {**_MIRROR, "steps": ("mirror_none", "rest")},
+    "failed-flush-unseen": {**_BACKUP, "steps": ("unflushable", "unflushable")},
     "mirror-without-the-rest": _MIRROR,
     "mirror-clean-after-copy": _MIRROR,
     "mirror-one-side-only": {**_MIRROR, "copy_mode": "write-blocking"},

@@ -98,9 +98,9 @@ class Machine:
         else:
             await asyncio.sleep(self.random.random() * 0.06)
 
-    def fault(self, operation: str) -> bool:
+    def fault(self, operation: str, medium: Medium) -> bool:
         """Whether this one is to fail."""
-        probability = self.faults.get(operation, 0.0)
+        probability = medium.faults.get(operation, self.faults.get(operation, 0.0))
         if not probability or self.quiet or self.calm or self.random.random() >= probability:
             return False
         self.injected += 1
@@ -123,6 +123,8 @@ class Medium:
         self.length = 0
         #: a flush has failed: so does every later one
         self.flush_failed = False
+        #: probability of a fault, in place of the machine's
+        self.faults: dict[str, float] = {}
         #: so many flushes to come do nothing (a defect that tests put in)
         self.skip_flushes = 0
 
@@ -237,7 +239,7 @@ class SimulatedDisk(BlockDriver):
     async def read(self, offset: int, length: int) -> Buffer:
         medium = self.medium
         await medium.machine.delay()
-        if medium.machine.fault("read"):
+        if medium.machine.fault("read", medium):
             raise OSError(EIO, "injected into read")
         data = medium.load(offset, length)
         await medium.machine.delay()
@@ -250,7 +252,7 @@ class SimulatedDisk(BlockDriver):
         machine = medium.machine
         content = bytes(data)
         await machine.delay()
-        if machine.fault("write"):
+        if machine.fault("write", medium):
             content = content[: machine.random.randrange(len(content) // 512 + 1) * 512]
             number = medium.begin("write", offset, content)
             medium.store(offset, content)
@@ -292,7 +294,7 @@ class SimulatedDisk(BlockDriver):
         await medium.machine.delay()
         number = medium.begin("flush")
         await medium.machine.delay()
-        if medium.flush_failed or medium.machine.fault("flush"):
+        if medium.flush_failed or medium.machine.fault("flush", medium):
             medium.flush_failed = True
             medium.end("unflushed", number)
             raise OSError(EIO, "injected into flush")
@@ -377,7 +379,7 @@ class SimulatedWorkers(WorkerPool):
         transfer: copy_engine.Transfer = args[0]
         _, _, fd, offset, length, cluster_size, *_ = transfer
         medium = self._medium_of(fd)
-        if medium.machine.fault("write"):
+        if medium.machine.fault("write", medium):
             os.close(transfer.source_fd)
             os.close(fd)
             raise OSError(ENOSPC, "injected into copy")
@@ -388,7 +390,7 @@ class SimulatedWorkers(WorkerPool):
     async def _unpack(self, work: Unpacking) -> Any:
         """The same for compressed clusters."""
         medium = self._medium_of(work.fd)
-        if medium.machine.fault("write"):
+        if medium.machine.fault("write", medium):
             os.close(work.source_fd)
             os.close(work.fd)
             raise OSError(ENOSPC, "injected into copy")
@@ -406,7 +408,7 @@ class SimulatedWorkers(WorkerPool):
     ) -> copy_engine.Copied:
         """The same for many; an error comes after some of them were written."""
         medium = self._medium_of(fd)
-        broken = medium.machine.fault("write")
+        broken = medium.machine.fault("write", medium)
         if broken:
             keep = medium.machine.random.randrange(len(segments))
             for source in {s.source_fd for s in segments} - {s.source_fd for s in segments[:keep]}:
@@ -433,7 +435,7 @@ class SimulatedWorkers(WorkerPool):
     ) -> copy_engine.Copied:
         """The same, and the tables; an error comes when all or some of it was written."""
         medium = self._medium_of(fd)
-        broken = medium.machine.fault("write")
+        broken = medium.machine.fault("write", medium)
         copied = new_tables.copy_with_tables(segments, fd, cluster_size, direct, tables)
         number = 0
         for segment in segments:

@@ -130,6 +130,8 @@ class History:
                 self.copies[number] = copy_of(*entry.data)
             case "backed":
                 self.copies[number].done = True
+            case "gone":
+                self.copies.pop(number)
             case "base":
                 self.base = None
                 if entry.data is not None:

@@ -37,6 +37,7 @@ STEPS = (
     "stream", "stream", "stream_to_base", "snapshot", "resize", "rename", "restart", "rest",
     "internal", "internal_gone", "internal_apply", "amend", "commit", "commit_active",
     "mirror", "mirror", "backup", "increment", "increment",
+    "mirror_none", "backup_top", "several", "unflushable",
 )  # fmt: skip
 #: what is no good on another image
 OF_QCOW2 = ("resize", "internal", "internal_gone", "internal_apply", "amend", "check")
@@ -64,6 +65,7 @@ class Scene(Upkeep, Merging, Copies):
         self.kept: dict[tuple[str, str], tuple[int, bytes]] = {}
         self._under_way = {}
         self._early = set()
+        self._on_chain = []
         #: by the name of its file
         self.forms: dict[str, dict[str, Any]] = {}
         bench.publisher.subscribe(self._note)

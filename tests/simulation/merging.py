@@ -35,7 +35,10 @@ class Merging:
         internal: list[tuple[str, str]]
         bitmap_in: str | None
         commits: int
+        streams: int
 
+        def _chain_changes(self) -> None: ...
+        async def _do_snapshot(self) -> None: ...
         async def _wait(self, most: float) -> None: ...
 
     async def _do_commit(self) -> None:
@@ -89,8 +92,31 @@ class Merging:
                 return False
         return True
 
+    async def _do_several(self) -> None:
+        """A stream and a commit on parts of one chain that have nothing in common."""
+        rng = self.random
+        for _ in range(max(0, 6 - len(chain.chain(self.backend.node)))):
+            await self._do_snapshot()
+        layers = chain.chain(self.backend.node)
+        # A commit has the active image for itself.
+        a, b, c, d = sorted(rng.sample(range(1, len(layers)), 4))
+        (top, base), streamed = ((a, b), (c, d)) if rng.random() < 0.5 else ((c, d), (a, b))
+        jobs: list[Job] = []
+        if self._may_merge(layers[top:base]):
+            jobs.append(await self._commit(layers[top], layers[base]))
+        self.streams += 1
+        name, below = (layers[number].name for number in streamed)
+        job_id = f"{self.mark}stream{self.streams}"
+        jobs.append(await self.bench.stream(name, job_id, base_node=below))
+        self.story.append(f"  {top} into {base}, {streamed}")
+        ends = [self._until_over(job, cancel=rng.random() < 0.15) for job in jobs]
+        for outcome in await asyncio.gather(*ends, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
     async def _commit(self, top: Node, base: Node) -> Job:
         self.commits += 1
+        self._chain_changes()
         speed = self.random.choice((0, 0, 256 << 10))
         return await self.bench.commit(
             self.drive,
@@ -111,4 +137,4 @@ class Merging:
         if job.error is not None:
             self.story.append(f"  ended: {job.error}")
             full = "No space" in str(job.error)  # a long backing name, a small header cluster
-            assert job.cancelled or self.machine.injected or full, f"commit failed: {job.error}"
+            assert job.cancelled or self.machine.injected or full, f"{job.id} failed: {job.error}"

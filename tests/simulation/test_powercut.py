@@ -108,6 +108,16 @@ def test_guests_go_over_to_mirrors() -> None:
     assert_nothing_lost(figures)
 
 
+def test_copies_on_the_disks_own_images_and_without_a_flush() -> None:
+    """sync=none, sync=top, two jobs in one chain, and targets that cannot be flushed."""
+    figures = Figures()
+    for seed in range(4):
+        steps = ("mirror_none", "backup_top", "several", "unflushable", "backup_top")
+        figures.add(run_seed(seed, 20, steps=steps, large=False, depth=3))
+    assert figures.backups > 10
+    assert_nothing_lost(figures)
+
+
 def test_backups_are_of_one_instant_or_unfinished() -> None:
     """Full ones and increments, cancelled ones among them, with internal snapshots and restarts."""
     figures = Figures()
