@@ -94,17 +94,19 @@ def inherited(given: BlockdevOptions, parent: Node | None, role: str) -> Blockde
 
 def check_depth(overlay: Node, backing: Node) -> None:
     """BlockError if the chain would have more than ``MAX_DEPTH`` images."""
-    above, layers = 0, [overlay]
+    least = len(chain.chain(backing))
+    above, layers = 0, {overlay}
     while layers:
         above += 1
-        layers = [
+        if above + least > MAX_DEPTH:
+            raise ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
+        # A target of a job may stand on the chain that the job's filter is a part of: each once.
+        layers = {
             edge.parent
             for layer in layers
             for edge in layer.parents
             if isinstance(edge.parent, Node) and (edge.role == "backing" or edge.parent.is_filter)
-        ]
-    if above + len(chain.chain(backing)) > MAX_DEPTH:
-        raise ChainError(f"the backing chain is deeper than {MAX_DEPTH} images")
+        }
 
 
 class _Budget:

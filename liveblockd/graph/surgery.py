@@ -266,7 +266,7 @@ async def insert_driver(
     beside: Mapping[str, Node] = MappingProxyType({}),
     keep: Iterable[Edge] = (),
 ) -> Node:
-    """Put a filter of a job above ``node``, below all its users but ``keep``.
+    """Put a filter of a job above ``node``, below all its users but ``keep`` and ``beside``.
 
     ``make`` gets ``node``; ``beside`` are further children by role. No request of any user of
     theirs is in flight when it comes to stand there. BlockError for a name that cannot be used, a
@@ -279,7 +279,9 @@ async def insert_driver(
         else:
             graph.check_new_name(name)
         staying = set(keep)
-        moving = [edge for edge in node.parents if edge not in staying]
+        # A target may stand on the node: on the filter it would stand on itself.
+        below = set[object]().union(*map(_below, beside.values()))
+        moving = [e for e in node.parents if e not in staying and e.parent not in below]
         for edge in moving:
             edge.check_not_frozen()
         driver = make(node)

@@ -9,6 +9,7 @@ import pytest
 from liveblockd.errors import BlockError
 from liveblockd.graph import dirty
 from liveblockd.graph.before_write import OnCbwError
+from liveblockd.graph.opening import check_depth
 from liveblockd.jobs.backup import BackupParameters, BitmapSyncMode
 from liveblockd.jobs.backup_start import create_backup, start_backup
 from liveblockd.jobs.job import BlockdevOnError
@@ -321,6 +322,21 @@ async def test_none_to_an_overlay_of_the_disk_that_others_read(seed):
         await reader.read(0, 512)
         await bench.graph.detach(reader)
     assert sorted(bench.graph.nodes) == ["base", "disk", "target", "temp"]
+    await bench.close()
+
+
+async def test_a_target_that_stands_on_the_disk_does_not_come_to_stand_on_itself():
+    """It did, on the job's filter: what walks up from the chain went round for ever."""
+    bench = await Disks().make()
+    await bench.image("temp", backing="disk")
+    job = await bench.backup(sync="none", target="temp")
+    nodes = bench.graph.nodes
+    assert nodes["temp"].children["backing"].child is nodes["disk"]
+    assert bench.guest.node is job.filter
+    check_depth(nodes["base"], nodes["base"])
+    bench.scheduler.cancel(job)
+    await bench.end(job)
+    assert bench.guest.node is nodes["disk"]
     await bench.close()
 
 
