@@ -30,7 +30,7 @@ from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.copying import FIRST_CHUNK, MIB, READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
-from liveblockd.jobs.host_copy import copy_piece
+from liveblockd.jobs.host_copy import copy_piece, guest_is_served
 from liveblockd.jobs.job import BlockdevOnError, ErrorAction, JobType
 from liveblockd.jobs.mirror_job import MirrorSyncMode
 from liveblockd.jobs.pieces import Planner, Run, split
@@ -50,6 +50,8 @@ LEAST_COPY: Final = 128 * 1024
 #: seconds; a copy that is done sooner may be of more bytes (clones are)
 SOON: Final = 0.001
 MOST_CHUNK: Final = 64 * MIB
+#: the same while no guest is served: the first write after that waits for one such piece at most
+SOON_ALONE: Final = 0.005
 
 
 class BitmapSyncMode(enum.StrEnum):
@@ -116,6 +118,7 @@ class Backup(CopyJob):
         self.parallel = min(parameters.max_workers, self.parallel)  # type: ignore[misc]
         self._most_chunk = parameters.max_chunk or MOST_CHUNK
         self._copy_chunk = min(FIRST_CHUNK, self._most_chunk)
+        self._served = False
         self._succeeded = False
         # Guests' writes do the copying, whenever they come.
         self.takes_turns = parameters.sync is not MirrorSyncMode.NONE
@@ -346,9 +349,14 @@ class Backup(CopyJob):
         await target.write_compressed(offset, data)
 
     def _adapt(self, length: int, seconds: float) -> None:
-        if seconds < SOON and length >= self._copy_chunk:
+        served = guest_is_served(self.graph)
+        if served and not self._served:  # what took long alone is too much now
+            self._copy_chunk = min(self._copy_chunk, FIRST_CHUNK)
+        self._served = served
+        soon = SOON if served else SOON_ALONE
+        if seconds < soon and length >= self._copy_chunk:
             self._copy_chunk = min(self._most_chunk, self._copy_chunk * 2)
-        elif seconds > 4 * SOON:
+        elif seconds > 4 * soon:
             self._copy_chunk = min(self._most_chunk, max(MIB, self._copy_chunk // 2))
 
     # -- the end

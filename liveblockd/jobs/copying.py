@@ -8,7 +8,7 @@ Invariants:
   ranges with nothing to copy count at once.
 * Nothing is in flight when ``run`` returns or raises, when the job is paused, or when an error is
   judged: a failed piece is tried again, given up or reported by the on-error policy.
-* Memory: at most ``parallel`` chunks, and the plan of one stretch.
+* Memory: at most ``parallel`` chunks, and the plans of two stretches.
 
 Errors: OSError of a piece under the policy ``report``, or, in the end, the first one ignored.
 """
@@ -43,6 +43,8 @@ LATE: Final = 0.025
 MOST_CROWDING: Final = 3.0
 #: pieces that are moved together at most
 MOST_TOGETHER: Final = 256
+#: with fewer pieces than this the next stretch is planned
+FEW_PIECES: Final = 256
 #: zeros are metadata only
 ZERO_CHUNK: Final = 64 * MIB
 
@@ -66,6 +68,8 @@ class CopyJob(Job):
     """Subclasses say what there is to do (``plan``) and do a piece of it (``move``)."""
 
     parallel: ClassVar[int] = 3
+    #: whether ``plan`` may look at what comes next while pieces are moved
+    plans_ahead: ClassVar[bool] = False
     #: bytes; pieces are cut at multiples of it
     granularity: int = 1
 
@@ -75,6 +79,8 @@ class CopyJob(Job):
         self._to_do = 0  # bytes of those in pieces that are not done
         self._pieces: deque[Run] = deque()
         self._in_flight: set[asyncio.Task[None]] = set()
+        self._planning: asyncio.Task[None] | None = None
+        self._plan_error: Exception | None = None
         self._failures: list[_Failure] = []
         self._ignored: OSError | None = None
         self._copy_chunk = FIRST_CHUNK
@@ -112,8 +118,8 @@ class CopyJob(Job):
 
     async def settle(self) -> None:
         """Wait for the pieces in flight."""
-        while self._in_flight:
-            await asyncio.wait(self._in_flight)
+        while self._in_flight or self._planning is not None:
+            await asyncio.wait(self._in_flight | ({self._planning} if self._planning else set()))
 
     # -- inside
 
@@ -122,24 +128,39 @@ class CopyJob(Job):
             await self.checkpoint()
             if self._failures:
                 await self._judge()
+            elif self._plan_error is not None:
+                await self._judge_plan()
             elif len(self._in_flight) >= self.scheduler.share(self):
                 await self.wait()
             elif (delay := self.rate_delay()) > 0:
                 await self.wait(delay)
             elif self._pieces:
                 self._begin(self._next_chunks())
+                if self.plans_ahead and len(self._pieces) < FEW_PIECES:
+                    self._begin_look()
             elif self._planned < self.end:
-                await self._look_ahead()
+                self._begin_look()
+                await self.wait()
             elif self._in_flight:
                 await self.wait()
             else:
                 return
 
+    def _begin_look(self) -> None:
+        """Find the next pieces in a task of its own, unless one is at it."""
+        if self._planning is None and self._planned < self.end and self._plan_error is None:
+            self._planning = asyncio.create_task(self._look_ahead())
+            self._planning.add_done_callback(self._looked)
+
+    def _looked(self, _task: asyncio.Task[None]) -> None:
+        self._planning = None
+        self.wake()
+
     async def _look_ahead(self) -> None:
         try:
             pieces, end = await self.plan(self._planned)
-        except OSError as error:
-            await self._judge_plan(error)
+        except Exception as error:
+            self._plan_error = error
             return
         assert self._planned < end <= self.end
         self._pieces.extend(pieces)
@@ -258,10 +279,14 @@ class CopyJob(Job):
                 self._ignored = self._ignored or error
                 self._done(piece)
 
-    async def _judge_plan(self, error: OSError) -> None:
+    async def _judge_plan(self) -> None:
         """What there is to do cannot be found out: stop, or fail; nothing can be left out."""
         await self.settle()
         self.check_wanted()
+        error, self._plan_error = self._plan_error, None
+        assert error is not None
+        if not isinstance(error, OSError):
+            raise error
         if self.action_on("read", error.errno or EIO) is not ErrorAction.STOP:
             raise error
 

@@ -14,6 +14,7 @@ Errors: OSError of either side, and then some of it may have been copied.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import aclosing
 from typing import Final
@@ -30,6 +31,12 @@ from liveblockd.storage.options import BlockdevDetectZeroesOptions
 UNIT: Final = 64 << 10
 #: O_DIRECT wants blocks; no block is larger
 DIRECT_ALIGNMENT: Final = 4096
+
+
+def guest_is_served(graph: Graph) -> bool:
+    """Whether somebody may soon wait for a piece that is being copied: then pieces are small."""
+    now = asyncio.get_running_loop().time()
+    return graph.environment.workers.demand.guests.is_recent(now)
 
 
 async def copy_run(

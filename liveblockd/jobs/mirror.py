@@ -31,7 +31,7 @@ from liveblockd.graph.mirror_top import Apply, MirrorTop
 from liveblockd.graph.node import Node
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap, most_copies
 from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
-from liveblockd.jobs.host_copy import copy_run
+from liveblockd.jobs.host_copy import copy_run, guest_is_served
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.planning import LEAST_COPY
@@ -39,6 +39,8 @@ from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Buffer
 
 MOST_CHUNK: Final = 2 * MIB
+#: the same while no guest is served
+MOST_ALONE: Final = 8 * MIB
 #: zeros between data are written with it when they are fewer
 LEAST_ZEROES: Final = 64 * KIB
 #: what is asked of the layers in one step of the first pass
@@ -268,9 +270,8 @@ class MirrorCore(Job):
     def _chunk(self) -> int:
         if self.speed:
             return LIMITED_CHUNK
-        return max(
-            self.options.granularity, min(MOST_CHUNK, self.options.buf_size // self.parallel)
-        )
+        most = MOST_CHUNK if guest_is_served(self.graph) else MOST_ALONE
+        return max(self.options.granularity, min(most, self.options.buf_size // self.parallel))
 
     def _progress(self) -> None:
         self.offset = self._done

@@ -27,6 +27,8 @@ LOOK_AHEAD: Final = 512
 SURVEY_RUNS: Final = 4096
 #: tables of all layers together that a survey reads
 SURVEY_TABLES: Final = 512
+#: the same of the first one
+FIRST_TABLES: Final = 64
 
 
 async def plan_stretch(
@@ -75,10 +77,13 @@ async def survey_stretch(
     stretch: tuple[int, int],
     granularity: int,
     kind_of: Callable[[chain.Run], ExtentKind],
+    *,
+    tables: int = SURVEY_TABLES,
 ) -> tuple[list[Run], int] | None:
     """``plan_stretch`` of any length in one go, where all layers can say what they hold of it.
 
-    None: they cannot. Any DATA, however short, is a piece to be copied.
+    At most ``tables`` of all layers together are read. None: they cannot. Any DATA, however short,
+    is a piece to be copied.
     """
     offset, length = stretch
     bits = granularity.bit_length() - 1
@@ -87,7 +92,7 @@ async def survey_stretch(
     layers = layers[: layers.index(stop)] if stop in layers else layers
     if not chain.behind_filters(top).isdisjoint(layers):
         return None  # such a layer is not read past the filter
-    tables = max(1, SURVEY_TABLES // len(layers))
+    tables = max(1, tables // len(layers))
     end = length
     surveys: list[Survey] = []
     for layer in layers:

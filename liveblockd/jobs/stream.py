@@ -36,7 +36,13 @@ from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
+from liveblockd.jobs.planning import (
+    FIRST_TABLES,
+    SURVEY_TABLES,
+    copyable,
+    plan_stretch,
+    survey_stretch,
+)
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, Source
 
@@ -60,6 +66,7 @@ class Stream(CopyJob):
     """
 
     type: ClassVar[JobType] = JobType.STREAM
+    plans_ahead: ClassVar[bool] = True
 
     def __init__(self, parameters: StreamParameters, graph: Graph, top: Node, bottom: Node) -> None:
         super().__init__(
@@ -117,7 +124,11 @@ class Stream(CopyJob):
         stretch = (offset, self.length)
         if not self.top.driver.gathers:
             return await plan_stretch(self.top, base, stretch, self.granularity, kind_of)
-        plan = await survey_stretch(self.top, base, stretch, self.granularity, kind_of)
+        # Little at first, so that the workers have something to copy.
+        tables = SURVEY_TABLES if offset else FIRST_TABLES
+        plan = await survey_stretch(
+            self.top, base, stretch, self.granularity, kind_of, tables=tables
+        )
         if plan is not None:
             return plan
         return await plan_stretch(self.top, base, stretch, self.granularity, kind_of, least_copy=0)

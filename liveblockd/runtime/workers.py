@@ -100,9 +100,12 @@ class WorkerPool:
             self._copies = WorkerPool(COPY_THREADS, demand=self.demand, time_slice=COPY_SLICE)
         return self._copies
 
-    def lane(self) -> Lane:
-        """A lane among the ``copies``, for those to one file."""
-        return Lane(self)
+    def lane(self, *, waits: bool = True) -> Lane:
+        """A lane among the ``copies``, for those to one file.
+
+        Where no copy ``waits`` for anything but a processor there are no more than those.
+        """
+        return Lane(self, COPY_THREADS if waits else min(COPY_THREADS, self.demand.processors))
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -253,8 +256,9 @@ class Lane:
     each other, but they keep processors from the event loop and from the clients.
     """
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, most: int) -> None:
         self._pool = pool
+        self._most = most
         #: how many may run now
         self.width = 1
         self._running = 0
@@ -266,7 +270,7 @@ class Lane:
         """As ``WorkerPool.run``."""
         copies = self._pool.copies
         now = asyncio.get_running_loop().time()
-        self.width = copies.demand.width(COPY_THREADS, now)
+        self.width = copies.demand.width(self._most, now)
         return await copies._submit(fn, args, None, self)
 
     def enter(self, job: _Job) -> bool:

@@ -29,8 +29,10 @@ import numpy.typing as npt
 
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Buffer
-from liveblockd.storage.first_words import first_words, first_words_of
+from liveblockd.storage.first_words import first_words
+from liveblockd.storage.flags import runs_of
 from liveblockd.storage.gate import Gate, gate_of
+from liveblockd.storage.pages import Run, places, read_into_pages, takes_pages
 
 FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")  # source fd, source offset, length, destination offset
@@ -41,8 +43,6 @@ CLONE_ALIGNMENT = 4096
 PIECE = 256 << 10
 #: of smaller clusters so many first words are to be seen that reading them whole costs less
 LEAST_SAMPLED = 32 << 10
-#: bytes of a piece among many that the kernel is asked to copy; the call costs as much as 4 KiB
-LEAST_SPLICED = 64 << 10
 #: the same where zeros are to be expected, of which nothing is written
 ZEROES_PIECE = 1 << 20
 #: the same with O_DIRECT, where nothing is cached and a disk wants large requests
@@ -66,9 +66,9 @@ class CopyMethod(enum.Enum):
 
 
 #: pairs of devices between which a method fails for good; set operations are atomic
-_unsupported: set[tuple[int, int, CopyMethod]] = set()
+unsupported: set[tuple[int, int, CopyMethod]] = set()
 #: devices to which nothing can be cloned
-_no_clones: set[int] = set()
+no_clones: set[int] = set()
 
 
 class _Local(threading.local):
@@ -78,7 +78,8 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _piece_buffer(length: int) -> memoryview:
+def piece_buffer(length: int) -> memoryview:
+    """Bytes for a piece on its way, one buffer a thread; undefined content."""
     buffer = _local.buffer
     if buffer is None or len(buffer) < length:
         buffer = _local.buffer = hostcalls.aligned_buffer(max(length, ZEROES_PIECE))
@@ -149,7 +150,7 @@ def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: in
     if (src_offset | dst_offset | length) % CLONE_ALIGNMENT:
         return False
     pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev, CopyMethod.CLONE)
-    if pair in _unsupported or pair[1] in _no_clones:
+    if pair in unsupported or pair[1] in no_clones:
         return False
     request = _CLONE_RANGE.pack(src_fd, src_offset, length, dst_offset)
     try:
@@ -157,167 +158,11 @@ def clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: in
     except OSError as error:
         # Whatever the reason, a plain copy finds out whether it matters.
         if error.errno in _NEVER:
-            _unsupported.add(pair)
+            unsupported.add(pair)
         if error.errno in _NEVER_TO:
-            _no_clones.add(pair[1])
+            no_clones.add(pair[1])
         return False
     return True
-
-
-class Segment(NamedTuple):
-    """Whole clusters that go to ``offset`` of the file that all of a batch go to; bytes."""
-
-    source_fd: int
-    source_offset: int
-    offset: int
-    length: int
-    source_direct: bool = False
-
-
-def copy_segments(
-    segments: Sequence[Segment], fd: int, cluster_size: int, *, direct: bool = False
-) -> Copied:
-    """``clone_or_copy`` of many; ``cloned`` is a sum, ``zero`` has the clusters of all in order.
-
-    Small ones are read one by one and written together where they lie side by side. O_DIRECT as in
-    ``Transfer``.
-    """
-    total = sum(segment.length for segment in segments) // cluster_size
-    gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
-    clones = _clonable({segment.source_fd for segment in segments}, fd)
-    copied_already = set() if direct else _splice(segments, clones, fd, cluster_size)
-    cloned = number = 0
-    for index, segment in enumerate(segments):
-        count = segment.length // cluster_size
-        if index in copied_already:
-            pass
-        elif segment.length < PIECE and segment.source_fd not in clones:
-            gathering.add(segment, number)
-        else:
-            gathering.write()  # the plain copy has the same buffer
-            copied = clone_or_copy(
-                Transfer(
-                    segment.source_fd,
-                    segment.source_offset,
-                    fd,
-                    segment.offset,
-                    segment.length,
-                    cluster_size,
-                    segment.source_direct,
-                    direct,
-                )
-            )
-            cloned += copied.cloned
-            gathering.zero[number : number + count] = copied.zero
-        number += count
-    gathering.write()
-    return Copied(cloned, gathering.zero)
-
-
-def _splice(segments: Sequence[Segment], clones: set[int], fd: int, cluster_size: int) -> set[int]:
-    """Let the kernel copy those of which no cluster begins with zeros; which ones it has copied.
-
-    What it takes to know that is one system call for many of them.
-    """
-    able = {
-        source: _kernel_copies(source, fd, cluster_size)
-        for source in {s.source_fd for s in segments if not s.source_direct} - clones
-    }
-    chosen = [
-        (index, segment.source_fd, segment.source_offset, segment.length // cluster_size)
-        for index, segment in enumerate(segments)
-        if segment.length >= LEAST_SPLICED and able.get(segment.source_fd)
-    ]
-    if not chosen:
-        return set()
-    words = first_words_of([piece[1:] for piece in chosen], cluster_size)
-    if words is None:
-        return set()
-    counts = np.array([piece[3] for piece in chosen])
-    full = np.logical_and.reduceat(words != 0, np.cumsum(counts) - counts).tolist()
-    done: set[int] = set()
-    begin = end = 0  # what lies side by side in the target, for the disk to begin with
-    gate = gate_of(fd)
-    with gate.turn:
-        for (index, *_), whole in zip(chosen, full, strict=True):
-            if not whole:
-                continue
-            source, at, to, length, _ = segments[index]
-            if not _copy_run(source, at, fd, to, length, gate):
-                break  # whatever it is, who goes on finds it out
-            if to != end:
-                if done:
-                    hostcalls.start_writeback(fd, begin, end - begin)
-                begin = to
-            done.add(index)
-            end = to + length
-    if done:
-        hostcalls.start_writeback(fd, begin, end - begin)
-    return done
-
-
-class _Gathering:
-    """Small segments on their way through one buffer."""
-
-    def __init__(self, fd: int, cluster_size: int, direct: bool, zero: Zeroes) -> None:
-        self.zero = zero
-        self._fd = fd
-        self._cluster_size = cluster_size
-        self._direct = direct
-        self._filled = 0
-        #: (first byte in the buffer, bytes, target offset, number of its first cluster)
-        self._places: list[tuple[int, int, int, int]] = []
-
-    def add(self, segment: Segment, number: int) -> None:
-        """Read it; shorter than ``PIECE``."""
-        if self._filled + segment.length > PIECE:
-            self.write()
-        buffer = _piece_buffer(PIECE)[self._filled : self._filled + segment.length]
-        if segment.source_direct:
-            hostcalls.read_aligned(
-                segment.source_fd, buffer, segment.source_offset, CLONE_ALIGNMENT
-            )
-        else:
-            hostcalls.read_into(segment.source_fd, buffer, segment.source_offset)
-        if self._places:
-            start, length, offset, first = self._places[-1]
-            clusters = length // self._cluster_size
-            if offset + length == segment.offset and first + clusters == number:
-                self._places[-1] = (start, length + segment.length, offset, first)
-                self._filled += segment.length
-                return
-        self._places.append((self._filled, segment.length, segment.offset, number))
-        self._filled += segment.length
-
-    def write(self) -> None:
-        """Write what is not zeros; the buffer is empty then."""
-        size = self._cluster_size
-        buffer = _piece_buffer(PIECE)
-        for start, length, offset, number in self._places:
-            part = buffer[start : start + length]
-            zero = zero_clusters(part, size)
-            self.zero[number : number + len(zero)] = zero
-            whole = [(0, len(zero))]
-            for first, last in _runs(~zero) if zero.any() else whole:
-                begin, end = first * size, last * size
-                if self._direct:
-                    _write_direct(self._fd, offset + begin, part[begin:end])
-                else:
-                    hostcalls.write(self._fd, offset + begin, part[begin:end])
-            if not self._direct:
-                hostcalls.start_writeback(self._fd, offset, length)
-        self._places.clear()
-        self._filled = 0
-
-
-def _clonable(sources: set[int], fd: int) -> set[int]:
-    """Which of them may share their extents with ``fd``, as far as is known."""
-    target = os.fstat(fd).st_dev
-    if target in _no_clones:  # most batches come from many files, and each look takes the GIL
-        return set()
-    return {
-        s for s in sources if (os.fstat(s).st_dev, target, CopyMethod.CLONE) not in _unsupported
-    }
 
 
 def copy_extent(
@@ -333,12 +178,12 @@ def copy_extent(
     if clone(src_fd, src_offset, dst_fd, dst_offset, length):
         return CopyMethod.CLONE
     done = 0
-    if (source, target, CopyMethod.COPY_FILE_RANGE) not in _unsupported:
+    if (source, target, CopyMethod.COPY_FILE_RANGE) not in unsupported:
         done = _copy_file_range(src_fd, src_offset, dst_fd, dst_offset, length)
         if done == length:
             return CopyMethod.COPY_FILE_RANGE
         if done < 0:
-            _unsupported.add((source, target, CopyMethod.COPY_FILE_RANGE))
+            unsupported.add((source, target, CopyMethod.COPY_FILE_RANGE))
             done = 0
     _read_write(src_fd, src_offset + done, dst_fd, dst_offset + done, length - done)
     return CopyMethod.READ_WRITE
@@ -361,8 +206,10 @@ def _copy_file_range(
         try:
             count = os.copy_file_range(src_fd, dst_fd, part, src_offset + done, dst_offset + done)
         except OSError as error:
-            # EINVAL is about these ranges or the open mode, the rest of _NEVER about the hosts.
-            return -1 if not done and error.errno in _NEVER else done - done % CLONE_ALIGNMENT
+            # EINVAL is about these ranges, the open mode or what is no file, the rest of _NEVER
+            # about the hosts.
+            never = error.errno in _NEVER or not stat.S_ISREG(os.fstat(src_fd).st_mode)
+            return -1 if never and not done else done - done % CLONE_ALIGNMENT
         if count == 0:  # the end of the source, or a file system that only says so
             return done - done % CLONE_ALIGNMENT
         done += count
@@ -372,7 +219,7 @@ def _copy_file_range(
 def _read_write(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> None:
     done = 0
     while done < length:
-        buffer = _piece_buffer(min(PIECE, length - done))
+        buffer = piece_buffer(min(PIECE, length - done))
         hostcalls.read_into(src_fd, buffer, src_offset + done)
         hostcalls.write(dst_fd, dst_offset + done, buffer)
         done += len(buffer)
@@ -399,7 +246,7 @@ def copy_nonzero(
         raise OSError(EINVAL, os.strerror(EINVAL))
     zero = np.zeros(-(-length // cluster_size), np.bool_)
     done = 0
-    if not (source_direct or direct) and _kernel_copies(src_fd, dst_fd, cluster_size):
+    if not (source_direct or direct) and kernel_copies_from({src_fd}, dst_fd, cluster_size):
         done = _copy_in_kernel(src_fd, src_offset, dst_fd, dst_offset, length, cluster_size, zero)
     if done < length:
         zero[done // cluster_size :] = _copy_through_memory(
@@ -415,14 +262,20 @@ def copy_nonzero(
     return zero
 
 
-def _kernel_copies(src_fd: int, dst_fd: int, cluster_size: int) -> bool:
-    """Whether copies in the kernel are worth trying."""
+def kernel_copies_from(sources: set[int], fd: int, cluster_size: int) -> set[int]:
+    """From which of these files copies in the kernel are worth trying."""
     if cluster_size < LEAST_SAMPLED:
-        return False
-    source, target = os.fstat(src_fd), os.fstat(dst_fd)
-    if not (stat.S_ISREG(source.st_mode) and stat.S_ISREG(target.st_mode)):
-        return False
-    return (source.st_dev, target.st_dev, CopyMethod.COPY_FILE_RANGE) not in _unsupported
+        return set()
+    target = os.fstat(fd)
+    if not stat.S_ISREG(target.st_mode):
+        return set()
+    never = {pair for pair in tuple(unsupported) if pair[2] is CopyMethod.COPY_FILE_RANGE}
+    if not never:  # each look at a file gives the GIL away
+        return sources
+    device = target.st_dev
+    return {
+        s for s in sources if (os.fstat(s).st_dev, device, CopyMethod.COPY_FILE_RANGE) not in never
+    }
 
 
 def _copy_in_kernel(
@@ -448,14 +301,14 @@ def _copy_in_kernel(
         if words is None:
             return start
         begins_zero = words == 0
-        with gate.turn:
-            for first, last in _runs(~begins_zero):
-                begin = start + first * cluster_size
-                size = min(start + last * cluster_size, length) - begin
-                to = dst_offset + begin
-                if not _copy_run(src_fd, src_offset + begin, dst_fd, to, size, gate):
-                    return start
-        for first, last in _runs(begins_zero):
+        runs = []
+        for first, last in runs_of(~begins_zero):
+            begin = start + first * cluster_size
+            size = min(start + last * cluster_size, length) - begin
+            runs.append(Run(src_fd, src_offset + begin, dst_offset + begin, size))
+        if not _copy_runs(runs, dst_fd, gate):
+            return start
+        for first, last in runs_of(begins_zero):
             begin = start + first * cluster_size
             size = min(start + last * cluster_size, length) - begin
             zero[number + first : number + last] = _copy_through_memory(
@@ -471,14 +324,35 @@ def _copy_in_kernel(
     return length
 
 
-def _copy_run(
-    src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int, gate: Gate
-) -> bool:
+def _copy_runs(runs: Sequence[Run], fd: int, gate: Gate) -> bool:
+    """All of them, by whatever the kernel does without showing the bytes; False if not."""
+    if not gate.turn.acquire(blocking=False):
+        if into_pages(runs, fd):
+            return True
+        gate.turn.acquire()
+    try:
+        return all(copy_run(run, fd, gate) for run in runs)
+    finally:
+        gate.turn.release()
+
+
+def into_pages(runs: Sequence[Run], fd: int) -> bool:
+    """``pages.read_into_pages`` where the file takes that, and not too many do it now."""
+    if not takes_pages(fd) or not places.acquire(blocking=False):
+        return False
+    try:
+        return read_into_pages(runs, fd)
+    finally:
+        places.release()
+
+
+def copy_run(run: Run, fd: int, gate: Gate) -> bool:
     """All of it by copy_file_range(2); False if some was not copied, whatever the reason."""
-    done = _copy_file_range(src_fd, src_offset, dst_fd, dst_offset, length, gate)
+    source, at, offset, length = run
+    done = _copy_file_range(source, at, fd, offset, length, gate)
     if done < 0:
-        pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev, CopyMethod.COPY_FILE_RANGE)
-        _unsupported.add(pair)
+        pair = (os.fstat(source).st_dev, os.fstat(fd).st_dev, CopyMethod.COPY_FILE_RANGE)
+        unsupported.add(pair)
     return done == length
 
 
@@ -503,7 +377,7 @@ def _copy_through_memory(
     for start in range(0, length, piece):
         part = min(piece, length - start)
         clusters = -(-part // cluster_size)
-        buffer = _piece_buffer(clusters * cluster_size)
+        buffer = piece_buffer(clusters * cluster_size)
         if source_direct:
             hostcalls.read_aligned(src_fd, buffer, src_offset + start, CLONE_ALIGNMENT)
         else:
@@ -511,10 +385,10 @@ def _copy_through_memory(
         if part % cluster_size:
             hostcalls.fill_zeroes(buffer, part)
         zero = zero_clusters(buffer, cluster_size)
-        for first, last in _runs(~zero):
+        for first, last in runs_of(~zero):
             begin, end = first * cluster_size, last * cluster_size
             if direct:
-                _write_direct(dst_fd, dst_offset + start + begin, buffer[begin:end])
+                write_direct(dst_fd, dst_offset + start + begin, buffer[begin:end])
             else:
                 hostcalls.write(dst_fd, dst_offset + start + begin, buffer[begin : min(end, part)])
         answers.append(zero)
@@ -524,7 +398,7 @@ def _copy_through_memory(
     return np.concatenate(answers) if answers else np.zeros(0, np.bool_)
 
 
-def _write_direct(fd: int, offset: int, data: memoryview) -> None:
+def write_direct(fd: int, offset: int, data: memoryview) -> None:
     """Past the end of the file the space is allocated first: the writes then need not take turns.
 
     A file system makes direct writes that move the end of a file wait for each other.
@@ -557,11 +431,3 @@ def is_zero(buffer: Buffer) -> bool:
     if whole and (words[0] or words[-1] or words.max()):
         return False
     return whole == length or not array[whole:].any()
-
-
-def _runs(selected: Zeroes) -> list[tuple[int, int]]:
-    """Ranges ``first <= i < last`` of True."""
-    if selected.all():
-        return [(0, len(selected))] if len(selected) else []
-    edges = np.flatnonzero(np.diff(selected, prepend=False, append=False))
-    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]

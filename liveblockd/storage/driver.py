@@ -148,10 +148,12 @@ class HostFile(Protocol):
 
     @property
     def fd(self) -> int: ...
-
     @property
     def direct(self) -> bool:
         """Opened with O_DIRECT: buffers, offsets and lengths must be aligned."""
+
+    @property
+    def read_flags(self) -> int | None: ...  # of a read that waits for no disk; None: not known
 
 
 class Source(NamedTuple):

@@ -20,6 +20,20 @@ def first_true(flags: Flags) -> int:
     return flags.tobytes().find(1)
 
 
+def runs_of(flags: Flags) -> list[tuple[int, int]]:
+    """Ranges ``first <= i < last`` of True."""
+    found = flags.tobytes()
+    runs: list[tuple[int, int]] = []
+    first = found.find(1)
+    while first >= 0:
+        last = found.find(0, first)
+        if last < 0:
+            last = len(found)
+        runs.append((first, last))
+        first = found.find(1, last)
+    return runs
+
+
 def run_length(flags: Flags) -> int:
     """How many of the first flags are True."""
     first = flags.tobytes().find(0)

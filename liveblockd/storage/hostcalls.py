@@ -274,7 +274,7 @@ def zero_range(fd: int, offset: int, length: int, unmap: bool) -> bool:
     inside = min(end, status.st_size) - offset if regular else length
     if inside > 0 and not _zero_inside(fd, offset, inside, unmap, regular):
         return False
-    return not regular or end <= status.st_size or _grow(fd, end)
+    return not regular or end <= status.st_size or grow(fd, end)
 
 
 def _zero_inside(fd: int, offset: int, length: int, unmap: bool, regular: bool) -> bool:
@@ -301,7 +301,7 @@ def _supported(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
-def _grow(fd: int, size: int) -> bool:
+def grow(fd: int, size: int) -> bool:
     """Make a regular file at least ``size`` bytes long; False when the host cannot.
 
     Not by ftruncate, which would cut off what another worker has written past ``size`` by then.
@@ -376,6 +376,11 @@ def filesystem_type(fd: int) -> int:
     if _libc.fstatfs(fd, ctypes.byref(answer)) != 0:
         return 0
     return int(answer[0]) & 0xFFFFFFFF
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether the file is in no disk's page cache, but in memory alone."""
+    return filesystem_type(fd) in (TMPFS_MAGIC, RAMFS_MAGIC)
 
 
 def probe_nowait(fd: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from liveblockd.formats.qcow2 import descriptors as duplicates
 from liveblockd.formats.qcow2 import gather
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage import copy_engine
@@ -209,7 +210,7 @@ async def test_a_failed_copy_leaves_nothing(
     before = descriptors()
     with monkeypatch.context() as patch:
         if fails == "dup":
-            patch.setattr(gather.os, "dup", broken)
+            patch.setattr(duplicates.os, "dup", broken)
         else:
             name = "read_into" if fails == "read" else "write"
             patch.setattr(copy_engine.hostcalls, name, broken)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from liveblockd.formats.qcow2 import descriptors as duplicates
 from liveblockd.formats.qcow2 import new_tables, survey
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.storage import copy_engine
@@ -214,7 +215,7 @@ async def test_a_failed_copy_leaves_nothing(
     before = descriptors()
     with monkeypatch.context() as patch:
         if fails == "dup":
-            patch.setattr(new_tables.os, "dup", broken)
+            patch.setattr(duplicates.os, "dup", broken)
         elif fails == "table":
             patch.setattr(new_tables, "table_writes", broken)
         else:

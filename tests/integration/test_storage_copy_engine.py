@@ -13,26 +13,26 @@ import pytest
 
 from liveblockd.storage import copy_engine
 from liveblockd.storage import gate as gate_module
+from liveblockd.storage import segments as segments_module
 from liveblockd.storage.copy_engine import (
     CopyMethod,
-    Segment,
     copy_extent,
     copy_nonzero,
-    copy_segments,
     is_zero,
 )
 from liveblockd.storage.gate import LARGE_PIECE, PIECE, gate_of
+from liveblockd.storage.segments import Segment, copy_segments
 
 CLUSTER = 65536
 
 
 @pytest.fixture(autouse=True)
 def forget():
-    copy_engine._unsupported.clear()
-    copy_engine._no_clones.clear()
+    copy_engine.unsupported.clear()
+    copy_engine.no_clones.clear()
     yield
-    copy_engine._unsupported.clear()
-    copy_engine._no_clones.clear()
+    copy_engine.unsupported.clear()
+    copy_engine.no_clones.clear()
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ def test_the_kernel_copies_segments_without_zeros_in_front(make, monkeypatch, tm
             assert got.zero[number] or place in begun
             number += 1
     without(monkeypatch, "range")
-    monkeypatch.setattr(copy_engine, "first_words_of", lambda *_: None)
+    monkeypatch.setattr(segments_module, "first_words_of", lambda *_: None)
     assert got.zero.tolist() == copy_segments(segments, twin, CLUSTER).zero.tolist()
     assert os.pread(target, end, 0) == os.pread(twin, end, 0)
 

@@ -310,7 +310,7 @@ async def test_growing_never_cuts_off_what_others_wrote(tmp_path):
     path = make(tmp_path)
     fd = os.open(path, os.O_RDWR)
     os.pwrite(fd, b"x", 99999)
-    hostcalls._grow(fd, 50000)
+    hostcalls.grow(fd, 50000)
     assert os.fstat(fd).st_size == 100000
     os.close(fd)
 

@@ -7,14 +7,15 @@ import threading
 import numpy as np
 import pytest
 
-from liveblockd.storage import first_words as module
-from liveblockd.storage.first_words import MOST, first_words
+from liveblockd.storage import many_reads as module
+from liveblockd.storage.first_words import first_words
+from liveblockd.storage.many_reads import MOST
 
 STEP = 4096
 
 
 def available():
-    return module._NUMBERS is not None and module._reader() is not None
+    return module._NUMBERS is not None and module.reader() is not None
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -131,14 +132,40 @@ def test_without_aio_there_are_none(monkeypatch):
 def test_reads_whose_end_is_unknown_are_never_trusted_again(monkeypatch):
     if not available():
         pytest.skip("no Linux AIO here")
-    reader = module._Reader(module._NUMBERS)
+    reader = module.Reader(module._NUMBERS)
     fd = os.memfd_create("words")
     os.pwrite(fd, b"\xff" * 8, 0)
-    places = np.zeros(1, np.int64)
-    assert reader.read(fd, places, 0).tolist() == [2**64 - 1]
+    place, word = np.zeros(1, np.int64), np.zeros(1, np.uint64)
+    address = np.array([module.address_of(word)], np.uint64)
+    assert reader.read(fd, place, address, 8, 0).tolist() == [8]
+    assert word.tolist() == [2**64 - 1]
     reader._get_events = -1  # ENOSYS
-    assert reader.read(fd, places, 0) is None
+    assert reader.read(fd, place, address, 8, 0) is None
     reader._get_events = module._NUMBERS[3]
-    assert reader.read(fd, places, 0) is None
+    assert reader.read(fd, place, address, 8, 0) is None
     assert not reader._context.value
     os.close(fd)
+
+
+def test_each_read_has_its_own_answer():
+    """Short at the end of a file; in the order of the questions; too many are no answer."""
+    if not available():
+        pytest.skip("no Linux AIO here")
+    rng = random.Random(3)
+    files = [os.memfd_create(f"file{n}") for n in range(3)]
+    contents = [rng.randbytes(20000 + n) for n in range(3)]
+    for fd, content in zip(files, contents, strict=True):
+        os.pwrite(fd, content, 0)
+    space = np.zeros(MOST * 100, np.uint8)
+    chosen = [rng.randrange(3) for _ in range(MOST)]
+    offsets = np.array([rng.randrange(20500) for _ in range(MOST)])
+    lengths = np.array([rng.randrange(1, 100) for _ in range(MOST)])
+    addresses = (module.address_of(space) + 100 * np.arange(MOST)).astype(np.uint64)
+    found = module.reader().read([files[n] for n in chosen], offsets, addresses, lengths, 0)
+    for number in range(MOST):
+        start = int(offsets[number])
+        want = contents[chosen[number]][start : start + int(lengths[number])]
+        assert found[number] == len(want)
+        assert space[number * 100 : number * 100 + len(want)].tobytes() == want
+    for fd in files:
+        os.close(fd)

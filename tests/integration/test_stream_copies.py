@@ -13,7 +13,7 @@ import pytest
 from liveblockd.formats.qcow2 import gather
 from liveblockd.runtime.demand import Demand
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage import copy_engine
+from liveblockd.storage import copy_engine, hostcalls
 from tests.simulation.bench import Bench
 from tests.support.qcow2_images import needs
 
@@ -27,11 +27,11 @@ SIZE = 16 * MIB + 5 * CLUSTER + 3 * 512
 
 @pytest.fixture(autouse=True)
 def forget():
-    copy_engine._unsupported.clear()
-    copy_engine._no_clones.clear()
+    copy_engine.unsupported.clear()
+    copy_engine.no_clones.clear()
     yield
-    copy_engine._unsupported.clear()
-    copy_engine._no_clones.clear()
+    copy_engine.unsupported.clear()
+    copy_engine.no_clones.clear()
 
 
 @pytest.fixture
@@ -168,6 +168,14 @@ async def test_o_direct(mounted, source_direct, direct, monkeypatch):
     check_space(top)
 
 
+def in_memory(directory):
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        return hostcalls.is_in_memory(fd)
+    finally:
+        os.close(fd)
+
+
 class Served(Demand):
     """Somebody is always served, or nobody."""
 
@@ -208,5 +216,7 @@ async def test_one_copy_at_a_time_while_guests_are_served(
     workers = WorkerPool(demand=Served(served))
     await stream(base, top, direct=direct, workers=workers)
     assert len(seen) > 4, "the workers' copy was not used"
+    if not direct and in_memory(tmp_path):
+        most = min(most, 2)  # as many as there are processors
     assert max(seen) == most
     check(tmp_path, top, content)

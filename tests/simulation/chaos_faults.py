@@ -67,9 +67,8 @@ class FaultyPool(JitterPool):
         descriptors: set[int] = set()
         if fn is populate.clone_or_copy:
             descriptors = {args[0].source_fd, args[0].fd}
-        elif fn in (gather.copy_segments, new_tables.copy_with_tables):
-            descriptors = {args[1], *(segment.source_fd for segment in args[0])}
-        if not descriptors or self._rng.random() >= self.share:
+        many = fn in (gather.copy_segments, new_tables.copy_with_tables)  # closes nothing itself
+        if not (many or descriptors) or self._rng.random() >= self.share:
             return super()._submit(fn, args, group, lane)
         self.injected += 1
         code, before = self._rng.choice((EIO, ENOSPC)), self._rng.random() < 0.5

@@ -29,6 +29,7 @@ from liveblockd.storage import copy_engine
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Done, Extent, ExtentKind
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
+from liveblockd.storage.segments import Segment
 from liveblockd.storage.unpacking import Unpacking
 
 T = TypeVar("T")
@@ -127,6 +128,11 @@ class Medium:
         self.faults: dict[str, float] = {}
         #: so many flushes to come do nothing (a defect that tests put in)
         self.skip_flushes = 0
+
+    @property
+    def read_flags(self) -> int | None:
+        """Not known."""
+        return None
 
     @property
     def direct(self) -> bool:
@@ -401,7 +407,7 @@ class SimulatedWorkers(WorkerPool):
 
     async def _copy_segments(
         self,
-        segments: Sequence[copy_engine.Segment],
+        segments: Sequence[Segment],
         fd: int,
         cluster_size: int,
         direct: bool,
@@ -410,10 +416,7 @@ class SimulatedWorkers(WorkerPool):
         medium = self._medium_of(fd)
         broken = medium.machine.fault("write", medium)
         if broken:
-            keep = medium.machine.random.randrange(len(segments))
-            for source in {s.source_fd for s in segments} - {s.source_fd for s in segments[:keep]}:
-                os.close(source)
-            segments = segments[:keep]
+            segments = segments[: medium.machine.random.randrange(len(segments))]
         copied = gather.copy_segments(segments, fd, cluster_size, direct)
         number = 0
         for segment in segments:
@@ -427,7 +430,7 @@ class SimulatedWorkers(WorkerPool):
 
     async def _copy_with_tables(
         self,
-        segments: Sequence[copy_engine.Segment],
+        segments: Sequence[Segment],
         fd: int,
         cluster_size: int,
         direct: bool,

@@ -15,18 +15,20 @@ Errors: OSError; ``DamageError``. Clusters that were published before it stay.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from liveblockd.formats.qcow2.claims import Claims
+from liveblockd.formats.qcow2.descriptors import Descriptors
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.new_tables import TableMaker
-from liveblockd.formats.qcow2.populate import Populator, runs_of
-from liveblockd.storage import copy_engine
-from liveblockd.storage.copy_engine import Copied, Segment
+from liveblockd.formats.qcow2.populate import Populator
+from liveblockd.storage import copy_engine, segments
+from liveblockd.storage.copy_engine import Copied
 from liveblockd.storage.driver import HostFile, Source
+from liveblockd.storage.flags import runs_of
+from liveblockd.storage.segments import Segment
 
 #: L2 tables that a batch keeps in memory, and which part of what the image may have there
 MAX_TABLES = 64
@@ -54,14 +56,9 @@ class _Part(NamedTuple):
     host_offset: int
 
 
-def copy_segments(segments: Sequence[Segment], fd: int, cluster_size: int, direct: bool) -> Copied:
-    """On a worker: ``copy_engine.copy_segments``; closes the (duplicated) descriptors."""
-    try:
-        return copy_engine.copy_segments(segments, fd, cluster_size, direct=direct)
-    finally:
-        os.close(fd)
-        for source in {segment.source_fd for segment in segments}:
-            os.close(source)
+def copy_segments(batch: Sequence[Segment], fd: int, cluster_size: int, direct: bool) -> Copied:
+    """On a worker: ``segments.copy_segments``, with (duplicated) descriptors."""
+    return segments.copy_segments(batch, fd, cluster_size, direct=direct)
 
 
 class Gatherer:
@@ -71,7 +68,8 @@ class Gatherer:
         self._metadata = metadata
         self._claims = claims
         self._populator = populator
-        self._maker = TableMaker(metadata, populator.copying)
+        self._descriptors = Descriptors()
+        self._maker = TableMaker(metadata, populator.copying, self._descriptors)
         #: pieces that were copied in batches
         self.gathered = 0
 
@@ -167,10 +165,12 @@ class Gatherer:
             else:
                 # What a guest has written in between is held already: its neighbours go together.
                 empty = table.entries[index : index + count] == 0
-                for first, last in runs_of(~empty & ~table.holds(index, count)):
+                runs = runs_of(empty)
+                taken = runs != [(0, count)]
+                for first, last in runs_of(~empty & ~table.holds(index, count)) if taken else ():
                     there, length = first << bits, (last - first) << bits
                     left.append(Source(offset + there, length, source.file, at + there))
-                for first, last in runs_of(empty):
+                for first, last in runs:
                     table.pins += 1
                     tables.add(table.l1_index)
                     there = at + (first << bits)
@@ -190,8 +190,10 @@ class Gatherer:
         try:
             await self._allocate(sum(piece.clusters for piece in pieces), places)
             parts = list(_match(pieces, places, size))
-            segments, fd = _segments(parts, target, size)
-            copied = await copies.run(copy_segments, segments, fd, size, target.direct)
+            with self._descriptors.borrow() as duplicate:
+                batch = _segments(parts, duplicate, size)
+                fd = duplicate(target)
+                copied = await copies.run(copy_segments, batch, fd, size, target.direct)
         except BaseException:
             for host_offset, count in places:
                 metadata.free_data(host_offset, count)
@@ -249,28 +251,21 @@ def _match(
             first += count
 
 
-def _segments(parts: Sequence[_Part], target: HostFile, size: int) -> tuple[list[Segment], int]:
-    """For a worker, with descriptors of its own, the second one is that of the target."""
-    duplicates: dict[int, int] = {}
-    try:
-        for fd in {part.piece.source.fd for part in parts}:
-            duplicates[fd] = os.dup(fd)
-        target_fd = os.dup(target.fd)
-    except OSError:
-        for fd in duplicates.values():
-            os.close(fd)
-        raise
-    segments = [
+def _segments(
+    parts: Sequence[_Part], duplicate: Callable[[HostFile], int], size: int
+) -> list[Segment]:
+    """For a worker, with descriptors for it."""
+    return [
         Segment(
-            duplicates[part.piece.source.fd],
+            duplicate(part.piece.source),
             part.piece.source_offset + part.first * size,
             part.host_offset,
             part.clusters * size,
             part.piece.source.direct,
+            part.piece.source.read_flags,
         )
         for part in parts
     ]
-    return segments, target_fd
 
 
 def _unpin(pieces: list[_Piece]) -> None:

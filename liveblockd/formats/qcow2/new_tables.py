@@ -18,7 +18,6 @@ Errors: OSError; then nothing has changed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,14 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from liveblockd.formats.qcow2.allocator import Write
+from liveblockd.formats.qcow2.descriptors import Descriptors
 from liveblockd.formats.qcow2.l2table import PAGE
 from liveblockd.formats.qcow2.layout import COPIED, ENTRY_BYTES, ZERO
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
-from liveblockd.storage.copy_engine import Copied, Segment, Zeroes
+from liveblockd.storage.copy_engine import Copied, Zeroes
 from liveblockd.storage.driver import HostFile, Source
+from liveblockd.storage.segments import Segment, copy_segments
 
 _Indices = npt.NDArray[np.int64]
 
@@ -55,22 +56,17 @@ class NewTables(NamedTuple):
 def copy_with_tables(
     segments: Sequence[Segment], fd: int, cluster_size: int, direct: bool, tables: NewTables
 ) -> Copied:
-    """On a worker: copy the clusters, write the tables; closes the (duplicated) descriptors."""
-    try:
-        copied = copy_engine.copy_segments(segments, fd, cluster_size, direct=direct)
-        buffer = hostcalls.aligned_buffer(cluster_size)
-        for offset, data in table_writes(tables, copied.zero, cluster_size):
-            if direct:
-                place = buffer[: len(data)]
-                place[:] = data
-                hostcalls.write_aligned(fd, offset, place, copy_engine.CLONE_ALIGNMENT)
-            else:
-                hostcalls.write(fd, offset, data)
-        return copied
-    finally:
-        os.close(fd)
-        for source in {segment.source_fd for segment in segments}:
-            os.close(source)
+    """On a worker: copy the clusters, write the tables, with (duplicated) descriptors."""
+    copied = copy_segments(segments, fd, cluster_size, direct=direct)
+    buffer = hostcalls.aligned_buffer(cluster_size)
+    for offset, data in table_writes(tables, copied.zero, cluster_size):
+        if direct:
+            place = buffer[: len(data)]
+            place[:] = data
+            hostcalls.write_aligned(fd, offset, place, copy_engine.CLONE_ALIGNMENT)
+        else:
+            hostcalls.write(fd, offset, data)
+    return copied
 
 
 def table_writes(tables: NewTables, zero: Zeroes, cluster_size: int) -> Iterator[Write]:
@@ -106,9 +102,13 @@ class TableMaker:
     """See the module."""
 
     def __init__(
-        self, metadata: Metadata, copying: Callable[[HostFile], Lane | WorkerPool]
+        self,
+        metadata: Metadata,
+        copying: Callable[[HostFile], Lane | WorkerPool],
+        descriptors: Descriptors,
     ) -> None:
         self._metadata = metadata
+        self._descriptors = descriptors
         self._copying = copying
         #: L1 indices for which a batch is on its way: two that make one table copy in vain
         self._making: set[int] = set()
@@ -139,10 +139,12 @@ class TableMaker:
         self._making |= making
         try:
             tables = await self._allocate(sources, taken)
-            segments, fd = _segments(sources, tables.hosts, target, size)
-            copied = await self._copying(target).run(
-                copy_with_tables, segments, fd, size, target.direct, tables
-            )
+            with self._descriptors.borrow() as duplicate:
+                segments = _segments(sources, tables.hosts, duplicate, size)
+                fd = duplicate(target)
+                copied = await self._copying(target).run(
+                    copy_with_tables, segments, fd, size, target.direct, tables
+                )
         except BaseException:
             for host_offset, clusters in taken:
                 metadata.quarantine.free(host_offset, clusters, unmap=False)
@@ -222,31 +224,23 @@ class TableMaker:
 
 
 def _segments(
-    sources: Sequence[Source], hosts: Entries, target: HostFile, size: int
-) -> tuple[list[Segment], int]:
-    """For a worker, with descriptors of its own, the second one is that of the target."""
-    duplicates: dict[int, int] = {}
-    try:
-        for fd in {source.file.fd for source in sources}:
-            duplicates[fd] = os.dup(fd)
-        target_fd = os.dup(target.fd)
-    except OSError:
-        for fd in duplicates.values():
-            os.close(fd)
-        raise
+    sources: Sequence[Source], hosts: Entries, duplicate: Callable[[HostFile], int], size: int
+) -> list[Segment]:
+    """For a worker, with descriptors for it."""
     segments = []
     places = hosts.tolist()
     number = 0
-    for offset, length, file, source_offset in sources:
+    for _, length, file, source_offset in sources:
         end = number + length // size
+        fd = duplicate(file)
         while number < end:
             first = number
             number += 1
             while number < end and places[number] == places[number - 1] + size:
                 number += 1
             part = (number - first) * size
-            fd = duplicates[file.fd]
-            segments.append(Segment(fd, source_offset, places[first], part, file.direct))
+            segments.append(
+                Segment(fd, source_offset, places[first], part, file.direct, file.read_flags)
+            )
             source_offset += part
-        del offset
-    return segments, target_fd
+    return segments

@@ -29,7 +29,7 @@ from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
 from liveblockd.storage.driver import Buffer, HostFile, Packed
-from liveblockd.storage.flags import run_length
+from liveblockd.storage.flags import run_length, runs_of
 from liveblockd.storage.unpacking import Unpacking, unpack_clusters
 
 #: bytes that are copied at a time: what is lost when the last cluster of them fails
@@ -84,7 +84,7 @@ class Populator:
         self._writer = writer
         self._eraser = eraser
         self._workers = workers
-        self._lane = workers.lane()
+        self._lane: Lane | None = None
         #: bytes of ``populate_from`` that share the source's extents, and that a worker copied
         self.cloned = 0
         self.copied = 0
@@ -242,7 +242,12 @@ class Populator:
 
     def copying(self, target: HostFile) -> Lane | WorkerPool:
         """The workers for copies to the image; those with O_DIRECT wait for the disk together."""
-        return self._workers.copies if target.direct else self._lane
+        if target.direct:
+            return self._workers.copies
+        if self._lane is None:
+            in_memory = target.read_flags == 0  # nothing to wait for, as ``file`` found out
+            self._lane = self._workers.lane(waits=not in_memory)
+        return self._lane
 
     async def _read(self, source: HostFile, offset: int, length: int) -> bytes:
         fd = os.dup(source.fd)
@@ -404,9 +409,3 @@ def _duplicates(source: HostFile, target: HostFile) -> tuple[int, int]:
     except OSError:
         os.close(source_fd)
         raise
-
-
-def runs_of(values: Zeroes) -> list[tuple[int, int]]:
-    """Ranges ``first <= i < last`` of True."""
-    edges = np.flatnonzero(np.diff(values, prepend=False, append=False))
-    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
