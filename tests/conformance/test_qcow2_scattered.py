@@ -15,7 +15,7 @@ import pytest
 from liveblockd.formats.qcow2 import descriptors as duplicates
 from liveblockd.formats.qcow2 import new_tables, survey
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.storage import copy_engine
+from liveblockd.storage import copy_engine, many_reads
 from liveblockd.storage.cells import UNALLOCATED, Survey, cell_runs, overlaid, survey_runs
 from liveblockd.storage.driver import ExtentKind, Source
 from tests.conformance.test_qcow2_qemu import Host
@@ -278,9 +278,32 @@ async def test_a_survey_leaves_what_is_wrong_to_others(
     def broken(*args: object) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
 
+    monkeypatch.setattr(survey, "_read_together", lambda *_: False)
     monkeypatch.setattr(survey.hostcalls, "read_into", broken)
     with pytest.raises(OSError, match="No space left"):
         await below.survey(0, DISK, 16, 100)
+
+
+async def test_tables_that_are_read_together_say_the_same(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one system call where there is AIO, else one by one."""
+    if many_reads.reader() is None:
+        pytest.skip("no Linux AIO here")
+    scattered = Scattered(host, tmp_path, 8)
+    await scattered.make()
+    answers, taken = [], []
+    real = survey._read_together
+    for together in (real, lambda *_: False):
+        way = together
+        monkeypatch.setattr(
+            survey, "_read_together", lambda *asked: taken.append(way(*asked)) or taken[-1]
+        )
+        answers.append(await scattered.below.survey(0, DISK, 16, 100))
+    assert taken[0] and not taken[-1]
+    assert answers[0].end == answers[1].end and len(answers[0].places)
+    assert (answers[0].places == answers[1].places).all()
+    assert (answers[0].cells == answers[1].cells).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
