@@ -22,6 +22,7 @@ from typing import Final
 from liveblockd.runtime.workers import JobGroup
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Buffer, Done
+from liveblockd.storage.gate import gate_of
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class WriteBatches:
     def __init__(self, jobs: JobGroup, fd: int) -> None:
         self._jobs = jobs
         self._fd = fd
+        self._gate = gate_of(fd)
         self._writes: list[tuple[int, Buffer]] = []
         self._done: list[Done] = []
         self._under_way = 0
@@ -67,7 +69,7 @@ class WriteBatches:
             writes, self._writes = self._writes[:count], self._writes[count:]
             done, self._done = self._done[:count], self._done[count:]
             try:
-                job = self._jobs.submit(hostcalls.write_batch, self._fd, writes)
+                job = self._jobs.submit(self._gate.first, hostcalls.write_batch, self._fd, writes)
             except RuntimeError as closed:  # the pool is gone
                 self._tell(done, [OSError(EIO, str(closed))] * count)
                 continue

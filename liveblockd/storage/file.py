@@ -298,7 +298,7 @@ class FileDriver(BlockDriver):
         if self._direct:
             await self._write_direct(offset, data)
         elif not self.write_nowait(offset, data):
-            await self._jobs.run(hostcalls.write, self._fd, offset, data)
+            await self._jobs.run(self._gate.first, hostcalls.write, self._fd, offset, data)
 
     async def _write_direct(self, offset: int, data: Buffer) -> None:
         alignment = self.request_alignment

@@ -6,8 +6,8 @@ sleeps, nearly always: for 4 ms, after which the kernel sees to it). So copies g
 turns, one at a time, and while a guest writes to it they are made of small pieces, before each of
 which they look whether it waits.
 
-Runs on: ``enter`` and ``leave`` wherever a guest's write is made, they never wait; the rest on the
-workers that copy.
+Runs on: ``enter`` and ``leave`` on the event loop, where a guest's write is made, and ``first`` on
+a worker that makes one: they never wait; the rest on the workers that copy.
 
 Invariants: nothing here decides what is written or in which order: a gate that two files share, or
 a guest that is not seen, costs time only. Who copies waits for ``PATIENCE`` at most before a piece,
@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar, TypeVarTuple
 
-#: bytes of one system call of a copy while a guest writes to the file: 0.2 ms. Smaller ones ask for
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+#: bytes of one system call of a copy while a guest writes to the file: 0.1 ms. Smaller ones ask for
 #: the GIL more often than they are worth.
-PIECE: Final = 512 << 10
+PIECE: Final = 256 << 10
 #: bytes of one otherwise: large enough that what is between two does not count
 LARGE_PIECE: Final = 8 << 20
 #: seconds for which a guest's write is a sign that others will come
@@ -49,6 +53,16 @@ class Gate:
         self.writes = 0
         self._seen = 0
         self._quiet_from = float("-inf")
+
+    def first(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """On a worker: ``call(*arguments)``, which is a guest's write."""
+        self.writes += 1
+        entered = self.enter()
+        try:
+            return call(*arguments)
+        finally:
+            if entered:
+                self.leave()
 
     def piece(self) -> int:
         """How many bytes the next system call of a copy may have; waits for a guest's write.

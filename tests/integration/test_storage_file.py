@@ -759,6 +759,20 @@ async def test_small_writes_go_to_the_page_cache_from_the_loop(environment, tmp_
     assert content_of(tmp_path / "image")[4096:12288] == b"x" * 4096 + b"y" * 4096
 
 
+async def test_copies_to_the_file_see_writes_by_workers(environment, tmp_path, monkeypatch):
+    disk = await open_file(environment, make(tmp_path, bytes(1 << 20)))
+    disk._write_flags = None
+    monkeypatch.setattr(disk._calm, "_much_is_dirty", lambda: True)
+    before, ended = disk._gate.writes, asyncio.get_running_loop().create_future()
+    await disk.write(4096, b"x" * 4096)
+    assert disk._gate.writes == before + 1
+    assert disk.begin_write(8192, b"y" * 4096, ended.set_result)
+    assert await asyncio.wait_for(ended, 20) is None
+    assert disk._gate.writes == before + 2
+    await disk.close()
+    assert content_of(tmp_path / "image")[4096:12288] == b"x" * 4096 + b"y" * 4096
+
+
 @pytest.mark.parametrize("flags", [0, None], ids=["RWF_NOWAIT", "calm"])
 async def test_copies_to_the_file_see_writes_from_the_loop(
     environment, tmp_path, monkeypatch, flags

@@ -65,6 +65,24 @@ def test_a_copy_goes_on_when_the_write_ends(monkeypatch):
     assert passed == [PIECE]
 
 
+def test_a_write_by_a_worker_is_a_guests():
+    gate = Gate()
+
+    def write(number):
+        assert not gate.enter(), "it is under way"
+        return 8 // number
+
+    assert gate.first(write, 2) == 4 and gate.writes == 1
+    with pytest.raises(ZeroDivisionError):
+        gate.first(write, 0)
+    assert gate.enter()
+    # somebody else's is under way: nobody waits, and it is left to end it
+    assert gate.first(lambda: "done") == "done"
+    assert not gate.enter()
+    gate.leave()
+    assert gate.writes == 3
+
+
 def test_a_file_has_one_gate(tmp_path):
     path = tmp_path / "file"
     path.touch()
