@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import io
 import random
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from liveblockd.errors import BlockError
@@ -98,6 +99,8 @@ class Drive(Backups, Copies):
         self.all: list[Drive] = [self]
         #: commits that have begun, and those under way
         self.commits = self.committing = 0
+        #: how many operators are at what cannot be beside something else
+        self.busy_with: Counter[str] = Counter()
         #: what operators do; (): everything
         self.only: tuple[str, ...] = ()
         self._numbers = 0
@@ -232,8 +235,27 @@ class Drive(Backups, Copies):
         finally:
             self.committing -= 1
 
+    @contextlib.contextmanager
+    def apart_from(self, others: str, own: str) -> Iterator[None]:
+        """Refused while there are ``others``.
+
+        A mirror of a filter that is taken out from under it would go on without the guest's writes,
+        and who goes over to its target takes along who looked through the filter.
+        """
+        if self.busy_with[others]:
+            raise BlockError(f"{others} is under way")
+        self.busy_with[own] += 1
+        try:
+            yield
+        finally:
+            self.busy_with[own] -= 1
+
     async def mirror(self) -> None:
         """To a new image; ended as a copy, or the guest goes over to it."""
+        with self.apart_from("fleece", "mirror"):
+            await self._mirror()
+
+    async def _mirror(self) -> None:
         layers = self.layers()
         sync = "top" if len(layers) > 1 and self.rng.random() < 0.3 else "full"
         below = layers[1] if sync == "top" else None

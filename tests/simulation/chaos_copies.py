@@ -64,6 +64,7 @@ class Copies:
         def _format(self, path: str) -> str: ...
         def _check_end(self, job: Job, faulty: bool, path: str = "") -> bool: ...
         def _guest_may_fail(self, faulty: bool) -> Any: ...
+        def apart_from(self, others: str, own: str) -> Any: ...
         def _policies(self) -> dict[str, str]: ...
         def layers(self) -> list[Node]: ...
         def number(self) -> int: ...
@@ -114,6 +115,10 @@ class Copies:
 
     async def drive_mirror(self) -> None:
         """The guest goes over to an image that the job opens; or the job ends with a copy."""
+        with self.apart_from("fleece", "mirror"):
+            await self._drive_mirror()
+
+    async def _drive_mirror(self) -> None:
         rng, layers = self.rng, self.layers()
         sync = rng.choice(("full", "top", "none"))
         target = await self._named_target(layers, sync, "mirror")
@@ -234,6 +239,10 @@ class Copies:
 
     async def fleece(self) -> None:
         """The new way: copy-before-write under the guest, and snapshot-access beside it."""
+        with self.apart_from("mirror", "fleece"):
+            await self._fleece()
+
+    async def _fleece(self) -> None:
         graph, top, faulty = self.bench.graph, self.layers()[0], self.rng.random() < 0.25
         target, _ = await self._target(None, faulty=faulty)
         cbw, past = f"{target}cbw", f"{target}past"

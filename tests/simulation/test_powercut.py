@@ -219,7 +219,7 @@ def test_defect_is_noticed(name: str) -> None:
 def test_refcount_table_grows() -> None:
     figures = Figures()
     moved = 0
-    for seed in (1, 2):
+    for seed in (3, 5):
         course = run_machine(
             Plan(seed, large=True, depth=2, steps=("rest", "resize"), faults=False)
         )
