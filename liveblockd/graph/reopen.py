@@ -82,6 +82,8 @@ def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
 def _check_child(graph: Graph, node: Node, role: str, given: object) -> None:
     """A reference to another node is in order; anything but a reference has to stay."""
     edge = node.children.get(role)
+    if not given and role == "backing" and edge is not None:
+        _check_no_job_filter(node, edge)
     if not given or (edge is None and role == "file"):
         return
     if not isinstance(given, str):
@@ -89,13 +91,29 @@ def _check_child(graph: Graph, node: Node, role: str, given: object) -> None:
             raise BlockError(f"Cannot change the option '{role}'")
         return
     child = graph.lookup(None, given)
-    if edge is not None and edge.child is child:
+    if edge is not None and _stays(edge, child):
         return
+    if edge is not None:
+        _check_no_job_filter(node, edge)
     surgery.check_no_cycle(node, child, role)
     if edge is not None:
         edge.check_not_frozen()
     if role == "file" and not _same_bytes(node, edge, child):
         raise BlockError("Cannot change the option 'file'")
+
+
+def _stays(edge: Edge, child: Node) -> bool:
+    """Whether ``child`` is there already; who named it may not know of a job's filter above it."""
+    found: Node | None = edge.child
+    while found is not child and found is not None and found.job_filter:
+        found = found.file
+    return found is child
+
+
+def _check_no_job_filter(node: Node, edge: Edge) -> None:
+    """A job that sees the writes of a guest goes on seeing them."""
+    if edge.child.job_filter:
+        raise BlockError(f"Cannot replace implicit {edge.role} child of {node.name}")
 
 
 def _same_bytes(node: Node, edge: Edge | None, child: Node) -> bool:
@@ -118,17 +136,20 @@ async def _apply(
     held: list[Node],
     undo: list[Callable[[], Awaitable[None]]],
 ) -> None:
+    edges = node.children
     if "backing" in given.model_fields_set:
         name = getattr(given, "backing", None)
         old = node.backing
         new = graph.lookup(None, name) if name else None
-        if old is not None:
-            old.op_blockers.append(_HOLD)
-            held.append(old)
-        await surgery.replace_backing(graph, node, new)
-        undo.append(lambda: surgery.replace_backing(graph, node, old))
+        below_job = new is not None and old not in (None, new) and _stays(edges["backing"], new)
+        if not below_job:
+            if old is not None:
+                old.op_blockers.append(_HOLD)
+                held.append(old)
+            await surgery.replace_backing(graph, node, new)
+            undo.append(lambda: surgery.replace_backing(graph, node, old))
     file, name = node.children.get("file"), getattr(given, "file", None)
-    if file is not None and isinstance(name, str) and name != file.child.name:
+    if file is not None and isinstance(name, str) and not _stays(file, graph.lookup(None, name)):
         before_file = file.child
         before_file.op_blockers.append(_HOLD)
         held.append(before_file)

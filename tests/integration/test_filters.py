@@ -365,6 +365,31 @@ async def test_a_slow_limit_does_not_hold_up_a_snapshot(world):
     assert bytes(await disk.read(CLUSTER, 512)) == b"b" * 512
 
 
+async def test_reopening_does_not_go_past_the_filter_of_a_job(world):
+    """The job would not see what the guest writes; who names what is below means what there is."""
+    throttled(world, bps_write=1)
+    await world.add("n", "null-co", size=CLUSTER)
+    await world.add("other", "null-co", size=CLUSTER)
+    node = await world.add("t", "throttle", throttle_group="free", file="n")
+    disk = await world.use(node)
+    of_job = await surgery.insert_filter(world.graph, world.graph.nodes["n"])
+    assert node.file is of_job
+
+    async def again(file):
+        options = {"driver": "throttle", "node-name": "t", "throttle-group": "free", "file": file}
+        await reopen(world.graph, [parse(BlockdevOptions, options)])
+
+    await again("n")
+    assert node.file is of_job
+    with pytest.raises(BlockError, match="Cannot replace implicit file child of t"):
+        await again("other")
+    await disk.write(0, bytes(512))
+    assert node.file is of_job and of_job.file is world.graph.nodes["n"]
+    await surgery.remove_filter(world.graph, of_job)
+    await again("other")
+    assert node.file is world.graph.nodes["other"]
+
+
 async def test_reopening_joins_another_group(world):
     groups = throttled(world, bps_write=1)
     await world.add("n", "null-co", size=CLUSTER)
