@@ -8,6 +8,7 @@ Errors: OSError of a layer's map.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -25,6 +26,8 @@ DIRECT_ALIGNMENT: Final = 4096
 LOOK_AHEAD: Final = 512
 #: the same where they come out of one array
 SURVEY_RUNS: Final = 4096
+#: of these the loop takes so many in one step
+STEP_RUNS: Final = 64
 #: tables of all layers together that a survey reads
 SURVEY_TABLES: Final = 512
 #: the same of the first one
@@ -105,7 +108,9 @@ async def survey_stretch(
         end = found.end
     runs, end = survey_runs(overlaid(surveys, bits), bits, SURVEY_RUNS)
     pieces: list[Run] = []
-    for start, run in runs:
+    for number, (start, run) in enumerate(runs, 1):
+        if not number % STEP_RUNS:
+            await asyncio.sleep(0)  # guests are served meanwhile
         layer, kind = layers[run.layer], ExtentKind(run.kind)
         kind = kind_of(chain.Run(run.length, kind, layer, run.host_offset, run.layer + 1))
         if kind is ExtentKind.UNALLOCATED:

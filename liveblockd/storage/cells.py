@@ -12,7 +12,7 @@ Invariants: host offsets are multiples of 512 below 2^56. Errors: none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -121,11 +121,13 @@ def overlaid(surveys: Sequence[Survey], cell_bits: int) -> Survey:
     return Survey(end, places[first], np.concatenate([cells for _, cells in parts])[order[first]])
 
 
-def survey_runs(survey: Survey, cell_bits: int, most: int) -> tuple[list[tuple[int, CellRun]], int]:
+def survey_runs(
+    survey: Survey, cell_bits: int, most: int
+) -> tuple[Iterator[tuple[int, CellRun]], int]:
     """(offset, run) of all that is held, at most ``most``, and up to where that is all."""
     _, places, cells = survey
     if not len(places):
-        return [], survey.end
+        return iter(()), survey.end
     step = np.where((cells[:-1] >> KIND_SHIFT & 3) == DATA, 1 << cell_bits >> SECTOR_BITS, 0)
     breaks = (cells[1:] - cells[:-1] != step) | (places[1:] - places[:-1] != 1)
     starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(breaks) + 1))
@@ -138,7 +140,7 @@ def survey_runs(survey: Survey, cell_bits: int, most: int) -> tuple[list[tuple[i
     lengths = counts << cell_bits
     lengths[-1] = min(int(lengths[-1]), end - int(offsets[-1]))  # the disk may end within a cell
     found = zip(offsets.tolist(), lengths.tolist(), cells[starts].tolist(), strict=True)
-    return [(offset, _run(cell, 0, length)) for offset, length, cell in found], end
+    return ((offset, _run(cell, 0, length)) for offset, length, cell in found), end
 
 
 def cell_runs(cells: Cells, cell_bits: int, skip: int, length: int) -> list[CellRun]:

@@ -253,12 +253,13 @@ async def test_a_survey_is_what_the_cells_say(tmp_path: Path, host: Host, cached
         answer = np.zeros(count, np.int64)
         answer[found.places - first] = found.cells
         assert (answer == expected).all()
-        runs, end = survey_runs(found, 16, 1 << 20)
+        each, end = survey_runs(found, 16, 1 << 20)
+        runs = list(each)
         assert end == found.end
         held = [r for r in cell_runs(expected, 16, 0, count << 16) if r.kind != UNALLOCATED]
         assert [run for _, run in runs] == held
         few, end = survey_runs(found, 16, 2)
-        assert few == runs[:2] and end == (runs[2][0] if len(runs) > 2 else found.end)
+        assert list(few) == runs[:2] and end == (runs[2][0] if len(runs) > 2 else found.end)
 
 
 async def test_a_survey_leaves_what_is_wrong_to_others(

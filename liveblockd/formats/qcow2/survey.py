@@ -9,7 +9,8 @@ the batch and hand out the entries that are not 0.
 Runs on: the event loop; ``scan_tables`` on workers. Invariants: tables that are in memory are used,
 for the disk may not have what they say; others are read and not kept. Clusters of tables that are
 freed meanwhile are not given to somebody else before they were read (``quarantine``). Whatever
-is not simply right is left to ``cells``, which says what is wrong, and only to who needs it.
+is not simply right is left to ``cells``, which says what is wrong, and only to who needs it. The
+loop is held for a fraction of a millisecond at a time: guests are served meanwhile.
 Errors: OSError from the file.
 """
 
@@ -34,6 +35,14 @@ from liveblockd.storage.cells import Survey, pack
 BUFFER = 1 << 20
 #: tables of one job: some milliseconds
 JOB_TABLES = 64
+#: tables that are read first, to see how full they are
+FIRST_TABLES = 4
+#: so many times more may be read after that, where there is little in them
+MOST_GROWTH = 32
+#: cells of one answer
+MOST_CELLS = 16384
+#: entries that the loop looks at in one step
+STEP = 4096
 #: entries that are looked at together: most of such pieces are empty
 PIECE = 512
 
@@ -119,9 +128,49 @@ async def survey(
         indices = indices[:tables]
     if metadata.bad_l1[indices[indices < len(metadata.bad_l1)]].any():
         return None
+    answers: list[Survey] = []
+    count = cells = 0
+    while count < len(indices) and cells < MOST_CELLS:
+        part = indices[count : count + _next_tables(count, cells)]
+        count += len(part)
+        stop = end if count == len(indices) else int(indices[count]) * geometry.span
+        found = await _find(metadata, workers, part.tolist())
+        answer = None if found is None else await _answer(metadata, found, offset, stop)
+        if answer is None:
+            return None
+        answers.append(answer)
+        cells += len(answer.places)
+        if answer.end < stop:
+            break
+    return _joined(answers, answers[-1].end if answers else end)
+
+
+def _next_tables(count: int, cells: int) -> int:
+    """How many tables to read, after ``count`` that had so many cells."""
+    if not count:
+        return FIRST_TABLES
+    wanted = (MOST_CELLS - cells) * count // max(cells, 1)
+    return max(1, min(wanted, count * MOST_GROWTH))
+
+
+def _joined(answers: list[Survey], end: int) -> Survey:
+    if len(answers) == 1:
+        return answers[0]._replace(end=end)
+    nothing = np.zeros(0, np.int64)
+    return Survey(
+        end,
+        np.concatenate([nothing, *(answer.places for answer in answers)]),
+        np.concatenate([nothing, *(answer.cells for answer in answers)]),
+    )
+
+
+async def _find(
+    metadata: Metadata, workers: WorkerPool, l1_indices: list[int]
+) -> list[Found] | None:
+    """What these tables have; None where one is not right. Raises OSError."""
     found: list[Found] = []
     wanted: list[tuple[int, int]] = []
-    for l1_index in indices.tolist():
+    for l1_index in l1_indices:
         table = metadata.tables.get(l1_index)
         if table is None:
             wanted.append((l1_index, metadata.l1_view[l1_index] & OFFSET_MASK))
@@ -129,10 +178,11 @@ async def survey(
             return None
         else:
             places = np.flatnonzero(table.entries)
-            found.append(Found(places + l1_index * geometry.l2_entries, table.entries[places]))
+            entries = table.entries[places]
+            found.append(Found(places + l1_index * metadata.geometry.l2_entries, entries))
     if wanted:
         found += await _read(metadata, workers, wanted)
-    return _answer(metadata, found, offset, end)
+    return found
 
 
 async def _read(
@@ -161,21 +211,28 @@ async def _read(
     return found
 
 
-def _answer(metadata: Metadata, found: list[Found], offset: int, end: int) -> Survey | None:
-    """Cells, in order, cut to the range; None where an entry cannot be."""
-    nothing = np.zeros(0, np.int64)
-    if not found:
-        return Survey(end, nothing, nothing)
+async def _answer(
+    metadata: Metadata, found: list[Found], offset: int, end: int
+) -> Survey | None:
+    """Cells, in order, cut to the range and to ``MOST_CELLS``; None where an entry cannot be."""
+    bits = metadata.geometry.cluster_bits
     places = np.concatenate([part.places for part in found])
     entries = np.concatenate([part.entries for part in found])
-    drop_idle_flags(entries)
-    if metadata.bad_entries(entries):
-        return None
-    bits = metadata.geometry.cluster_bits
     order = np.argsort(places, kind="stable")
     places = places[order]
     low, high = places.searchsorted((offset >> bits, -(-end >> bits)))
+    if high - low > MOST_CELLS:
+        high = low + MOST_CELLS
+        end = int(places[high]) << bits
     entries, places = entries[order[low:high]], places[low:high]
-    cells = pack(kinds(entries), entries & np.uint64(OFFSET_MASK))
+    cells = np.zeros(len(places), np.int64)
+    for start in range(0, len(places), STEP):
+        if start:
+            await asyncio.sleep(0)
+        part = entries[start : start + STEP]
+        drop_idle_flags(part)
+        if metadata.bad_entries(part):
+            return None
+        cells[start : start + STEP] = pack(kinds(part), part & np.uint64(OFFSET_MASK))
     held = cells != 0
     return Survey(end, places[held], cells[held])
