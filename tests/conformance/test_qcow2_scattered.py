@@ -23,6 +23,7 @@ from tests.conformance.test_qcow2_qemu import Host
 from tests.support.descriptors import descriptors
 from tests.support.patience import until
 from tests.support.qcow2_images import check, needs, open_qcow2, run
+from tests.support.turns import turns_of_loop
 
 pytestmark = needs("qemu-img")
 
@@ -329,3 +330,24 @@ def test_layers_over_each_other(seed: int) -> None:
     answer = np.zeros(end, np.int64)
     answer[found.places] = found.cells
     assert (answer == whole[:end]).all()
+
+
+async def test_a_full_image_is_surveyed_in_parts(tmp_path: Path, host: Host) -> None:
+    """No answer is long, no step of the loop either, and nothing is left out."""
+    path = tmp_path / "full.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path,
+        str(6 * SPAN))  # fmt: skip
+    image = await open_qcow2(await host.file(path), None, workers=host.workers)
+    host.open_drivers.append(image)
+    for l1_index in range(6):
+        await image.read(l1_index * SPAN, 1)  # nobody waits for a worker now
+    offset, places, parts = 0, [], 0
+    while offset < 6 * SPAN:
+        found, turns = await turns_of_loop(image.survey(offset, 6 * SPAN - offset, 16, 64))
+        assert found is not None and 0 < len(found.places) <= survey.MOST_CELLS
+        assert turns >= len(found.places) // survey.STEP
+        places.append(found.places)
+        assert offset < found.end
+        offset, parts = found.end, parts + 1
+    assert parts == 6 * SPAN // CLUSTER // survey.MOST_CELLS
+    assert (np.concatenate(places) == np.arange(6 * SPAN // CLUSTER)).all()

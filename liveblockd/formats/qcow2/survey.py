@@ -211,9 +211,7 @@ async def _read(
     return found
 
 
-async def _answer(
-    metadata: Metadata, found: list[Found], offset: int, end: int
-) -> Survey | None:
+async def _answer(metadata: Metadata, found: list[Found], offset: int, end: int) -> Survey | None:
     """Cells, in order, cut to the range and to ``MOST_CELLS``; None where an entry cannot be."""
     bits = metadata.geometry.cluster_bits
     places = np.concatenate([part.places for part in found])
