@@ -82,6 +82,7 @@ class WorkerPool:
         self._outstanding = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._copies: WorkerPool | None = None
+        self._in_memory: Lane | None = None
 
     @property
     def outstanding(self) -> int:
@@ -103,9 +104,14 @@ class WorkerPool:
     def lane(self, *, waits: bool = True) -> Lane:
         """A lane among the ``copies``, for those to one file.
 
-        Where no copy ``waits`` for anything but a processor there are no more than those.
+        Copies none of which ``waits`` for anything but a processor have one lane together, with
+        no more of them than there are processors.
         """
-        return Lane(self, COPY_THREADS if waits else min(COPY_THREADS, self.demand.processors))
+        if waits:
+            return Lane(self, COPY_THREADS)
+        if self._in_memory is None:
+            self._in_memory = Lane(self, min(COPY_THREADS, self.demand.processors))
+        return self._in_memory
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -250,7 +256,7 @@ class WorkerPool:
 
 
 class Lane:
-    """Jobs that all copy to one file: fewer at a time while somebody outside is served.
+    """Jobs that all copy to one file, or in memory: fewer at a time while somebody is served.
 
     Copies to one file do not become faster by being many, for the file system makes them wait for
     each other, but they keep processors from the event loop and from the clients.
@@ -266,12 +272,16 @@ class Lane:
         self._waiting: deque[_Job] = deque()
         self._lock = threading.Lock()
 
-    async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
-        """As ``WorkerPool.run``."""
+    def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
+        """As ``WorkerPool.submit``."""
         copies = self._pool.copies
         now = asyncio.get_running_loop().time()
         self.width = copies.demand.width(self._most, now)
-        return await copies._submit(fn, args, None, self)
+        return copies._submit(fn, args, None, self)
+
+    async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """As ``WorkerPool.run``."""
+        return await self.submit(fn, *args)
 
     def enter(self, job: _Job) -> bool:
         """On the loop: whether the job may be queued now; else it is when it follows another."""

@@ -1,6 +1,6 @@
 """The first eight bytes of many clusters with one system call.
 
-Specification: preadv2(2) RWF_NOWAIT; ``many_reads``.
+Specification: preadv2(2) RWF_NOWAIT; ``many_requests``.
 
 Whether a cluster is all zeros is settled by its first word nearly always, so a copy that leaves the
 bytes to the kernel needs to see no more of them.
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liveblockd.storage import hostcalls
-from liveblockd.storage.many_reads import MOST, Integers, Unsigned, address_of, reader
+from liveblockd.storage.many_requests import MOST, Integers, Unsigned, address_of, context
 
 WORD: Final = 8  # bytes
 
@@ -89,7 +89,7 @@ def _in_parts(
 
 def _read(fds: npt.ArrayLike, places: Integers, flags: npt.ArrayLike) -> Unsigned | None:
     """A copy of the words, or None."""
-    own = reader()
+    own = context()
     if own is None:
         return None
     count = len(places)

@@ -1,6 +1,6 @@
 """Copies of workers that read straight into the pages of a file in memory.
 
-Specification: mmap(2) MAP_SHARED; ``many_reads``.
+Specification: mmap(2) MAP_SHARED; ``many_requests``.
 
 The kernel lets one write to a file at a time. On tmpfs, where a write is all that a copy waits for,
 one processor is all that a copy can use. A read into a mapping of the file takes no such lock, and
@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from liveblockd.storage import hostcalls
-from liveblockd.storage.many_reads import MOST, reader
+from liveblockd.storage.many_requests import MOST, context
 
 #: bytes that are mapped at a time: the mapped pages count as memory of this process
 WINDOW: Final = 8 << 20
@@ -98,7 +98,7 @@ def _windows(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 def _read_window(runs: list[Run], fd: int) -> bool:
-    own = reader()
+    own = context()
     if own is None:
         return False
     table = np.array(runs, np.int64)

@@ -67,6 +67,8 @@ def copy_segments(
     gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
     clones = _clonable({segment.source_fd for segment in segments}, fd)
     copied_already = set() if direct else _splice(segments, clones, fd, cluster_size)
+    if len(copied_already) == len(segments):
+        return Copied(0, gathering.zero)
     cloned = number = 0
     for index, segment in enumerate(segments):
         count = segment.length // cluster_size

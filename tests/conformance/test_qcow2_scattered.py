@@ -16,7 +16,7 @@ import pytest
 from liveblockd.formats.qcow2 import descriptors as duplicates
 from liveblockd.formats.qcow2 import new_tables, survey
 from liveblockd.formats.qcow2.image import Qcow2
-from liveblockd.storage import copy_engine, many_reads
+from liveblockd.storage import copy_engine, many_requests, many_writes
 from liveblockd.storage.cells import UNALLOCATED, Survey, cell_runs, overlaid, survey_runs
 from liveblockd.storage.driver import ExtentKind, Source
 from tests.conformance.test_qcow2_qemu import Host
@@ -223,6 +223,7 @@ async def test_a_failed_copy_leaves_nothing(
         else:
             name = "read_into" if fails == "read" else "write"
             patch.setattr(copy_engine.hostcalls, name, broken)
+            patch.setattr(many_writes, "context", lambda: None)
         with pytest.raises(OSError, match="No space left"):
             await image.populate_many(sources)
     await until(lambda: not descriptors() - before)  # others of its workers may still be at it
@@ -291,7 +292,7 @@ async def test_tables_that_are_read_together_say_the_same(
     tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one system call where there is AIO, else one by one."""
-    if many_reads.reader() is None:
+    if many_requests.context() is None:
         pytest.skip("no Linux AIO here")
     scattered = Scattered(host, tmp_path, 8)
     await scattered.make()

@@ -7,15 +7,15 @@ import threading
 import numpy as np
 import pytest
 
-from liveblockd.storage import many_reads as module
+from liveblockd.storage import many_requests as module
 from liveblockd.storage.first_words import first_words
-from liveblockd.storage.many_reads import MOST
+from liveblockd.storage.many_requests import MOST
 
 STEP = 4096
 
 
 def available():
-    return module._NUMBERS is not None and module.reader() is not None
+    return module._NUMBERS is not None and module.context() is not None
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -132,7 +132,7 @@ def test_without_aio_there_are_none(monkeypatch):
 def test_reads_whose_end_is_unknown_are_never_trusted_again(monkeypatch):
     if not available():
         pytest.skip("no Linux AIO here")
-    reader = module.Reader(module._NUMBERS)
+    reader = module.Context(module._NUMBERS)
     fd = os.memfd_create("words")
     os.pwrite(fd, b"\xff" * 8, 0)
     place, word = np.zeros(1, np.int64), np.zeros(1, np.uint64)
@@ -161,7 +161,7 @@ def test_each_read_has_its_own_answer():
     offsets = np.array([rng.randrange(20500) for _ in range(MOST)])
     lengths = np.array([rng.randrange(1, 100) for _ in range(MOST)])
     addresses = (module.address_of(space) + 100 * np.arange(MOST)).astype(np.uint64)
-    found = module.reader().read([files[n] for n in chosen], offsets, addresses, lengths, 0)
+    found = module.context().read([files[n] for n in chosen], offsets, addresses, lengths, 0)
     for number in range(MOST):
         start = int(offsets[number])
         want = contents[chosen[number]][start : start + int(lengths[number])]

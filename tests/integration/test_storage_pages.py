@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from liveblockd.storage import copy_engine, hostcalls, many_reads, pages
+from liveblockd.storage import copy_engine, hostcalls, many_requests, pages
 from liveblockd.storage.copy_engine import copy_nonzero
 from liveblockd.storage.gate import gate_of
 from liveblockd.storage.pages import Run, read_into_pages, takes_pages
@@ -20,7 +20,7 @@ CLUSTER = 65536
 
 @pytest.fixture(autouse=True)
 def forget():
-    if many_reads.reader() is None:
+    if many_requests.context() is None:
         pytest.skip("no Linux AIO here")
     copy_engine.no_clones.clear()
     copy_engine.unsupported.clear()
@@ -171,7 +171,7 @@ def test_what_fails_is_copied_as_ever(memory, monkeypatch, missing):
         assert not read_into_pages([Run(source, 0, 0, 9 * CLUSTER)], target)
         return
     if missing == "aio":
-        monkeypatch.setattr(pages, "reader", lambda: None)
+        monkeypatch.setattr(pages, "context", lambda: None)
     elif missing == "grow":
 
         def no_space(*_):
@@ -212,14 +212,14 @@ def test_a_full_file_system_is_an_error_and_no_signal():
                 copy_nonzero(source, 0, target, 0, 4 << 20, CLUSTER)
             # What is cut off while it is mapped is an error of the read as well.
             os.ftruncate(target, 0)
-            real = many_reads.Reader.read
+            real = many_requests.Context.read
 
             def cut(self, *arguments):
                 os.ftruncate(target, CLUSTER)
                 return real(self, *arguments)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(many_reads.Reader, "read", cut)
+                patch.setattr(many_requests.Context, "read", cut)
                 assert not read_into_pages([Run(source, 0, 0, 8 * CLUSTER)], target)
         finally:
             os.close(source)

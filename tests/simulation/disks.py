@@ -447,7 +447,8 @@ class SimulatedWorkers(WorkerPool):
             await self._log_copy(medium, segment.offset, segment.length, cluster_size, zero)
             number += count
         numbers = []
-        for offset, data in new_tables.table_writes(tables, copied.zero, cluster_size):
+        batches = new_tables.table_writes(tables, copied.zero, cluster_size)
+        for offset, data in (write for batch in batches for write in batch.writes()):
             if not broken or self._machine.random.random() < 0.5:
                 medium.length = max(medium.length, offset + len(data))
                 numbers.append(medium.begin("write", offset, data))

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from liveblockd.formats.qcow2.allocator import Write
 from liveblockd.formats.qcow2.descriptors import Descriptors
 from liveblockd.formats.qcow2.l2table import PAGE
 from liveblockd.formats.qcow2.layout import COPIED, ENTRY_BYTES, ZERO
@@ -34,7 +33,11 @@ from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Zeroes
 from liveblockd.storage.driver import HostFile, Source
+from liveblockd.storage.many_writes import Batch, write_many
 from liveblockd.storage.segments import Segment, copy_segments
+
+#: bytes of tables that are made at a time
+BUFFER = 1 << 20
 
 _Indices = npt.NDArray[np.int64]
 
@@ -58,44 +61,45 @@ def copy_with_tables(
 ) -> Copied:
     """On a worker: copy the clusters, write the tables, with (duplicated) descriptors."""
     copied = copy_segments(segments, fd, cluster_size, direct=direct)
-    buffer = hostcalls.aligned_buffer(cluster_size)
-    for offset, data in table_writes(tables, copied.zero, cluster_size):
-        if direct:
-            place = buffer[: len(data)]
-            place[:] = data
-            hostcalls.write_aligned(fd, offset, place, copy_engine.CLONE_ALIGNMENT)
-        else:
-            hostcalls.write(fd, offset, data)
+    for batch in table_writes(tables, copied.zero, cluster_size):
+        write_many(fd, batch, alignment=copy_engine.CLONE_ALIGNMENT if direct else 0)
     return copied
 
 
-def table_writes(tables: NewTables, zero: Zeroes, cluster_size: int) -> Iterator[Write]:
+def table_writes(tables: NewTables, zero: Zeroes, cluster_size: int) -> Iterator[Batch]:
     """What makes the tables; clusters that are ``zero`` become zero clusters.
 
-    Where the host has zeros anyway that is a page, if only one is used.
+    Where the host has zeros anyway that is a page, if only one is used. ``BUFFER`` bytes at a time.
     """
-    words = np.where(zero, np.uint64(ZERO), tables.hosts | np.uint64(COPIED)).astype(">u8")
+    words = np.where(zero, np.uint64(ZERO), tables.hosts | np.uint64(COPIED))
+    bounds = np.array(tables.bounds)
     page = min(PAGE, cluster_size)
-    per_page = page // ENTRY_BYTES
-    highest = int(tables.offsets.argmax())  # written whole, for no table lies beyond the end
-    for number, host_offset in enumerate(tables.offsets.tolist()):
-        start, end = tables.bounds[number], tables.bounds[number + 1]
-        indices = tables.indices[start:end]
-        first = int(indices[0]) // per_page
-        begin, length = 0, cluster_size
-        if tables.fresh[number] and number != highest and int(indices[-1]) // per_page == first:
-            begin, length = first * page, page
-        if end == start + 1:
-            place = int(indices[0]) * ENTRY_BYTES - begin
-            data = bytearray(length)
-            data[place : place + ENTRY_BYTES] = words[
-                start:end
-            ].tobytes()  # a scalar would be native
-            yield Write(host_offset + begin, bytes(data))
-        else:
-            entries = np.zeros(length // ENTRY_BYTES, ">u8")
-            entries[indices - begin // ENTRY_BYTES] = words[start:end]
-            yield Write(host_offset + begin, entries.tobytes())
+    first = tables.indices[bounds[:-1]] // (page // ENTRY_BYTES)
+    last = tables.indices[bounds[1:] - 1] // (page // ENTRY_BYTES)
+    whole = (first != last) | ~np.array(tables.fresh)
+    whole[tables.offsets.argmax()] = True  # for no table lies beyond the end
+    begins = np.where(whole, 0, first * page)
+    lengths = np.where(whole, cluster_size, page)
+    for start, end in _groups(lengths):
+        low, high = bounds[start], bounds[end]
+        part = lengths[start:end]
+        data = np.frombuffer(hostcalls.aligned_buffer(int(part.sum())), np.uint8)
+        data[:] = 0
+        shift = np.cumsum(part) - part - begins[start:end]
+        shift = np.repeat(shift // ENTRY_BYTES, np.diff(bounds[start : end + 1]))
+        data.view(">u8")[tables.indices[low:high] + shift] = words[low:high]
+        offsets = tables.offsets[start:end].astype(np.int64) + begins[start:end]
+        yield Batch(offsets, part, data)
+
+
+def _groups(lengths: _Indices) -> Iterator[tuple[int, int]]:
+    """From and to, in turn, of lengths that together are at most ``BUFFER``, or one alone."""
+    ends = np.cumsum(lengths)
+    start = done = 0
+    while start < len(lengths):
+        end = max(start + 1, int(ends.searchsorted(done + BUFFER, "right")))
+        yield start, end
+        start, done = end, int(ends[end - 1])
 
 
 class TableMaker:

@@ -28,8 +28,9 @@ from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import Entries, drop_idle_flags
 from liveblockd.runtime.workers import WorkerPool
-from liveblockd.storage import hostcalls, many_reads
+from liveblockd.storage import hostcalls, many_requests
 from liveblockd.storage.cells import Survey, pack
+from liveblockd.storage.copy_engine import piece_buffer
 
 #: bytes of tables that a worker reads into one buffer
 BUFFER = 1 << 20
@@ -64,7 +65,7 @@ def scan_tables(
     try:
         found = []
         per_buffer = max(1, BUFFER // table_size)
-        buffer = hostcalls.aligned_buffer(min(per_buffer, len(tables)) * table_size)
+        buffer = piece_buffer(min(per_buffer, len(tables)) * table_size)
         for start in range(0, len(tables), per_buffer):
             part = tables[start : start + per_buffer]
             if direct or not _read_together(fd, part, buffer, table_size):
@@ -85,11 +86,11 @@ def _read_together(
     fd: int, tables: list[tuple[int, int]], buffer: memoryview, table_size: int
 ) -> bool:
     """All of them by one system call; False where some are not there as a whole."""
-    own = many_reads.reader()
-    if own is None or len(tables) > many_reads.MOST:
+    own = many_requests.context()
+    if own is None or len(tables) > many_requests.MOST:
         return False
     offsets = np.array([host_offset for _, host_offset in tables], np.int64)
-    first = many_reads.address_of(np.frombuffer(buffer, np.uint8))
+    first = many_requests.address_of(np.frombuffer(buffer, np.uint8))
     addresses = (first + table_size * np.arange(len(tables))).astype(np.uint64)
     found = own.read(fd, offsets, addresses, table_size, 0)
     return found is not None and bool((found == table_size).all())
@@ -192,10 +193,12 @@ async def _read(
     host = metadata.file.host_file()
     assert host is not None
     size = metadata.geometry.cluster_size
+    # A scan of tables in memory is one more copy that only wants a processor.
+    lane = workers.lane(waits=host.read_flags != 0)
     epoch = metadata.quarantine.enter()
     try:
         jobs = [
-            workers.copies.submit(
+            lane.submit(
                 scan_tables, os.dup(host.fd), tables[start : start + JOB_TABLES], size, host.direct
             )
             for start in range(0, len(tables), JOB_TABLES)

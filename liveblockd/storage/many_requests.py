@@ -1,16 +1,18 @@
-"""Many reads of host files with one system call.
+"""Many reads of host files, or writes, with one system call.
 
 Specification: io_submit(2), io_getevents(2) (Linux AIO); preadv2(2) RWF_NOWAIT.
 
 Each system call of a worker gives the GIL away and has to get it back, which among busy threads
-costs more than a read of some KiB. With buffered files io_submit makes all the reads before it
+costs more than a read of some KiB. With buffered files io_submit makes all the requests before it
 returns, and the GIL is given away once.
 
 Runs on: workers. Each thread has an AIO context of its own.
 
-Invariants: no read is under way on return; what is read to is memory of the caller until then.
+Invariants: no request is under way on return; what is read to or written is memory of the caller
+until then.
 
-Errors: none; None where nobody can know what was read (no AIO, a descriptor that cannot be read).
+Errors: none; None where nobody can know what was done (no AIO, a descriptor that takes no such
+request); who asks does it one by one then, and finds out what is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import numpy.typing as npt
 Integers = npt.NDArray[np.int64]
 Unsigned = npt.NDArray[np.uint64]
 
-#: reads of one call at most
+#: requests of one call at most
 MOST: Final = 256
 
 #: io_setup, io_destroy, io_submit, io_getevents; libc has no functions for them
@@ -41,6 +43,7 @@ _NUMBERS: Final = {
 }.get(platform.machine() if sys.byteorder == "little" and sys.maxsize > 1 << 32 else "")
 
 _PREAD: Final = 0  # IOCB_CMD_PREAD
+_PWRITE: Final = 1  # IOCB_CMD_PWRITE
 _IOCB: Final = np.dtype(
     [
         ("data", "<u8"),
@@ -70,8 +73,8 @@ def address_of(array: npt.NDArray[Any]) -> int:
     return address
 
 
-class Reader:
-    """An AIO context with room for ``MOST`` reads."""
+class Context:
+    """An AIO context with room for ``MOST`` requests."""
 
     def __init__(self, numbers: tuple[int, int, int, int]) -> None:
         """Raises OSError where the kernel gives no context."""
@@ -83,7 +86,6 @@ class Reader:
         self._context = context
         self._requests = np.zeros(MOST, _IOCB)
         self._events = np.zeros(MOST, _EVENT)
-        self._requests["opcode"] = _PREAD
         self._requests["data"] = np.arange(MOST)
         self._pointers = address_of(self._requests) + _IOCB.itemsize * np.arange(MOST)
         self._list = ctypes.c_void_p(address_of(self._pointers))
@@ -93,6 +95,7 @@ class Reader:
         self._addresses = self._requests["buffer"]
         self._lengths = self._requests["length"]
         self._flags = self._requests["rw_flags"]
+        self._opcodes = self._requests["opcode"]
         self._numbers = self._events["data"]
         self._results = self._events["result"]
         self._answers = address_of(self._events)
@@ -121,9 +124,27 @@ class Reader:
 
         ``flags`` are those of preadv2(2).
         """
+        return self._transfer(_PREAD, fds, offsets, addresses, lengths, flags)
+
+    def write(
+        self, fd: int, offsets: Integers, addresses: Unsigned, lengths: npt.ArrayLike
+    ) -> Integers | None:
+        """The same of writes to one file."""
+        return self._transfer(_PWRITE, fd, offsets, addresses, lengths, 0)
+
+    def _transfer(
+        self,
+        opcode: int,
+        fds: npt.ArrayLike,
+        offsets: Integers,
+        addresses: Unsigned,
+        lengths: npt.ArrayLike,
+        flags: npt.ArrayLike,
+    ) -> Integers | None:
         count = len(offsets)
         if self._broken:
             return None
+        self._opcodes[:count] = opcode
         self._fds[:count] = fds
         self._offsets[:count] = offsets
         self._addresses[:count] = addresses
@@ -143,7 +164,7 @@ class Reader:
         return results
 
     def _wait(self, count: int) -> bool:
-        """Until ``count`` reads have ended; False if that cannot be known."""
+        """Until ``count`` requests have ended; False if that cannot be known."""
         done = 0
         while done < count:
             left = count - done
@@ -164,18 +185,18 @@ class Reader:
 
 
 class _Local(threading.local):
-    reader: Reader | None = None
+    context: Context | None = None
     tried = False
 
 
 _local = _Local()
 
 
-def reader() -> Reader | None:
+def context() -> Context | None:
     """That of this thread; None where there is none to be had."""
     if not _local.tried:
         _local.tried = True
         if _NUMBERS is not None:
             with contextlib.suppress(OSError):
-                _local.reader = Reader(_NUMBERS)
-    return _local.reader
+                _local.context = Context(_NUMBERS)
+    return _local.context
