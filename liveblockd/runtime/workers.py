@@ -104,14 +104,15 @@ class WorkerPool:
     def lane(self, *, waits: bool = True) -> Lane:
         """A lane among the ``copies``, for those to one file.
 
-        Copies none of which ``waits`` for anything but a processor have one lane together, with
-        no more of them than there are processors.
+        Copies none of which ``waits`` for anything but a processor are no more than those, in all
+        lanes together while nobody is served.
         """
         if waits:
             return Lane(self, COPY_THREADS)
+        most = min(COPY_THREADS, self.demand.processors)
         if self._in_memory is None:
-            self._in_memory = Lane(self, min(COPY_THREADS, self.demand.processors))
-        return self._in_memory
+            self._in_memory = Lane(self, most)
+        return Lane(self, most, self._in_memory)
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -256,15 +257,17 @@ class WorkerPool:
 
 
 class Lane:
-    """Jobs that all copy to one file, or in memory: fewer at a time while somebody is served.
+    """Jobs that all copy to one file: fewer at a time while somebody outside is served.
 
     Copies to one file do not become faster by being many, for the file system makes them wait for
     each other, but they keep processors from the event loop and from the clients.
     """
 
-    def __init__(self, pool: WorkerPool, most: int) -> None:
+    def __init__(self, pool: WorkerPool, most: int, common: Lane | None = None) -> None:
         self._pool = pool
         self._most = most
+        #: where jobs go instead while nobody is served
+        self._common = common
         #: how many may run now
         self.width = 1
         self._running = 0
@@ -276,8 +279,10 @@ class Lane:
         """As ``WorkerPool.submit``."""
         copies = self._pool.copies
         now = asyncio.get_running_loop().time()
-        self.width = copies.demand.width(self._most, now)
-        return copies._submit(fn, args, None, self)
+        width = copies.demand.width(self._most, now)
+        lane = self if self._common is None or width < self._most else self._common
+        lane.width = width
+        return copies._submit(fn, args, None, lane)
 
     async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """As ``WorkerPool.run``."""

@@ -316,18 +316,23 @@ async def test_copies_to_other_files_go_on_beside_them(busy_pool):
     assert set(running.order[:7]) == set("abcde"), running.order
 
 
-async def test_copies_in_memory_are_no_more_than_processors(busy_pool):
-    """Whatever file they go to: they share one lane, unlike those that wait for a disk."""
-    lanes = [busy_pool.lane(waits=False) for _ in range(5)]
-    assert busy_pool.lane() is not busy_pool.lane()
-    busy_pool.demand.served = False
+async def test_copies_in_memory_are_no_more_than_processors(monkeypatch):
+    """Of all files together; but while somebody is served each file has its own one."""
+    monkeypatch.setattr(workers, "COPY_THREADS", 4)
+    pool = WorkerPool(2, demand=Served(2))
+    pool.demand.served = False
+    lanes = {name: pool.lane(waits=False) for name in "abcde"}
     running = Running()
-    await asyncio.gather(*(lane.run(running.job, "all") for lane in lanes for _ in range(4)))
+    await asyncio.gather(*(lane.run(running.job, "all") for lane in lanes.values() for _ in "1234"))
     assert running.most == {"all": 2} and len(running.order) == 20
-    busy_pool.demand.served = True
+    pool.demand.served = True
     running = Running()
-    await asyncio.gather(*(lane.run(running.job, "all") for lane in lanes for _ in range(4)))
-    assert running.most == {"all": 1} and len(running.order) == 20
+    running.pair = threading.Barrier(4)
+    jobs = (lane.run(running.beside, name) for name, lane in lanes.items() if name != "e")
+    await asyncio.gather(*jobs)
+    assert running.most == dict.fromkeys("abcd", 1)
+    await pool.idle()
+    pool.close()
 
 
 async def test_what_waits_in_a_lane_ends_with_the_pool(busy_pool):
