@@ -14,6 +14,7 @@ from typing import Final
 from liveblockd.errors import BlockError
 from liveblockd.exports.backend import DirtySource, ExportBackend
 from liveblockd.graph import dirty
+from liveblockd.graph.activation import activate
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.graph import Graph
@@ -32,8 +33,10 @@ class GraphBackends:
         #: in use by an export
         self._bitmaps: dict[Backend, list[DirtyBitmap]] = {}
 
-    async def attach(self, node_name: str, *, writable: bool) -> Backend:
-        """A user of the node."""
+    async def attach(
+        self, node_name: str, *, writable: bool, allow_inactive: bool = False
+    ) -> Backend:
+        """A user of the node, which is active then unless the export ``allow_inactive``."""
         async with self._graph.lock:
             node = self._graph.lookup(None, node_name)
             if writable and node.read_only and not node.fell_back:
@@ -41,7 +44,9 @@ class GraphBackends:
             used = Permission.CONSISTENT_READ
             if writable:
                 used |= Permission.WRITE
-            return await self._graph.attach(node, used)
+            if not allow_inactive:
+                await activate(self._graph, node)
+            return await self._graph.attach(node, used, allow_inactive=allow_inactive)
 
     async def release(self, backend: ExportBackend) -> None:
         """The export is gone."""

@@ -46,6 +46,10 @@ class ExportBackend(Protocol):
     def read_only(self) -> bool:
         """Whether the node takes no writes."""
 
+    @property
+    def active(self) -> bool:
+        """Whether the node is; else another process may be changing what is read."""
+
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         """The bytes, or None where ``read`` would wait."""
 
@@ -88,8 +92,13 @@ class DirtySource(Protocol):
 class BackendSource(Protocol):
     """Makes and ends the backends of exports."""
 
-    async def attach(self, node_name: str, *, writable: bool) -> ExportBackend:
-        """A backend on that node, holding the permissions it needs; raises BlockError."""
+    async def attach(
+        self, node_name: str, *, writable: bool, allow_inactive: bool
+    ) -> ExportBackend:
+        """A backend on that node, holding the permissions it needs; raises BlockError.
+
+        The node is made active first, unless ``allow_inactive``.
+        """
 
     async def release(self, backend: ExportBackend) -> None:
         """No request is in flight any more and none will come."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from errno import EINVAL, EOPNOTSUPP
+from errno import EINVAL, EOPNOTSUPP, EPERM
 from typing import Final, TypeAlias
 
 from liveblockd.exports.backend import BlockStatus, Buffer
@@ -167,6 +167,8 @@ async def write_zeroes(session: Session, request: Request, _: Buffer) -> Reply:
 
 async def block_status(session: Session, request: Request, _: Buffer) -> Reply:
     """BLOCK_STATUS: a chunk for each context; each may cover less than was asked for."""
+    if not session.export.backend.active:
+        raise OSError(EPERM, "export is inactive")
     one = bool(request.flags & CommandFlag.REQ_ONE)
     needs_runs = any(c in (BASE_ALLOCATION, ALLOCATION_DEPTH) for c in session.contexts)
     runs = await _runs(session, request, one=one) if needs_runs else ()

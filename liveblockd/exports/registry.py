@@ -58,7 +58,9 @@ class ExportRegistry:
         if options.id in self.exports:
             raise BlockError(f"Block export id '{options.id}' is already in use")
         cls = export_type(options.type)
-        backend = await self.source.attach(options.node_name, writable=options.writable)
+        backend = await self.source.attach(
+            options.node_name, writable=options.writable, allow_inactive=options.allow_inactive
+        )
         try:
             limits = _iothread_limits(options, poll_ns)
             if options.id in self.exports:  # somebody was faster

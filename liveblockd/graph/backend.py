@@ -33,6 +33,7 @@ from liveblockd.events import BlockIoError
 from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import chain
 from liveblockd.graph.node import Edge, Node
+from liveblockd.graph.permissions import describe
 from liveblockd.graph.statistics import Statistics
 from liveblockd.storage.copy_engine import is_zero
 from liveblockd.storage.driver import Buffer, Done, Extent, HostFile, Permission
@@ -67,6 +68,10 @@ class Backend:
         #: how messages call it: ``block device 'drive0'``, ``block device 'exp'``
         self.user = user
         self.edge = Edge(self, "root", node)
+        #: it may write, and stand on a node that is not active: it waits until that is
+        self.allow_inactive = False
+        #: permissions that it has when its node is active again; None: it has them
+        self.suspended: tuple[Permission, Permission] | None = None
         self.statistics = Statistics()
         self.in_flight = 0
         #: every write is durable when it returns (cache=writethrough)
@@ -94,9 +99,44 @@ class Backend:
     @property
     def read_only(self) -> bool:
         """Whether writes are refused: without the permission, or because the node is."""
-        return self.edge.child.read_only or not self.edge.used & (
+        used = self.edge.used if self.suspended is None else self.suspended[0]
+        return self.edge.child.read_only or not used & (
             Permission.WRITE | Permission.WRITE_UNCHANGED
         )
+
+    @property
+    def active(self) -> bool:
+        """Whether its node is; else what is read may be old, and nothing is written."""
+        return self.edge.child.active
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether its node may become inactive: it does not write, or does not mind."""
+        used = self.edge.used if self.suspended is None else self.suspended[0]
+        return bool(self.name) or self.allow_inactive or not used & ~Permission.CONSISTENT_READ
+
+    def claim(self, used: Permission, shared: Permission) -> None:
+        """Want these permissions of the node; ``Graph.refresh_permissions`` is to follow.
+
+        On an inactive node they come into force when it becomes active. BlockError for a user who
+        cannot wait for that.
+        """
+        before = self.suspended
+        if self.edge.child.active:
+            self.suspended = None
+            self.edge.used, self.edge.shared = used, shared
+            return
+        self.suspended = (used, shared)
+        if not self.may_rest:
+            self.suspended = before
+            self.edge.child.check_active(describe(used))
+        self.edge.used, self.edge.shared = Permission.NONE, Permission.ALL
+
+    def rest(self) -> None:
+        """The node is no longer active; ``claim`` what was suspended when it is."""
+        if self.suspended is None:
+            self.suspended = (self.edge.used, self.edge.shared)
+        self.edge.used, self.edge.shared = Permission.NONE, Permission.ALL
 
     def host_file(self) -> HostFile | None:
         """As the node's."""
@@ -149,6 +189,7 @@ class Backend:
             or node.probed
             or node.write_threshold
             or self.read_only
+            or not node.active
             or node.detect_zeroes is not BlockdevDetectZeroesOptions.OFF
         )
         self._read_end = self._write_end = -1
@@ -289,7 +330,7 @@ class Backend:
             await self._resumed.wait()
         if offset < 0 or length < 0:
             self._refuse(kind, EINVAL)
-        if kind in ("wr", "unmap") and self.read_only:
+        if kind in ("wr", "unmap") and (self.read_only or not self.active):
             self._refuse(kind, EPERM)
         if offset + length > self.edge.child.driver.length:
             self._refuse(kind, ENOSPC if kind == "wr" else EIO)

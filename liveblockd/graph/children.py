@@ -24,7 +24,7 @@ async def add_child(graph: Graph, parent: Node, child: Node) -> None:
             raise BlockError(f"The node {parent.name} does not support adding a child", errno=95)
         if child.parents:
             raise BlockError(f"The node {child.name} already has a parent", errno=22)
-        surgery.check_no_cycle(parent, child, "quorum")
+        surgery.check_link(parent, child, "quorum")
         async with graph.drained(parent, child):
             edge = Edge(parent, driver.new_child_role(child), child)
             graph.connect(edge)

@@ -110,6 +110,7 @@ def _check_storable(node: Node, name: str, granularity: int) -> None:
     try:
         if node.read_only:
             raise BlockError("Block node is read-only", errno=1)
+        node.check_active()
         node.driver.check_new_bitmap(name, granularity, others)
     except BlockError as error:
         if error.errno == ENOTSUP and not node.driver.cluster_size:

@@ -230,7 +230,7 @@ class Graph:
 
         BlockError for a conflict; then every edge and lock is as it was.
         """
-        order = _parents_first(roots)
+        order = parents_first(roots)
         before = [(edge, edge.used, edge.shared) for node in order for edge in node.parents]
         locked: list[tuple[Node, tuple[Permission, Permission]]] = []
         try:
@@ -280,7 +280,7 @@ class Graph:
 
         An image on a file that nobody might write to then may be writable by now. BlockError.
         """
-        if node.fell_back and used & permissions.WRITES:
+        if node.active and node.fell_back and used & permissions.WRITES:
             await self.set_read_only(node, False)
 
     async def _set_read_only(self, node: Node, parts: list[Node], read_only: bool) -> None:
@@ -292,8 +292,9 @@ class Graph:
                     # The file has to be writable and locked before its format starts to write.
                     part.read_only = False
                     await self.refresh_permissions(part)
-                done.append(part)
-                await part.driver.set_read_only(read_only)
+                if part.active:  # else when it becomes so
+                    done.append(part)
+                    await part.driver.set_read_only(read_only)
                 part.read_only = read_only
             await self.refresh_permissions(node)
         except BaseException:
@@ -320,8 +321,11 @@ class Graph:
         name: str = "",
         user: str | None = None,
         writethrough: bool = False,
+        allow_inactive: bool = False,
     ) -> Backend:
         """A new user of ``node``; ``name`` makes it a drive, ``user`` is for messages.
+
+        ``allow_inactive``: it may write, but can wait until the node is active.
 
         BlockError when its permissions conflict with those of others; then there is none.
         """
@@ -330,7 +334,8 @@ class Graph:
                 raise BlockError(f"Device with id '{name}' already exists")
             await self.reopen_for(node, used)
             backend = Backend(self, node, name=name, user=user)
-            backend.edge.used, backend.edge.shared = used, shared
+            backend.allow_inactive = allow_inactive
+            backend.claim(used, shared)
             self.connect(backend.edge)
             try:
                 await self.refresh_permissions(node)
@@ -372,7 +377,7 @@ class Graph:
         async with self.lock:
             edge = backend.edge
             before = edge.used, edge.shared
-            edge.used, edge.shared = used, shared
+            backend.claim(used, shared)
             try:
                 await self.refresh_permissions(edge.child)
             except BaseException:
@@ -433,7 +438,7 @@ class Graph:
         """Drivers that let requests wait let those go that come from ``nodes``."""
         holding = [
             node.driver
-            for node in _parents_first(nodes)
+            for node in parents_first(nodes)
             if node.driver_class.holds_requests and node.opened
         ]
         for driver in holding:
@@ -446,7 +451,7 @@ class Graph:
 
     def stop_waiting(self, *roots: Node) -> None:
         """Requests to nodes at and below ``roots`` that wait for a lost server fail now."""
-        for node in _parents_first(roots):
+        for node in parents_first(roots):
             if node.opened:
                 node.driver.stop_waiting()
 
@@ -507,11 +512,15 @@ class Graph:
     def environment_for(self, node: Node, filename: str) -> Environment:
         """What the driver of ``node`` is given."""
         return replace(
-            self.environment, node_name=node.name, filename=filename, find_node=self.nodes.get
+            self.environment,
+            node_name=node.name,
+            filename=filename,
+            find_node=self.nodes.get,
+            inactive=not node.active,
         )
 
 
-def _parents_first(roots: Iterable[Node]) -> list[Node]:
+def parents_first(roots: Iterable[Node]) -> list[Node]:
     """All nodes at and below ``roots``, each after all of its parents among them."""
     done: dict[Node, None] = {}
     # Explicit, since a chain may be deeper than Python's stack likes.

@@ -73,7 +73,7 @@ def block_device_info(
         "file": filenames.filename(node, query.names),
         "ro": node.read_only,
         "encrypted": node.driver.encrypted,
-        "active": True,
+        "active": node.active,
         "children": [
             {"child": role, "node-name": edge.child.name} for role, edge in node.children.items()
         ],

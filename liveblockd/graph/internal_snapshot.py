@@ -16,7 +16,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
-from liveblockd.storage.driver import SnapshotInfo
+from liveblockd.storage.snapshot_info import SnapshotInfo
 
 
 async def create(graph: Graph, device: str, name: str) -> SnapshotInfo:
@@ -110,3 +110,4 @@ async def _apply(node: Node, snapshot_id: str) -> None:
 def _check_writable(node: Node, device: str) -> None:
     if node.read_only:
         raise BlockError(f"Device '{device}' is read only", errno=EPERM)
+    node.check_active()

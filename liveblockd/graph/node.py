@@ -132,6 +132,8 @@ class Node:
         self.given = options if given is None else given
         self.read_only = read_only
         self.monitor_owned = False
+        #: False: another process may have the image and change it (``activation``)
+        self.active = True
         #: opened as a part of its parent: follows its parent's read-only and cache options
         self.inherits = False
         #: raw because nobody said the format: guards its first sector
@@ -159,6 +161,13 @@ class Node:
         self.driver = driver
         self.read_only = driver.read_only
         self._hand_on()
+        driver.bitmap_source = self._bitmaps_to_store
+        if self.active:
+            self.load_bitmaps()
+
+    def load_bitmaps(self) -> None:
+        """Track what the image says is to be tracked."""
+        driver = self.driver
         for stored in driver.stored_bitmaps():
             bitmap = DirtyBitmap(driver.length, stored.granularity, name=stored.name)
             bitmap.persistent = True
@@ -166,7 +175,6 @@ class Node:
             bitmap.enabled = stored.enabled and not stored.inconsistent
             bitmap.load(stored.pieces)
             self.add_bitmap(bitmap)
-        driver.bitmap_source = self._bitmaps_to_store
 
     def _hand_on(self) -> None:
         # Instead of the methods below: a request passes here without a call of its own.
@@ -370,6 +378,11 @@ class Node:
         """BlockError ``Node 'x' is busy: ...`` when it cannot be done."""
         if (reason := self.op_blocker(operation)) is not None:
             raise BlockError(f"Node '{self.name}' is busy: {reason}", errno=16)
+
+    def check_active(self, permissions: str = "write") -> None:
+        """BlockError in QEMU's words while the image may be another process's."""
+        if not self.active:
+            raise BlockError(f"Permission '{permissions}' unavailable on inactive node", errno=1)
 
     def __repr__(self) -> str:
         return f"<Node {self.name!r} {self.driver_class.driver_name}>"

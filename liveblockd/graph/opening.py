@@ -26,7 +26,9 @@ from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import chain, filenames
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Edge, Node
+from liveblockd.graph.permissions import check_active_child
 from liveblockd.qapi import parse
+from liveblockd.storage.driver import BlockDriver, BlockIO
 from liveblockd.storage.options import (
     BlockdevCacheOptions,
     BlockdevDetectZeroesOptions,
@@ -235,15 +237,18 @@ class Opener:
                 "setting detect-zeroes to unmap is not allowed "
                 "without setting discard operation to unmap"
             )
-        if options.active is False:
-            raise BlockError("Inactive block nodes are not supported")
         node = Node(name, driver_class, options, given=given, read_only=bool(options.read_only))
         node.inherits = parent is not None
+        # What is opened as a part of an inactive node is inactive, whatever it says of itself.
+        node.active = options.active is not False and (parent is None or parent.active)
+        if parent is not None:
+            check_active_child(node, role, parent)
         graph.nodes[name] = node
         self.made.append(node)
         for child_role, reference in driver_class.child_references(given):
             if isinstance(reference, str):
                 child = graph.lookup_any(reference)
+                check_active_child(child, child_role, node)
             else:
                 child = await self._open_with_chain(reference, node, child_role, None)
             graph.connect(Edge(node, child_role, child))
@@ -254,9 +259,7 @@ class Opener:
             node.change_options(read_only=True)
         await graph.refresh_permissions(node)
         await self._open_named_children(node)
-        children = {child_role: edge.child for child_role, edge in node.children.items()}
-        environment = graph.environment_for(node, filenames.base_for_relative(node) or "")
-        node.bind(await driver_class.open(node.options, children, environment))
+        node.bind(await open_driver(graph, node))
         node.fell_back = node.read_only and not options.read_only
         await graph.refresh_permissions(node)
         return node
@@ -304,6 +307,7 @@ class Opener:
             return None
         if isinstance(reference, str):
             child = self.graph.lookup_any(reference)
+            check_active_child(child, "backing", node)
         else:
             child = await self._open_with_chain(reference, node, "backing", members)
         await self._connect(node, "backing", child)
@@ -381,6 +385,14 @@ class Opener:
             return await probe_node(node)
         finally:
             await to_its_end(inner._undo())
+
+
+async def open_driver(graph: Graph, node: Node) -> BlockDriver:
+    """The driver of ``node``, on the children that it has; BlockError."""
+    children: dict[str, BlockIO] = {role: edge.child for role, edge in node.children.items()}
+    environment = graph.environment_for(node, filenames.base_for_relative(node) or "")
+    driver: BlockDriver = await node.driver_class.open(node.options, children, environment)  # type: ignore[attr-defined]
+    return driver
 
 
 async def probe_node(node: Node) -> str:

@@ -57,6 +57,10 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     """What a node, whose users need ``used`` and share ``shared``, does by its ``edge``."""
     parent, role, child = edge.parent, edge.role, edge.child
     assert isinstance(parent, Node)
+    if not parent.active:
+        # Another process may write: what is read here is what there was.
+        used &= Permission.CONSISTENT_READ
+        return used | Permission.CONSISTENT_READ if _is_storage(parent) else used, Permission.ALL
     if role == "backing" and not parent.is_filter:
         used &= Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
@@ -76,6 +80,14 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     if child.options.force_share:
         shared = Permission.ALL
     return used, shared
+
+
+def check_active_child(child: Node, role: str, parent: Node) -> None:
+    """BlockError: an active node makes free use of its children."""
+    if parent.active and not child.active:
+        raise BlockError(
+            f"Inactive '{child.name}' can't be a {role} child of active '{parent.name}'", errno=1
+        )
 
 
 def _is_kept(overlay: Node, backing: Node) -> bool:

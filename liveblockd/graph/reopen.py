@@ -95,7 +95,7 @@ def _check_child(graph: Graph, node: Node, role: str, given: object) -> None:
         return
     if edge is not None:
         _check_no_job_filter(node, edge)
-    surgery.check_no_cycle(node, child, role)
+    surgery.check_link(node, child, role)
     if edge is not None:
         edge.check_not_frozen()
     if role == "file" and not _same_bytes(node, edge, child):

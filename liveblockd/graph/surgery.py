@@ -18,11 +18,13 @@ from types import MappingProxyType
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, filenames
+from liveblockd.graph.activation import inactivate
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.filter import CopyOnRead, JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.opening import check_depth
+from liveblockd.graph.permissions import check_active_child
 from liveblockd.storage.driver import BlockDriver
 from liveblockd.storage.options import BlockdevDiscardOptions, BlockdevOptions
 
@@ -40,6 +42,12 @@ def check_no_cycle(parent: Node, child: Node, role: str = "backing") -> None:
             if edge.child not in seen:
                 seen.add(edge.child)
                 pending.append(edge.child)
+
+
+def check_link(parent: Node, child: Node, role: str = "backing") -> None:
+    """BlockError if ``child`` cannot be the ``role`` of ``parent``."""
+    check_no_cycle(parent, child, role)
+    check_active_child(child, role, parent)
 
 
 class PlacedOverlay:
@@ -105,6 +113,10 @@ async def place_overlay(graph: Graph, node: Node, overlay: Node) -> PlacedOverla
         _check_no_users_beyond(node, overlay)
     for edge in node.parents:
         edge.check_not_frozen()
+    if node.active and node.parents and not overlay.active:
+        raise BlockError("Block node is read-only", errno=1)
+    if overlay.active and not node.active:
+        await inactivate(graph, overlay)
     async with graph.drained(node, overlay):
         # Nothing is in flight. What guests wrote is made durable while it can still fail.
         await node.driver.flush()
@@ -167,7 +179,7 @@ async def replace_backing(graph: Graph, node: Node, backing: Node | None) -> Non
                 return
             old.check_not_frozen()
         if backing is not None:
-            check_no_cycle(node, backing)
+            check_link(node, backing)
             check_depth(node, backing)
         was = None if old is None else old.child
         async with graph.drained(node):
@@ -205,7 +217,7 @@ async def replace_file(graph: Graph, node: Node, child: Node) -> None:
         if old is child:
             return
         edge.check_not_frozen()
-        check_no_cycle(node, child, "file")
+        check_link(node, child, "file")
         async with graph.drained(node, child):
             await node.driver.flush()
             graph.redirect(edge, child)
@@ -288,6 +300,8 @@ async def insert_driver(
         children = {driver.filtered: node, **beside}
         above = _job_filter(driver, name, node)
         above.implicit = implicit
+        for role, child in children.items():
+            check_active_child(child, role, above)
         async with graph.drained(*children.values()):
             graph.nodes[name] = above
             _move(graph, moving, above)

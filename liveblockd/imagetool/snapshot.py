@@ -15,7 +15,7 @@ from liveblockd.graph import internal_snapshot
 from liveblockd.graph.node import Node
 from liveblockd.imagetool.images import Images, ToolError, reason
 from liveblockd.imagetool.output import say
-from liveblockd.storage.driver import SnapshotInfo
+from liveblockd.storage.snapshot_info import SnapshotInfo
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 

@@ -133,6 +133,8 @@ async def start_check(
         node = graph.lookup(parameters.node, parameters.node)
         while node.is_filter and node.file is not None:
             node = node.file
+        if not node.active:  # its tables are changing
+            raise BlockError(f"Node '{node.name}' is inactive", errno=1)
         try:
             job = Check(parameters, graph, node, reports)
         except OSError as error:

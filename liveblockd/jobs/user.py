@@ -40,7 +40,7 @@ class JobUser(Backend):
         await graph.reopen_for(node, used)
         found = cls(graph, node, user=user)
         found.edge.role = role
-        found.edge.used, found.edge.shared = used, shared
+        found.claim(used, shared)
         graph.connect(found.edge)
         try:
             await graph.refresh_permissions(node)

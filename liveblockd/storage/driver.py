@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from liveblockd.storage.flatmap import FlatMap
     from liveblockd.storage.options import BlockdevOptions
     from liveblockd.storage.registry import Environment
+    from liveblockd.storage.snapshot_info import SnapshotInfo
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 #: called on the loop when a write that ``begin_write`` took has ended, with its error
@@ -89,36 +90,6 @@ class StoredBitmap(NamedTuple):
     inconsistent: bool
     #: (offset, bytes) of bytes of the bitmap; bit n is bit n % 8 of byte n // 8, the rest is 0
     pieces: tuple[tuple[int, bytes], ...] = ()
-
-
-class SnapshotInfo(NamedTuple):
-    """An internal snapshot, as SnapshotInfo of qapi/block-core.json has it."""
-
-    id: str
-    name: str
-    vm_state_size: int  # bytes
-    date_sec: int
-    date_nsec: int
-    vm_clock_nsec: int
-    #: instructions executed, None where that is not known
-    icount: int | None
-    #: bytes
-    disk_size: int
-
-    def to_qmp(self) -> dict[str, Any]:
-        """SnapshotInfo."""
-        info: dict[str, Any] = {
-            "id": self.id,
-            "name": self.name,
-            "vm-state-size": self.vm_state_size,
-            "date-sec": self.date_sec,
-            "date-nsec": self.date_nsec,
-            "vm-clock-sec": self.vm_clock_nsec // 1_000_000_000,
-            "vm-clock-nsec": self.vm_clock_nsec % 1_000_000_000,
-        }
-        if self.icount is not None:
-            info["icount"] = self.icount
-        return info
 
 
 class BlockIO(Protocol):
@@ -247,6 +218,8 @@ class BlockDriver(abc.ABC):
 
     children: dict[str, BlockIO]
     read_only: bool
+    #: another process may be changing what this reads
+    inactive: bool = False
 
     #: granularity of allocation in bytes, None where there is none (raw, file)
     cluster_size: int | None = None
@@ -393,6 +366,12 @@ class BlockDriver(abc.ABC):
     async def set_read_only(self, read_only: bool) -> None:
         """Change between read-write and read-only, flushing before; may raise BlockError."""
         self.read_only = read_only
+
+    async def activate(self) -> None:
+        """Another process may have changed what this reads: keep nothing of it that may be old.
+
+        Formats are opened again instead.
+        """
 
     async def set_permissions(self, used: Permission, shared: Permission) -> None:
         """All that the users above need together, and what each of them lets others do.

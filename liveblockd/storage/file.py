@@ -120,6 +120,7 @@ class FileDriver(BlockDriver):
         self.inline_writes = 0
         self._unmaps = options.unmaps
         self._no_flush = options.cache_no_flush
+        self._drops_cache = options.drop_cache is not False
         self._can_map = True
         self._discards = {"discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0}
         self._locks = ImageLocks(
@@ -504,6 +505,11 @@ class FileDriver(BlockDriver):
             log.warning("%s: stays open for writing: %s", self.filename, error.strerror)
         finally:
             self._going_back = None
+
+    async def activate(self) -> None:
+        """Forget what the page cache has, which on a network file system may be old."""
+        if self._drops_cache and not self._direct:
+            await self._jobs.run(hostcalls.drop_cache, self._fd)
 
     def _no_reopen(self, error: OSError) -> BlockError:
         return BlockError.from_os_error(f"Could not reopen '{self.filename}'", error)

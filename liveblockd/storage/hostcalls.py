@@ -262,6 +262,11 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
 
+def drop_cache(fd: int) -> None:
+    """Let the page cache forget the file, as far as it is written out: the next read asks again."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def zero_range(fd: int, offset: int, length: int, unmap: bool) -> bool:
     """Make the range read as zeros without writing them; False when the host cannot.
 

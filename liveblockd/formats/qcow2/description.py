@@ -15,7 +15,8 @@ from liveblockd.formats.qcow2.bitmap_store import BitmapStore
 from liveblockd.formats.qcow2.layout import Compression, Crypt
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
-from liveblockd.storage.driver import BlockDriver, HostFile, SnapshotInfo
+from liveblockd.storage.driver import BlockDriver, HostFile
+from liveblockd.storage.snapshot_info import SnapshotInfo
 
 
 class Described(BlockDriver):

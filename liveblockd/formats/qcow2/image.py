@@ -169,13 +169,14 @@ class Qcow2(InPlace, Management, Layered, Described):
 
         ``autosync``: metadata is written back after so many seconds; None: by ``flush`` alone.
         """
-        read_only = bool(options.read_only)
+        read_only = bool(options.read_only) or environment.inactive
         opened = await open_image(options, children, read_only=read_only)
         header = opened.metadata.header
         cipher = await unlock_image(header, options.encrypt, children, environment)
         self = cls(options, children, environment, opened, autosync=autosync, cipher=cipher)
         self._luks = await describe_luks(header, children["file"])
-        await self._bitmaps.read()
+        if not environment.inactive:  # else somebody may be writing them
+            await self._bitmaps.read()
         if not read_only:
             await self._begin_writing()
         return self
@@ -469,6 +470,8 @@ class Qcow2(InPlace, Management, Layered, Described):
     def _on_damage(self, damage: DamageError) -> None:
         """Metadata cannot be, or is not known: tell, and take no more writes."""
         if self._damaged:
+            return
+        if self.inactive:  # what is known of it is old, or another process is writing it
             return
         self._damaged = self._committer.damaged = True
         fatal = not (self.read_only or isinstance(damage, UnsettledError))

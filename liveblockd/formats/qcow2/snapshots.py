@@ -24,7 +24,7 @@ from liveblockd.formats.qcow2.layout import (
     MAX_SNAPSHOTS,
     Geometry,
 )
-from liveblockd.storage.driver import SnapshotInfo
+from liveblockd.storage.snapshot_info import SnapshotInfo
 
 _ENTRY = struct.Struct(">QIHHIIQII")
 _BIG_STATE = struct.Struct(">Q")

@@ -9,6 +9,7 @@ from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, info
+from liveblockd.graph.activation import set_active
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.children import add_child, remove_child
 from liveblockd.graph.node import Operation
@@ -143,11 +144,11 @@ async def blockdev_set_iothread(context: Context, arguments: BlockdevSetIothread
 
 @command("blockdev-set-active", args=BlockdevSetActive)
 async def blockdev_set_active(context: Context, arguments: BlockdevSetActive) -> None:
-    """All nodes are active, always."""
-    if arguments.node_name is not None:
-        context.graph.find(arguments.node_name)
-    if not arguments.active:
-        raise BlockError("Inactive block nodes are not supported")
+    """Hand images to another process, or take them back."""
+    graph = context.graph
+    async with graph.lock:
+        node = None if arguments.node_name is None else graph.find(arguments.node_name)
+        await set_active(graph, node, arguments.active)
 
 
 @command("query-named-block-nodes", args=Flat, returns=list[BlockDeviceInfo], query=True)

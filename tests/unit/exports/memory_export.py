@@ -31,6 +31,8 @@ class Node:
 class MemoryBackend:
     """``ExportBackend`` over a driver; ``bitmaps`` maps names to functions."""
 
+    active = True
+
     def __init__(self, name, driver):
         self.node = Node(name)
         self.driver = driver
@@ -92,7 +94,7 @@ class MemorySource:
         self.backends = {b.node.name: b for b in backends}
         self.attached = []
 
-    async def attach(self, node_name, *, writable):
+    async def attach(self, node_name, *, writable, allow_inactive=False):
         try:
             backend = self.backends[node_name]
         except KeyError:

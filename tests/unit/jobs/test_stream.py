@@ -9,7 +9,8 @@ import pytest
 from liveblockd.errors import BlockError
 from liveblockd.graph import surgery
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.storage.driver import Permission, SnapshotInfo
+from liveblockd.storage.driver import Permission
+from liveblockd.storage.snapshot_info import SnapshotInfo
 from tests.simulation.bench import Bench
 from tests.simulation.overlay import ZERO
 from tests.support.workers import InlineWorkers
