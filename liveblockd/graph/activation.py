@@ -1,9 +1,9 @@
 """Active and inactive nodes: an image is handed to another process, and taken back.
 
-Specification: qapi/block-core.json (blockdev-set-active, ``active`` of blockdev-add). While a node is
-inactive nothing is written to its image and no lock keeps others from writing; what is read may be
-old. It becomes inactive after everything is durable, and when it is active again its image is opened
-anew. A child is active as long as a parent is.
+Specification: qapi/block-core.json (blockdev-set-active, ``active`` of blockdev-add). While a node
+is inactive nothing is written to its image and no lock keeps others from writing; what is read may
+be old. It becomes inactive after everything is durable, and active by opening its image anew. A
+child is active as long as a parent is.
 
 Runs on the event loop, under the graph's lock, with the nodes drained. Invariants:
 

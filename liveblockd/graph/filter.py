@@ -18,6 +18,9 @@ from liveblockd.storage.options import BlockdevOptions
 class JobFilter(FilterDriver):
     """Hands everything on to its child, which graph surgery never replaces."""
 
+    #: how QEMU calls the link to the child
+    link = "file"
+
     def __init__(self, child: BlockIO, *, read_only: bool) -> None:
         super().__init__({self.filtered: child}, read_only=read_only)
         # A node binds what it finds here: no call in between on the request path. Writes are looked
@@ -44,7 +47,7 @@ class CommitTop(JobFilter):
     """
 
     driver_name = "commit_top"
-    filtered = "backing"
+    filtered = link = "backing"
     child_roles = ("backing",)
 
     def __init__(self, child: BlockIO, *, read_only: bool) -> None:

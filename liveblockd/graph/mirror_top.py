@@ -37,6 +37,7 @@ class MirrorTop(CopyOnRead):
     """Set ``mirror`` to let it take part in writes."""
 
     driver_name = "mirror_top"
+    link = "backing"
     mirror: WriteMirror | None = None
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:

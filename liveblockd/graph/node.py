@@ -159,7 +159,8 @@ class Node:
     def bind(self, driver: BlockDriver) -> None:
         """Take the opened driver; its methods become the node's."""
         self.driver = driver
-        self.read_only = driver.read_only
+        if self.active:  # else its image is only read, for now
+            self.read_only = driver.read_only
         self._hand_on()
         driver.bitmap_source = self._bitmaps_to_store
         if self.active:

@@ -82,10 +82,14 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     return used, shared
 
 
+class InactiveChildError(BlockError):
+    """An inactive node cannot be a part of an active one."""
+
+
 def check_active_child(child: Node, role: str, parent: Node) -> None:
-    """BlockError: an active node makes free use of its children."""
+    """InactiveChildError: an active node makes free use of its children."""
     if parent.active and not child.active:
-        raise BlockError(
+        raise InactiveChildError(
             f"Inactive '{child.name}' can't be a {role} child of active '{parent.name}'", errno=1
         )
 

@@ -301,7 +301,8 @@ async def insert_driver(
         above = _job_filter(driver, name, node)
         above.implicit = implicit
         for role, child in children.items():
-            check_active_child(child, role, above)
+            shown = driver.link if isinstance(driver, JobFilter) else role
+            check_active_child(child, shown, above)
         async with graph.drained(*children.values()):
             graph.nodes[name] = above
             _move(graph, moving, above)

@@ -22,6 +22,7 @@ from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.copy_before_write import CopyBeforeWrite, cluster_size, driver_of
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node, Operation
+from liveblockd.graph.permissions import InactiveChildError
 from liveblockd.graph.snapshot_access import SnapshotAccess
 from liveblockd.jobs.backup import (
     BLOCKER,
@@ -221,16 +222,19 @@ async def _take(job: Backup, bitmap: DirtyBitmap | None) -> None:
                 job.graph.check_new_name(name)
             except BlockError as error:
                 raise BlockError(f"Could not create node: {error.message}") from error
-        job.filter = await surgery.insert_driver(
-            job.graph,
-            source,
-            lambda node: CopyBeforeWrite(
-                {"file": node, "target": job.target}, job.core, read_only=source.read_only
-            ),
-            name,
-            beside={"target": job.target},
-            keep=_staying(source),
-        )
+        try:
+            job.filter = await surgery.insert_driver(
+                job.graph,
+                source,
+                lambda node: CopyBeforeWrite(
+                    {"file": node, "target": job.target}, job.core, read_only=source.read_only
+                ),
+                name,
+                beside={"target": job.target},
+                keep=_staying(source),
+            )
+        except InactiveChildError as error:
+            raise BlockError(f"Could not create node: {error.message}") from error
         job.begin(bitmap)
     for node in (job.filter, source, job.target):
         job.held.block(node)

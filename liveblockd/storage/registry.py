@@ -58,7 +58,7 @@ class Environment:
     find_node: Callable[[str], BlockIO | None] = lambda _: None
     #: only what images say of themselves is asked for: no key of an encrypted one is needed
     no_io: bool = False
-    #: another process may be writing to the image: nothing is said in its header before ``activate``
+    #: another process may be writing to the image: nothing is said in its header yet
     inactive: bool = False
 
 
