@@ -437,7 +437,9 @@ class Backend:
 
     async def _block_status(self, offset: int, length: int, limit: int) -> list[StatusRun]:
         runs: list[StatusRun] = []
-        async with aclosing(chain.resolve(self.edge.child, None, offset, length)) as found:
+        async with aclosing(
+            chain.resolve(self.edge.child, None, offset, length, shown=True)
+        ) as found:
             async for run in found:
                 new = StatusRun(run.length, run.zero, run.hole, run.depth)
                 if runs and runs[-1][1:] == new[1:]:

@@ -202,8 +202,8 @@ class Run(NamedTuple):
 
     @property
     def hole(self) -> bool:
-        """Nobody has bytes for it."""
-        return self.zero
+        """Nobody has bytes for it, or that is what is to be shown."""
+        return self.zero or self.kind is ExtentKind.MARKED
 
 
 async def allocated_above(top: Node, base: Node | None, offset: int, length: int) -> list[Run]:
@@ -233,13 +233,20 @@ class _Question(NamedTuple):
 
 
 async def resolve(
-    top: Node, base: Node | None, offset: int, length: int, *, short_is_zero: bool = True
+    top: Node,
+    base: Node | None,
+    offset: int,
+    length: int,
+    *,
+    short_is_zero: bool = True,
+    shown: bool = False,
 ) -> AsyncGenerator[Run, None]:
     """As ``allocated_above``, with ``top`` itself as the first layer; runs come as they are found.
 
     Runs that say the same of contiguous host bytes are merged. What is to be read through a filter
     is COMPRESSED: nobody reads it from the host file. Past the end of a layer below the first it is
-    ZERO there, or UNALLOCATED without ``short_is_zero``.
+    ZERO there, or UNALLOCATED without ``short_is_zero``. MARKED is COMPRESSED, too, but for who
+    wants to know what is to be ``shown``.
     """
     stop = skip_filters(base)
     first = skip_filters(top)
@@ -255,6 +262,8 @@ async def resolve(
             continue
         if item.layer in behind and item.kind is ExtentKind.DATA:
             item = item._replace(kind=ExtentKind.COMPRESSED, host_offset=-1)
+        if item.kind is ExtentKind.MARKED and not shown:
+            item = item._replace(kind=ExtentKind.COMPRESSED)
         if last is None:
             last = item
         elif _continues(last, item):

@@ -134,6 +134,8 @@ async def _ask(layers: list[Node], depth: int, start: int, end: int) -> list[_Qu
             for part in await layer.driver.map_zeroes(position, extent.length):
                 answer.append(_entry(layer, place, depth, part))
                 place += part.length
+        elif extent.kind is ExtentKind.MARKED:
+            answer.append(Entry(position, extent.length, depth, False, False, False, None, None))
         elif extent.kind is not ExtentKind.UNALLOCATED:
             answer.append(_entry(layer, position, depth, extent))
         else:

@@ -57,7 +57,7 @@ class RemoteExport:
     flags: int
     #: READ is answered by chunks
     structured: bool
-    #: id of base:allocation, None where the server does not know it
+    #: id of the context that block status is asked of, None where the server does not know it
     allocation: int | None
     minimum_block: int = 1
     maximum_payload: int = MAX_PAYLOAD
@@ -82,8 +82,9 @@ class _Stage(enum.Enum):
 class ClientNegotiation:
     """One connection until ``export`` is set."""
 
-    def __init__(self, name: str, *, tls: bool = False) -> None:
+    def __init__(self, name: str, *, tls: bool = False, context: str = BASE_ALLOCATION) -> None:
         self._tls = tls
+        self._context = context.encode()
         self.export: RemoteExport | None = None
         self._name = name.encode()
         self._buffer = bytearray()
@@ -190,9 +191,9 @@ class ClientNegotiation:
         if kind == OptionReply.ACK:
             self._structured = True
             self._stage = _Stage.META
-            query = BASE_ALLOCATION.encode()
             return _option(
-                Option.SET_META_CONTEXT, _string(self._name) + _U32.pack(1) + _string(query)
+                Option.SET_META_CONTEXT,
+                _string(self._name) + _U32.pack(1) + _string(self._context),
             )
         _check_error(kind)
         return self._ask_go()
@@ -202,7 +203,7 @@ class ClientNegotiation:
         if kind == OptionReply.META_CONTEXT:
             if len(payload) < _U32.size:
                 raise ProtocolError("a meta context without an id")
-            if payload[_U32.size :] == BASE_ALLOCATION.encode():
+            if payload[_U32.size :] == self._context:
                 self._allocation = _U32.unpack_from(payload)[0]
             return b""
         if kind != OptionReply.ACK:

@@ -69,6 +69,7 @@ class ExtentKind(enum.IntEnum):
     ZERO = 1  # this layer says: reads as zeros
     DATA = 2  # bytes at host_offset of the ``file`` child (of a protocol driver: of itself)
     COMPRESSED = 3  # data that only ``read`` can give
+    MARKED = 4  # the same; what is shown of it is neither data nor zeros (``x-dirty-bitmap``)
 
 
 class Extent(NamedTuple):

@@ -19,6 +19,9 @@ from typing import Any, Final, Self
 from liveblockd.errors import BlockError
 from liveblockd.nbd.client import RemoteExport
 from liveblockd.nbd.constants import (
+    BASE_ALLOCATION,
+    MAX_STRING,
+    STATE_HOLE,
     STATE_ZERO,
     Command,
     CommandFlag,
@@ -72,6 +75,8 @@ class NbdDriver(BlockDriver):
         self._unit = export.minimum_block
         self.request_alignment = self._unit
         self._data_unit = max(self._unit, min(DATA, export.maximum_payload))
+        #: block status is that of another context than base:allocation
+        self._shows_bitmap = options.x_dirty_bitmap is not None
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -83,8 +88,9 @@ class NbdDriver(BlockDriver):
     ) -> Self:
         """Connect; raises BlockError."""
         assert not children
-        if options.x_dirty_bitmap is not None:
-            raise BlockError("The option 'x-dirty-bitmap' is not supported by the NBD client")
+        bitmap = options.x_dirty_bitmap
+        if bitmap is not None and len(bitmap.encode()) > MAX_STRING:
+            raise BlockError(f"x-dirty-bitmap {bitmap} too long to send to server")
         address = options.server.plain()
         if isinstance(address, InetSocketAddress) and not address.port.isdecimal():
             raise BlockError(f"address resolution failed for port '{address.port}'")
@@ -96,7 +102,7 @@ class NbdDriver(BlockDriver):
             tls = ClientTls(context, name)
 
         def dial() -> Coroutine[Any, Any, tuple[NbdConnection, RemoteExport]]:
-            return connect(address, options.export or "", tls)
+            return connect(address, options.export or "", tls, bitmap or BASE_ALLOCATION)
 
         deadline = asyncio.get_running_loop().time() + (options.open_timeout or 0)
         while True:
@@ -108,6 +114,9 @@ class NbdDriver(BlockDriver):
                 await asyncio.sleep(AGAIN)
             else:
                 break
+        if bitmap is not None and export.allocation is None:
+            await connection.close()
+            raise BlockError(f"requested x-dirty-bitmap {bitmap} not found")
         if export.read_only and not options.read_only:
             if not options.auto_read_only:
                 await connection.close()
@@ -223,7 +232,10 @@ class NbdDriver(BlockDriver):
             await self._link.request(Command.FLUSH, 0, 0)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        """What the server says of base:allocation; all is data where it says nothing."""
+        """What the server says of base:allocation; all is data where it says nothing.
+
+        With ``x-dirty-bitmap`` what is dirty is MARKED: jobs read it as they read all else.
+        """
         if self._export.allocation is None or not length:
             return [Extent(length, ExtentKind.DATA, offset)]
         start, end = self._widened(offset, offset + min(length, MOST))
@@ -237,6 +249,8 @@ class NbdDriver(BlockDriver):
             if count <= 0 or first >= last:
                 continue
             kind = ExtentKind.ZERO if state & STATE_ZERO else ExtentKind.DATA
+            if self._shows_bitmap:
+                kind = ExtentKind.MARKED if state & STATE_HOLE else ExtentKind.DATA
             host_offset = first if kind is ExtentKind.DATA else -1
             extents.append(Extent(last - first, kind, host_offset))
         return extents or [Extent(length, ExtentKind.DATA, offset)]

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, cast
 
 from liveblockd.errors import BlockError
 from liveblockd.nbd.client import ClientNegotiation, RefusedError, RemoteExport
-from liveblockd.nbd.constants import ChunkType, Command
+from liveblockd.nbd.constants import BASE_ALLOCATION, ChunkType, Command
 from liveblockd.nbd.errno import host_errno
 from liveblockd.nbd.transmission import (
     Chunk,
@@ -70,8 +70,11 @@ class ClientTls(NamedTuple):
 class NbdConnection(asyncio.Protocol):
     """Made by ``connect``."""
 
-    def __init__(self, name: str, tls: ClientTls | None = None) -> None:
-        self._negotiation: ClientNegotiation | None = ClientNegotiation(name, tls=tls is not None)
+    def __init__(
+        self, name: str, tls: ClientTls | None = None, context: str = BASE_ALLOCATION
+    ) -> None:
+        negotiation = ClientNegotiation(name, tls=tls is not None, context=context)
+        self._negotiation: ClientNegotiation | None = negotiation
         self._tls = tls
         self._upgrade: asyncio.Task[None] | None = None
         self.negotiated: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
@@ -341,9 +344,15 @@ def _check_inside(answer: Answer, offset: int, length: int) -> None:
 
 
 async def connect(
-    address: PlainAddress, name: str, tls: ClientTls | None = None
+    address: PlainAddress,
+    name: str,
+    tls: ClientTls | None = None,
+    context: str = BASE_ALLOCATION,
 ) -> tuple[NbdConnection, RemoteExport]:
-    """Connect and choose export ``name``; BlockError in QEMU's words."""
+    """Connect and choose export ``name``; BlockError in QEMU's words.
+
+    ``context`` is what BLOCK_STATUS is to tell of.
+    """
     loop = asyncio.get_running_loop()
     connection: NbdConnection | None = None
     try:
@@ -352,7 +361,7 @@ async def connect(
                 path = "\0" + address.path if address.abstract else address.path
                 try:
                     _, connection = await loop.create_unix_connection(
-                        lambda: NbdConnection(name, tls), path
+                        lambda: NbdConnection(name, tls, context), path
                     )
                 except OSError as error:
                     raise BlockError.from_os_error(
@@ -361,7 +370,7 @@ async def connect(
             elif isinstance(address, InetSocketAddress):
                 try:
                     _, connection = await loop.create_connection(
-                        lambda: NbdConnection(name, tls), address.host, int(address.port)
+                        lambda: NbdConnection(name, tls, context), address.host, int(address.port)
                     )
                 except OSError as error:
                     raise BlockError.from_os_error(

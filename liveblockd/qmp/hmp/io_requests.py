@@ -349,7 +349,7 @@ async def _allocated(node: Node, offset: int, length: int, add: Callable[[int, b
     end = offset + length
     while offset < end:
         for extent in await node.map(offset, end - offset):
-            add(extent.length, extent.kind is not ExtentKind.UNALLOCATED)
+            add(extent.length, extent.kind not in (ExtentKind.UNALLOCATED, ExtentKind.MARKED))
             offset += extent.length
 
 
