@@ -194,7 +194,7 @@ class Blkdebug(FilterDriver):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, fast_only: bool = False
     ) -> None:
-        """Events: write_aio, pwritev_zero."""
+        """Events: pwritev_zero."""
         most = self._options.max_write_zero or length
         for start in range(0, length, most or 1):
             at, part = offset + start, min(most, length - start)
@@ -217,10 +217,9 @@ class Blkdebug(FilterDriver):
             await self.child.discard(offset + start, part)
 
     async def flush(self) -> None:
-        """Events: flush_to_os, flush_to_disk. Fails only where something was written before."""
+        """Events: flush_to_os; where something was written before also flush_to_disk, and fails."""
         if self._rules.needed and not self._written:
-            for event in blkdebug_events.FLUSH:
-                await self._rules.happen(event)
+            await self._rules.happen(blkdebug_events.FLUSH[0])
         else:
             await self._request(BlkdebugIOType.FLUSH, 0, 0, blkdebug_events.FLUSH)
         self._written = False

@@ -44,7 +44,7 @@ _step: Final[ContextVar[str]] = ContextVar("step", default="")
 
 DATA_READ = ("read_aio",)
 DATA_WRITE = ("write_aio", "pwritev")
-ZERO_WRITE = ("write_aio", "pwritev_zero")
+ZERO_WRITE = ("pwritev_zero",)
 FLUSH = ("flush_to_os", "flush_to_disk")
 _REFBLOCK_WRITE = ("refblock_update", "refblock_update_part", "pwritev")
 

@@ -147,6 +147,10 @@ class InStep:
         self._same("events", *events)
         return ours
 
+    def ask(self, name: str) -> Any:
+        """What ours says to a query, which is no part of the walk."""
+        return self.peers[1].do(name)["return"]
+
     def look(self) -> None:
         """Compare nodes with their bitmaps, jobs and exports."""
         if not self.held and not any(

@@ -52,7 +52,7 @@ async def create_qcow2(
         raise BlockError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
-    if crypto_header and data_file_raw:
+    if crypto_header and data_file_raw and data_file is not None:
         # QEMU makes such images: whoever reads the raw file finds no disk in it.
         raise BlockError("A raw data file cannot hold the data of an encrypted image")
     if crypto_header and version < 3 and mode is not Preallocation.OFF:

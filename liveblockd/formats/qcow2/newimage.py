@@ -68,45 +68,36 @@ class Layout:
 
 
 def check_options(new: NewImage) -> Geometry:
-    """The geometry; raises BlockError."""
+    """The geometry; raises BlockError, in the order in which qemu-img looks."""
     if new.size % SECTOR:
         raise BlockError("Image size must be a multiple of 512 bytes")
     size = new.cluster_size
     if size & (size - 1) or not 512 <= size <= 2 << 20:
         raise BlockError("Cluster size must be a power of two between 512 and 2048k")
+    if new.version not in (2, 3):
+        raise BlockError(f"Unsupported qcow2 version {new.version}")
+    if new.extended_l2:
+        _needs_version_3(new, "Extended L2 entries are only")
+        if size < SUBCLUSTERS * SECTOR:
+            raise BlockError(
+                "Extended L2 entries are only supported with cluster sizes of at least "
+                f"{SUBCLUSTERS * SECTOR} bytes"
+            )
+    if new.backing_format is not None and new.backing_file is None:
+        raise BlockError("Backing format cannot be used without backing file")
+    if new.lazy_refcounts:
+        _needs_version_3(new, "Lazy refcounts only")
     bits = new.refcount_bits
     if bits & (bits - 1) or not 1 <= bits <= 64:
         raise BlockError("Refcount width must be a power of two and may not exceed 64 bits")
-    if new.version not in (2, 3):
-        raise BlockError(f"Unsupported qcow2 version {new.version}")
     if new.version < 3 and bits != 16:
         raise BlockError(
             "Different refcount widths than 16 bits require compatibility level 1.1 or above "
             "(use version=v3 or greater)"
         )
-    if new.version < 3 and new.lazy_refcounts:
-        raise BlockError(
-            "Lazy refcounts only supported with compatibility level 1.1 and above "
-            "(use version=v3 or greater)"
-        )
-    if new.version < 3 and new.extended_l2:
-        raise BlockError(
-            "Extended L2 entries are only supported with compatibility level 1.1 and above "
-            "(use version=v3 or greater)"
-        )
-    if new.extended_l2 and size < SUBCLUSTERS * SECTOR:
-        raise BlockError(
-            "Extended L2 entries are only supported with cluster sizes of at least "
-            f"{SUBCLUSTERS * SECTOR} bytes"
-        )
-    if new.version < 3 and new.compression is not Compression.ZLIB:
-        raise BlockError(
-            "Non-zlib compression type is only supported with compatibility level 1.1 and above "
-            "(use version=v3 or greater)"
-        )
-    if new.backing_format is not None and new.backing_file is None:
-        raise BlockError("Backing format cannot be used without backing file")
     _check_data_file(new)
+    if new.compression is not Compression.ZLIB:
+        _needs_version_3(new, "Non-zlib compression type is only")
     geometry = Geometry(new.version, size.bit_length() - 1, bits.bit_length() - 1, new.extended_l2)
     l1_bytes = geometry.l1_size(new.size) * ENTRY_BYTES
     if new.size < 0 or new.size > MAX_DISK_SIZE or l1_bytes > MAX_L1_BYTES:
@@ -122,10 +113,14 @@ def _check_data_file(new: NewImage) -> None:
         raise BlockError("data-file-raw requires data-file")
     if new.data_file_raw and new.backing_file is not None:
         raise BlockError("Backing file and data-file-raw cannot be used at the same time")
-    if new.data_file is not None and new.version < 3:
+    if new.data_file is not None:
+        _needs_version_3(new, "External data files are only")
+
+
+def _needs_version_3(new: NewImage, what: str) -> None:
+    if new.version < 3:
         raise BlockError(
-            "External data files are only supported with compatibility level 1.1 and above "
-            "(use version=v3 or greater)"
+            f"{what} supported with compatibility level 1.1 and above (use version=v3 or greater)"
         )
 
 

@@ -75,6 +75,8 @@ class Blklogwrites(WholeUnits):
         self._interval = interval
         self._known = superblock.entries
         self._appending = asyncio.Lock()
+        #: whether there are entries behind that of the last flush
+        self._changed = False
 
     @classmethod
     async def open(
@@ -134,10 +136,15 @@ class Blklogwrites(WholeUnits):
         await self._append(offset, length, None, EntryFlag.DISCARD)
 
     async def flush(self) -> None:
-        """The file, then the log with an entry of it."""
-        await self.child.flush()
-        if not self.read_only:
-            await self._append(0, 0, None, EntryFlag.FLUSH)
+        """The file, then the log with an entry of it, unless nothing came since the last one."""
+        changed, self._changed = self._changed, False
+        try:
+            await self.child.flush()
+            if changed and not self.read_only:
+                await self._append(0, 0, None, EntryFlag.FLUSH)
+        except BaseException:
+            self._changed = changed or self._changed
+            raise
 
     async def close(self) -> None:
         """Let the superblock count all entries."""
@@ -165,6 +172,7 @@ class Blklogwrites(WholeUnits):
                 await self.children["log"].write(at, padded)
             self._position += entry.log_sectors
             self._entries += 1
+            self._changed |= not flags & EntryFlag.FLUSH
             if flags & EntryFlag.FLUSH or self._entries - self._known >= self._interval:
                 await self._write_superblock()
 

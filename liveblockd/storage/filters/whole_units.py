@@ -85,13 +85,13 @@ class WholeUnits(FilterDriver):
         if first >= last:
             await self.write(offset, bytes(length))
             return
+        if first > offset:
+            await self.write(offset, bytes(first - offset))
         section = await self._serialiser.enter(first, last, exclusive=False)
         try:
             await self.zero(first, last - first, may_unmap, fast_only)
         finally:
             self._serialiser.leave(section)
-        if first > offset:
-            await self.write(offset, bytes(first - offset))
         if offset + length > last:
             await self.write(last, bytes(offset + length - last))
 
