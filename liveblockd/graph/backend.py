@@ -335,9 +335,13 @@ class Backend:
         if offset + length > self.edge.child.driver.length:
             self._refuse(kind, ENOSPC if kind == "wr" else EIO)
 
-    def _refuse(self, kind: str, errno: int) -> None:
+    def count_invalid(self, kind: str) -> None:
+        """A request (``rd``, ``wr``, ``flush`` or ``unmap``) that nobody should have made."""
         name = f"{kind}_invalid"
         setattr(self.statistics, name, getattr(self.statistics, name) + 1)
+
+    def _refuse(self, kind: str, errno: int) -> None:
+        self.count_invalid(kind)
         raise OSError(errno, strerror(errno))
 
     async def _counted(self, request: Awaitable[T]) -> T:

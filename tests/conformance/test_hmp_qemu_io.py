@@ -30,6 +30,10 @@ FIXED = [
     "read 0x200 0x200", "length 5", "alloc", "reopen -r -w", "sleep x", "help foo",
     "write -s /nonexistent/file 0 512", "read -s 0 0 512", "w -P 5 3 700", "r -v 0 20",
     "truncate -m foo 17M", "write -f -P 1 1M 1M", "write 0 64k -P 77", "read -vP 77 0 64",
+    "read -a 0 512", "aio_read -i 0 512", "aio_write -i 0 512", "write -P 077 0 512",
+    "read -P 63 0 512", "alloc -5 512", "sleep -1", "read 1.5 512", "read +5 5", "read 1.0 5",
+    "write -z 0 3G", "write 0 3G", "write -z -n 0 3G", "aio_read -Cv 0 16",
+    *(f"write -q -P {32 + 6 * n} {n} 1" for n in range(17)), "read -v 0 17",
 ]  # fmt: skip
 
 

@@ -65,6 +65,14 @@ def _range(words: Words) -> tuple[int, int]:
     return io_text.number(offset), io_text.length_of(length)
 
 
+def _write_range(words: Words) -> tuple[int, int]:
+    """Zeros that are to be fast (-n) may be any number."""
+    offset, length = words.words
+    if words.has("n"):
+        return io_text.number(offset), io_text.number(length)
+    return io_text.number(offset), io_text.length_of(length, unless=" without -n")
+
+
 def _vector(words: Words) -> tuple[int, int]:
     offset, *lengths = words.words
     return io_text.number(offset), sum(io_text.lengths_of(lengths))
@@ -86,6 +94,12 @@ async def _failing_as(what: str) -> AsyncGenerator[None, None]:
 def _refuse_vm_state(words: Words, what: str) -> None:
     if words.has("b"):
         raise IoRefusedError(f"{what} failed: {os.strerror(ENOTSUP)}")
+
+
+def _count_invalid(disk: Disk, verb: str) -> None:
+    """-i: nothing but the statistics see it."""
+    disk.backend.count_invalid("rd" if verb == "read" else "wr")
+    disk.text.append(f"injecting invalid {verb} request\n")
 
 
 # -- reading
@@ -140,7 +154,7 @@ def _reading(words: Words, place: tuple[int, int], failing: str) -> _Reading:
     )
 
 
-_READ_USAGE: Final = Usage("abCl:pP:qs:v", _RANGE, 2, -1, "read, and compare or show it")
+_READ_USAGE: Final = Usage("bCl:pP:qs:v", _RANGE, 2, -1, "read, and compare or show it")
 
 
 @io_command("read", _READ_USAGE, READ, alias="r")
@@ -164,6 +178,9 @@ async def readv(disk: Disk, words: Words) -> None:
 @io_command("aio_read", Usage("CP:iqv", _VECTOR, 2, -1, "read, and do not wait for it"), READ)
 async def aio_read(disk: Disk, words: Words) -> None:
     """One request that goes on."""
+    if words.has("i"):
+        _count_invalid(disk, "read")
+        return
     disk.begin(_reading(words, _vector(words), "readv").run(disk))
 
 
@@ -248,7 +265,7 @@ async def write(disk: Disk, words: Words) -> None:
     if len(words.words) != 2:
         raise IoRefusedError(_WRITE_USAGE.line("write"))
     _check_combination(words)
-    place = offset, length = _range(words)
+    place = offset, length = _write_range(words)
     if words.has("b") or words.has("c"):
         for value, name in ((offset, "offset"), (length, "count")):
             if value % io_text.SECTOR:
@@ -289,6 +306,9 @@ async def aio_write(disk: Disk, words: Words) -> None:
         raise IoRefusedError("-u requires -z to be specified")
     if words.has("z") and words.has("P"):
         raise IoRefusedError("-z and -P cannot be specified at the same time")
+    if words.has("i"):
+        _count_invalid(disk, "write")
+        return
     disk.begin(_writing(words, _vector(words), "aio_write").run(disk))
 
 

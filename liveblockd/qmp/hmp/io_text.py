@@ -16,7 +16,7 @@ REQUEST_MAX: Final = 2**31 - 512
 SECTOR: Final = 512
 
 _SUFFIXES: Final = {suffix: 1 << (10 * power) for power, suffix in enumerate("BKMGTPE")}
-_SIZE: Final = re.compile(r"(?:0[xX]([0-9a-fA-F]+)|([0-9]+)(?:\.([0-9]*))?([bkmgtpeBKMGTPE]?))")
+_SIZE: Final = re.compile(r"\+?(?:0[xX]([0-9a-fA-F]+)|([0-9]+)(?:\.([0-9]*))?([bkmgtpeBKMGTPE]?))")
 _UNITS: Final = ("EiB", "PiB", "TiB", "GiB", "MiB", "KiB")
 
 
@@ -63,6 +63,8 @@ def parse_words(name: str, usage: Usage, words: Sequence[str]) -> Words:
     count = len(words)
     if count < usage.least or (usage.most >= 0 and count > usage.most):
         raise IoRefusedError(_bad_count(name, usage, count))
+    if not usage.letters:  # nothing is looked at as an option: "-1" is a word
+        return Words({}, list(words))
     try:
         options, rest = getopt.gnu_getopt(list(words), usage.letters)
     except getopt.GetoptError as error:
@@ -86,25 +88,31 @@ def number(text: str) -> int:
     """Bytes of ``512``, ``64k``, ``1.5M`` or ``0x200``. IoRefusedError."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise IoRefusedError(
-            f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
-        )
+        raise _not_a_size(text)
     hexadecimal, whole, fraction, suffix = match.groups()
     if hexadecimal is not None:
         value = int(hexadecimal, 16)
     else:
         unit = _SUFFIXES[(suffix or "B").upper()]
+        if unit == 1 and int(fraction or 0):
+            raise _not_a_size(text)
         value = int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction or "")
     if value >= 2**63:
         raise IoRefusedError(f"Parsing error: argument too large -- {text}")
     return value
 
 
-def length_of(text: str) -> int:
-    """The length of one request. IoRefusedError."""
+def _not_a_size(text: str) -> IoRefusedError:
+    return IoRefusedError(
+        f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
+    )
+
+
+def length_of(text: str, *, unless: str = "") -> int:
+    """The length of one request; ``unless`` says what lifts the limit. IoRefusedError."""
     value = number(text)
     if value > REQUEST_MAX:
-        raise IoRefusedError(f"length cannot exceed {REQUEST_MAX}, given {text}")
+        raise IoRefusedError(f"length cannot exceed {REQUEST_MAX}{unless}, given {text}")
     return value
 
 
@@ -124,7 +132,8 @@ def lengths_of(texts: Sequence[str]) -> list[int]:
 def pattern_of(text: str) -> int:
     """A byte. IoRefusedError."""
     try:
-        value = int(text, 0)
+        octal = text.startswith("0") and text.isdigit()
+        value = int(text, 8 if octal else 0)
     except ValueError:
         value = -1
     if not 0 <= value <= 255:
@@ -169,7 +178,9 @@ def dump(offset: int, data: bytes | bytearray | memoryview) -> Iterator[str]:
     for start in range(0, len(data), 16):
         row = bytes(data[start : start + 16])
         digits = "".join(f"{byte:02x} " for byte in row)
-        letters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        letters = "".join(
+            chr(byte) if chr(byte).isascii() and chr(byte).isalnum() else "." for byte in row
+        )
         yield f"{offset + start:08x}:  {digits} {letters}\n"
 
 
