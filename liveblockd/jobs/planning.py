@@ -8,13 +8,13 @@ Errors: OSError of a layer's map.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
 from liveblockd.jobs.pieces import Planner, Run
+from liveblockd.runtime.demand import Demand
 from liveblockd.storage.cells import Survey, overlaid, survey_runs
 from liveblockd.storage.driver import ExtentKind, HostFile
 
@@ -28,10 +28,10 @@ LOOK_AHEAD: Final = 512
 SURVEY_RUNS: Final = 4096
 #: of these the loop takes so many in one step
 STEP_RUNS: Final = 64
-#: tables of all layers together that a survey reads
-SURVEY_TABLES: Final = 512
+#: (tables of all layers together, cells of each) of a survey
+SURVEY: Final = (512, 16384)
 #: the same of the first one
-FIRST_TABLES: Final = 64
+FIRST_SURVEY: Final = (64, 1024)
 
 
 async def plan_stretch(
@@ -80,13 +80,14 @@ async def survey_stretch(
     stretch: tuple[int, int],
     granularity: int,
     kind_of: Callable[[chain.Run], ExtentKind],
+    demand: Demand,
     *,
-    tables: int = SURVEY_TABLES,
+    first: bool,
 ) -> tuple[list[Run], int] | None:
     """``plan_stretch`` of any length in one go, where all layers can say what they hold of it.
 
-    At most ``tables`` of all layers together are read. None: they cannot. Any DATA, however short,
-    is a piece to be copied.
+    ``first``: nothing is copied meanwhile, a short plan will do. None: the layers cannot. Any DATA,
+    however short, is a piece to be copied. Nobody is kept waiting for all of it.
     """
     offset, length = stretch
     bits = granularity.bit_length() - 1
@@ -95,13 +96,14 @@ async def survey_stretch(
     layers = layers[: layers.index(stop)] if stop in layers else layers
     if not chain.behind_filters(top).isdisjoint(layers):
         return None  # such a layer is not read past the filter
+    tables, cells = FIRST_SURVEY if first else SURVEY
     tables = max(1, tables // len(layers))
     end = length
     surveys: list[Survey] = []
     for layer in layers:
         if layer.driver.length < end:
             return None  # zeros follow, which nobody holds
-        found = await layer.driver.survey(offset, end - offset, bits, tables)
+        found = await layer.driver.survey(offset, end - offset, bits, tables, cells)
         if found is None:
             return None
         surveys.append(found)
@@ -110,7 +112,7 @@ async def survey_stretch(
     pieces: list[Run] = []
     for number, (start, run) in enumerate(runs, 1):
         if not number % STEP_RUNS:
-            await asyncio.sleep(0)  # guests are served meanwhile
+            await demand.give_turn()
         layer, kind = layers[run.layer], ExtentKind(run.kind)
         kind = kind_of(chain.Run(run.length, kind, layer, run.host_offset, run.layer + 1))
         if kind is ExtentKind.UNALLOCATED:

@@ -36,13 +36,7 @@ from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import (
-    FIRST_TABLES,
-    SURVEY_TABLES,
-    copyable,
-    plan_stretch,
-    survey_stretch,
-)
+from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, Source
 
@@ -124,10 +118,9 @@ class Stream(CopyJob):
         stretch = (offset, self.length)
         if not self.top.driver.gathers:
             return await plan_stretch(self.top, base, stretch, self.granularity, kind_of)
-        # Little at first, so that the workers have something to copy.
-        tables = SURVEY_TABLES if offset else FIRST_TABLES
+        demand = self.graph.environment.workers.demand
         plan = await survey_stretch(
-            self.top, base, stretch, self.granularity, kind_of, tables=tables
+            self.top, base, stretch, self.granularity, kind_of, demand, first=not offset
         )
         if plan is not None:
             return plan

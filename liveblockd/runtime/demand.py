@@ -7,14 +7,20 @@ background asks here how many processors to take: for a guest one is left free, 
 are no more copies than processors (one fewer makes its answers only little faster, and where it
 asks without a pause the copies four times slower).
 
+The same goes for long work on the loop itself: between its steps it gives others their turn, and
+where guests are served also the processor, which a guest may be waiting for.
+
 Runs on: the event loop. Counting is one addition, on the request path; time is an argument.
 No errors escape.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Final
+
+from liveblockd.runtime.slices import give_way
 
 #: seconds for which a request is taken as a sign that others will come
 WINDOW: Final = 0.05
@@ -60,3 +66,9 @@ class Demand:
         if self.monitors.is_recent(now):
             return max(1, min(wanted, self.processors))
         return wanted
+
+    async def give_turn(self) -> None:
+        """Between two steps of long work: requests are served, and who makes them can run."""
+        if self.guests.is_recent(asyncio.get_running_loop().time()):
+            give_way()
+        await asyncio.sleep(0)

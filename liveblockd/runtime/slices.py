@@ -6,7 +6,11 @@ runs there may finish its time slice first, which is looked at once a tick (4 ms
 Linux 6.12 a thread can ask for shorter slices. That gives it no larger share, only its share in
 smaller parts: it goes ahead of a longer slice at the moment in which it wakes up.
 
-Specification: sched_setattr(2), ``sched_runtime`` of SCHED_OTHER (Linux 6.12). No privilege needed.
+Even so a thread that has had its share waits for the tick. One that copies asks who is to go on
+each time it has copied a little (``give_way``): those who wait beside it are served then.
+
+Specification: sched_setattr(2), ``sched_runtime`` of SCHED_OTHER (Linux 6.12); sched_yield(2). No
+privilege needed.
 
 Runs on: the main thread, at the start, and threads that copy, at theirs; other threads inherit it.
 No errors escape: where the kernel knows no such thing, or a sandbox forbids it, all stays as it is.
@@ -20,6 +24,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Callable
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,11 @@ _NUMBERS: Final = {
     "aarch64": (274, 275),
     "riscv64": (274, 275),
 }.get(platform.machine() if sys.maxsize > 1 << 32 else "")
+
+
+#: Let whoever waits for the processor of this thread have it first, if anybody does. Not that of
+#: ``os``, which keeps the GIL meanwhile.
+give_way: Final[Callable[[], int]] = ctypes.CDLL(None).sched_yield
 
 
 def slice_of_thread() -> int:

@@ -280,7 +280,6 @@ class BlockDriver(abc.ABC):
         return [Extent(length, ExtentKind.DATA, offset)]
 
     # -- as a layer of a chain that is read through one flat map (``storage/flatmap.py``)
-
     #: the map of what lies below this image, of formats with a backing node
     below: FlatMap | None = None
     _map_watchers: tuple[MapWatcher, ...] = ()
@@ -315,11 +314,13 @@ class BlockDriver(abc.ABC):
         """The same if that needs no wait, zeros for nothing; else None."""
         raise NotImplementedError
 
-    async def survey(self, offset: int, length: int, bits: int, tables: int) -> Survey | None:
-        """As ``cells``, of a range whose begin is a cell's, as far as so many ``tables`` go.
+    async def survey(
+        self, offset: int, length: int, bits: int, tables: int, most: int
+    ) -> Survey | None:
+        """As ``cells``, from a cell's begin on, as far as ``tables`` and ``most`` cells go.
 
-        Workers read them many at a time, and none is kept. What changes meanwhile may be in the
-        answer or not. None: this is not for such a layer, or ``cells`` has more to say.
+        Tables are read by the batch and not kept. What changes meanwhile may be in it or not. None:
+        this is not for such a layer, or ``cells`` has more to say.
         """
         return None
 

@@ -4,7 +4,9 @@ The kernel lets one write to a file at a time. A copy of megabytes is many write
 after the other: who waits for its turn meanwhile mostly finds the file taken again (and, once it
 sleeps, nearly always: for 4 ms, after which the kernel sees to it). So copies go to a file in
 turns, one at a time, and while a guest writes to it they are made of small pieces, before each of
-which they look whether it waits.
+which they look whether it waits, and let those go first who wait for the same processor: the event
+loop and the guest itself would have it at the next tick else, after 4 ms (measured beside a stream
+on two processors: a tenth of that; requests of more than 1 ms a third of what they were).
 
 Runs on: ``enter`` and ``leave`` on the event loop, where a guest's write is made, and ``first`` on
 a worker that makes one: they never wait; the rest on the workers that copy.
@@ -22,6 +24,8 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import Final, TypeVar, TypeVarTuple
+
+from liveblockd.runtime.slices import give_way
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -67,6 +71,8 @@ class Gate:
     def piece(self) -> int:
         """How many bytes the next system call of a copy may have; waits for a guest's write.
 
+        While guests write it gives way to whoever wants this processor, too.
+
         With ``turn``.
         """
         if self.writes != self._seen:
@@ -74,6 +80,7 @@ class Gate:
             self._quiet_from = monotonic() + WINDOW
         elif monotonic() >= self._quiet_from:
             return LARGE_PIECE
+        give_way()
         if self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
         return PIECE

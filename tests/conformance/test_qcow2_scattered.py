@@ -31,6 +31,7 @@ K = 1024
 CLUSTER = 64 * K
 SPAN = 8192 * CLUSTER
 DISK = 64 * SPAN
+MOST = 16384
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ class Scattered:
 
     async def sources(self) -> list[Source]:
         """All that the base has, as a survey finds it."""
-        found = await self.below.survey(0, DISK, 16, 1000)
+        found = await self.below.survey(0, DISK, 16, 1000, 1 << 20)
         assert found is not None and found.end == DISK
         runs, end = survey_runs(overlaid([found], 16), 16, 1 << 20)
         assert end == DISK
@@ -247,7 +248,7 @@ async def test_a_survey_is_what_the_cells_say(tmp_path: Path, host: Host, cached
     for _ in range(12):
         first = rng.randrange(DISK // CLUSTER)
         length = min(DISK - first * CLUSTER, rng.randrange(1, 9) * SPAN + 5 * CLUSTER)
-        found = await below.survey(first * CLUSTER, length, 16, 3)
+        found = await below.survey(first * CLUSTER, length, 16, 3, rng.choice((7, 1 << 20)))
         assert found is not None and first * CLUSTER < found.end <= first * CLUSTER + length
         count = (found.end >> 16) - first
         cells = await below.cells(first * CLUSTER, count * CLUSTER, 16)
@@ -271,13 +272,13 @@ async def test_a_survey_leaves_what_is_wrong_to_others(
     await scattered.make()
     offset = min(scattered.model)
     below = scattered.below
-    assert await below.survey(0, DISK, 15, 100) is None, "other cells"
+    assert await below.survey(0, DISK, 15, 100, MOST) is None, "other cells"
     table = below._metadata.l1_view[offset // SPAN] & survey.OFFSET_MASK
     place = table + offset % SPAN // CLUSTER * 8
     with (tmp_path / "base.qcow2").open("r+b") as file:
         file.seek(place)
         file.write((0x200 | 1 << 63).to_bytes(8, "big"))
-    assert await below.survey(0, DISK, 16, 100) is None, "an entry that cannot be"
+    assert await below.survey(0, DISK, 16, 100, MOST) is None, "an entry that cannot be"
 
     def broken(*args: object) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
@@ -285,7 +286,7 @@ async def test_a_survey_leaves_what_is_wrong_to_others(
     monkeypatch.setattr(survey, "_read_together", lambda *_: False)
     monkeypatch.setattr(survey.hostcalls, "read_into", broken)
     with pytest.raises(OSError, match="No space left"):
-        await below.survey(0, DISK, 16, 100)
+        await below.survey(0, DISK, 16, 100, MOST)
 
 
 async def test_tables_that_are_read_together_say_the_same(
@@ -305,7 +306,7 @@ async def test_tables_that_are_read_together_say_the_same(
 
     for way in (counted, lambda *_: False):
         monkeypatch.setattr(survey, "_read_together", way)
-        answers.append(await scattered.below.survey(0, DISK, 16, 100))
+        answers.append(await scattered.below.survey(0, DISK, 16, 100, MOST))
     assert taken and all(taken)
     assert answers[0].end == answers[1].end and len(answers[0].places)
     assert (answers[0].places == answers[1].places).all()
@@ -344,11 +345,11 @@ async def test_a_full_image_is_surveyed_in_parts(tmp_path: Path, host: Host) -> 
         await image.read(l1_index * SPAN, 1)  # nobody waits for a worker now
     offset, places, parts = 0, [], 0
     while offset < 6 * SPAN:
-        found, turns = await turns_of_loop(image.survey(offset, 6 * SPAN - offset, 16, 64))
-        assert found is not None and 0 < len(found.places) <= survey.MOST_CELLS
+        found, turns = await turns_of_loop(image.survey(offset, 6 * SPAN - offset, 16, 64, MOST))
+        assert found is not None and 0 < len(found.places) <= MOST
         assert turns >= len(found.places) // survey.STEP
         places.append(found.places)
         assert offset < found.end
         offset, parts = found.end, parts + 1
-    assert parts == 6 * SPAN // CLUSTER // survey.MOST_CELLS
+    assert parts == 6 * SPAN // CLUSTER // MOST
     assert (np.concatenate(places) == np.arange(6 * SPAN // CLUSTER)).all()

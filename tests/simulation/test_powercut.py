@@ -71,7 +71,7 @@ def test_tables_that_workers_write(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(90, 98):
         steps = ("snapshot", "stream", "snapshot", "stream")
         figures.add(run_seed(seed, 40, wide=True, depth=2, steps=steps, faults=seed % 4 == 3))
-    assert made > 100
+    assert made > 80
     assert_nothing_lost(figures)
 
 

@@ -65,10 +65,12 @@ class Layered(BlockDriver):
         """See ``BlockDriver``."""
         return cells.cells_now(self._metadata, offset, length, bits)
 
-    async def survey(self, offset: int, length: int, bits: int, tables: int) -> Survey | None:
+    async def survey(
+        self, offset: int, length: int, bits: int, tables: int, most: int
+    ) -> Survey | None:
         """See ``BlockDriver.survey``."""
         workers = self._environment.workers
-        return await survey(self._metadata, workers, offset, length, bits, tables)
+        return await survey(self._metadata, workers, offset, length, bits, tables, most)
 
     async def packed(self, offset: int, length: int) -> Packed | None:
         """See ``BlockDriver.packed``."""

@@ -27,6 +27,7 @@ from liveblockd.formats.qcow2.layout import OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import kinds
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import Entries, drop_idle_flags
+from liveblockd.runtime.demand import Demand
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import hostcalls, many_requests
 from liveblockd.storage.cells import Survey, pack
@@ -36,12 +37,10 @@ from liveblockd.storage.copy_engine import piece_buffer
 BUFFER = 1 << 20
 #: tables of one job: some milliseconds
 JOB_TABLES = 64
-#: tables that are read first, to see how full they are
-FIRST_TABLES = 4
+#: cells for which a table is read at first, to see how full they are
+FIRST_CELLS = 4096
 #: so many times more may be read after that, where there is little in them
 MOST_GROWTH = 32
-#: cells of one answer
-MOST_CELLS = 16384
 #: entries that the loop looks at in one step
 STEP = 4096
 #: entries that are looked at together: most of such pieces are empty
@@ -109,7 +108,13 @@ def _nonzero(buffer: memoryview, l1_indices: Places, entries: int) -> Found:
 
 
 async def survey(
-    metadata: Metadata, workers: WorkerPool, offset: int, length: int, bits: int, tables: int
+    metadata: Metadata,
+    workers: WorkerPool,
+    offset: int,
+    length: int,
+    bits: int,
+    tables: int,
+    most: int,
 ) -> Survey | None:
     """See ``BlockDriver.survey``."""
     geometry = metadata.geometry
@@ -131,12 +136,14 @@ async def survey(
         return None
     answers: list[Survey] = []
     count = cells = 0
-    while count < len(indices) and cells < MOST_CELLS:
-        part = indices[count : count + _next_tables(count, cells)]
+    while count < len(indices) and cells < most:
+        part = indices[count : count + _next_tables(count, cells, most)]
         count += len(part)
         stop = end if count == len(indices) else int(indices[count]) * geometry.span
         found = await _find(metadata, workers, part.tolist())
-        answer = None if found is None else await _answer(metadata, found, offset, stop)
+        if found is None:
+            return None
+        answer = await _answer(metadata, workers.demand, found, (offset, stop), most - cells)
         if answer is None:
             return None
         answers.append(answer)
@@ -146,11 +153,11 @@ async def survey(
     return _joined(answers, answers[-1].end if answers else end)
 
 
-def _next_tables(count: int, cells: int) -> int:
-    """How many tables to read, after ``count`` that had so many cells."""
+def _next_tables(count: int, cells: int, most: int) -> int:
+    """How many tables to read, after ``count`` that had so many of ``most`` cells."""
     if not count:
-        return FIRST_TABLES
-    wanted = (MOST_CELLS - cells) * count // max(cells, 1)
+        return max(1, most // FIRST_CELLS)
+    wanted = (most - cells) * count // max(cells, 1)
     return max(1, min(wanted, count * MOST_GROWTH))
 
 
@@ -214,22 +221,25 @@ async def _read(
     return found
 
 
-async def _answer(metadata: Metadata, found: list[Found], offset: int, end: int) -> Survey | None:
-    """Cells, in order, cut to the range and to ``MOST_CELLS``; None where an entry cannot be."""
+async def _answer(
+    metadata: Metadata, demand: Demand, found: list[Found], stretch: tuple[int, int], most: int
+) -> Survey | None:
+    """Cells, in order, cut to the stretch and to ``most``; None where an entry cannot be."""
+    offset, end = stretch
     bits = metadata.geometry.cluster_bits
     places = np.concatenate([part.places for part in found])
     entries = np.concatenate([part.entries for part in found])
     order = np.argsort(places, kind="stable")
     places = places[order]
     low, high = places.searchsorted((offset >> bits, -(-end >> bits)))
-    if high - low > MOST_CELLS:
-        high = low + MOST_CELLS
+    if high - low > most:
+        high = low + most
         end = int(places[high]) << bits
     entries, places = entries[order[low:high]], places[low:high]
     cells = np.zeros(len(places), np.int64)
     for start in range(0, len(places), STEP):
         if start:
-            await asyncio.sleep(0)
+            await demand.give_turn()
         part = entries[start : start + STEP]
         drop_idle_flags(part)
         if metadata.bad_entries(part):

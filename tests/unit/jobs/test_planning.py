@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from liveblockd.jobs import planning
+from liveblockd.runtime.demand import Demand
 from liveblockd.storage.cells import DATA, KIND_SHIFT, Survey
 from liveblockd.storage.driver import ExtentKind
 from tests.support.turns import turns_of_loop
@@ -37,7 +38,9 @@ async def test_a_plan_of_many_runs_is_made_in_many_turns(monkeypatch: pytest.Mon
 
     async def plan() -> Any:
         stretch = (0, 2 * RUNS << BITS)
-        return await planning.survey_stretch(node, None, stretch, 1 << BITS, kind_of)
+        return await planning.survey_stretch(
+            node, None, stretch, 1 << BITS, kind_of, Demand(), first=True
+        )
 
     (pieces, end), turns = await turns_of_loop(plan())
     assert end == 2 * RUNS << BITS

@@ -32,6 +32,21 @@ def test_pieces_are_small_while_a_guest_writes_and_for_a_while_after(clock):
     assert gate.piece() == LARGE_PIECE
 
 
+def test_a_copy_gives_way_while_a_guest_writes(clock, monkeypatch):
+    ways = []
+    monkeypatch.setattr(gate_module, "give_way", lambda: ways.append(1))
+    gate = Gate()
+    gate.piece()
+    assert not ways, "nobody is served"
+    gate.writes += 1
+    gate.piece()
+    gate.piece()
+    assert len(ways) == 2
+    clock[0] += WINDOW * 2
+    gate.piece()
+    assert len(ways) == 2
+
+
 def test_a_copy_waits_for_a_write_under_way():
     gate = Gate()
     gate.writes += 1
