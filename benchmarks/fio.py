@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -65,35 +68,45 @@ def measure(socket: Path, export: str, directory: Path, **options: object) -> di
     return result
 
 
-def ceiling(directory: Path, seconds: float = 1.0) -> str:
-    """What the client can do at most: randread IOPS of a server that does nothing, by depth."""
+@contextmanager
+def bare_server(directory: Path, *words: str | Path) -> Iterator[Path]:
+    """nbdkit with this plugin, whose export is called as one likes; its socket.
+
+    It is C and does nothing but what the words say: what a guest gets from it is what the machine,
+    the client and the protocol leave to any server.
+    """
     if not shutil.which("nbdkit"):
-        return "unknown (no nbdkit)"
-    socket = directory / "null.sock"
+        raise CannotRun("no nbdkit")
+    socket = directory / "bare.sock"
+    socket.unlink(missing_ok=True)
     server = subprocess.Popen(
-        ["nbdkit", "-f", "-U", str(socket), "-e", "null", "null", "1G"], stderr=subprocess.DEVNULL
+        ["nbdkit", "-f", "-U", str(socket), *map(str, words)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(directory)},
     )
     try:
         deadline = time.monotonic() + 10
-        while not socket.exists() and time.monotonic() < deadline:
+        while not socket.exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise CannotRun("nbdkit does not start")
             time.sleep(0.02)
-        found = [
-            measure(
-                socket,
-                "null",
-                directory,
-                rw="randread",
-                iodepth=depth,
-                time_based=1,
-                runtime=f"{seconds * 1000:.0f}ms",
-            )["iops"]
-            for depth in (1, 16, 64)
-        ]
-    except WrongResult as exc:
-        return f"unknown ({exc})"[:80]
+        yield socket
     finally:
         server.terminate()
         server.wait(20)
+
+
+def ceiling(directory: Path, seconds: float = 1.0) -> str:
+    """What the client can do at most: randread IOPS of a server that does nothing, by depth."""
+    options = {"rw": "randread", "time_based": 1, "runtime": f"{seconds * 1000:.0f}ms"}
+    try:
+        with bare_server(directory, "null", "1G") as socket:
+            found = [
+                measure(socket, "null", directory, iodepth=depth, **options)["iops"]
+                for depth in (1, 16, 64)
+            ]
+    except (CannotRun, WrongResult) as exc:
+        return f"unknown ({exc})"[:80]
     return " / ".join(f"{iops:.0f}" for iops in found)
 
 

@@ -55,6 +55,17 @@ class Measure:
         """Start the daemon, take the figures (one for each metric), verify the result."""
         raise NotImplementedError
 
+    def floor(self, lab: Lab) -> dict[str, float]:
+        """What this machine allows without a daemon, for some of the metrics; sets ``floor_how``.
+
+        ``CannotRun`` if that cannot be taken here: the line is then without.
+        """
+        del lab
+        return {}
+
+    #: by which means the figures of ``floor`` came about
+    floor_how = ""
+
     def __init__(self) -> None:
         self.peaks: list[int] = []
         self.cpu: list[float] = []

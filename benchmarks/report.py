@@ -71,8 +71,10 @@ def save(docs: Path, results: dict[str, Any], measures: Sequence[Measure]) -> No
                 plot(f"{title}: gain over qemu-storage-daemon", bars)
             )
             plots.append(f"![{title}](benchmarks/{name}.svg)")
+    floors = floor_table(results, measures)
     page = PAGE.format(
         machine=machine_text(results), table=table(results, measures),
+        floors=FLOORS.format(table=floors) if floors else "",
         plots="\n\n".join(plots),
     )  # fmt: skip
     (docs / "benchmarks.md").write_text(page)
@@ -224,6 +226,42 @@ def table(results: dict[str, Any], measures: Sequence[Measure]) -> str:
     return "\n".join(lines)
 
 
+def floor_line(metric: Metric, found: dict[str, Any]) -> str | None:
+    """What the machine allows of one metric; None where nothing is known of that."""
+    floors = [figures[metric.name] for figures in found.get("floor", []) if metric.name in figures]
+    samples = found.get("samples", {})
+    first = next((kind for kind in OURS if samples.get(kind)), None)
+    if first is None or "failed" in found or not len(floors) == len(samples[first]) > 0:
+        return None
+    peers = [sample[metric.name] for sample in samples["qsd"]]
+    own = [sample[metric.name] for sample in samples[first]]
+    reach = [gain(metric, bare, peer) for bare, peer in zip(floors, peers, strict=True)]
+    share = [gain(metric, mine, bare) for mine, bare in zip(own, floors, strict=True)]
+    verdict = ""
+    if metric.target is not None:
+        verdict = "yes" if statistics.median(reach) >= metric.target else "**no**"
+    cells = [
+        metric.title, metric.unit, figure(statistics.median(floors)), spread(reach), goal(metric),
+        verdict, spread(share), str(found.get("floor_how", "")),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def floor_table(results: dict[str, Any], measures: Sequence[Measure]) -> str:
+    """Markdown: what the machine allows; empty where that was not measured."""
+    lines = []
+    for measure in measures:
+        found = results["measures"].get(measure.name, {})
+        lines += [line for m in measure.metrics if (line := floor_line(m, found)) is not None]
+    if not lines:
+        return ""
+    head = [
+        "| measure | unit | machine alone | over QSD | target | allowed | liveblockd of it | by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + lines)
+
+
 def machine(directory: str | None) -> dict[str, str]:
     """What the figures hang on; no names of machines or directories."""
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -280,11 +318,24 @@ one, the ranges are wide and the processor time is the better guide.
 
 {table}
 
-{plots}
+{floors}{plots}
 
 The dash on a bar's line is the range over the pairs, the triangle the target.
 
 | machine | |
 |---|---|
 {machine}
+"""
+
+FLOORS = """\
+## What the machine allows
+
+In turn with the daemons the same work was done without one: the bytes of a stream copied by bare
+threads, with nothing to decide (no tables, no job, no guest; on the file system with fdatasync in
+the end), the best of several ways; the same guest on an nbdkit, which is C, that does nothing or
+next to nothing. *over QSD* is the gain that this would be, *allowed* whether the target is within
+it, *liveblockd of it* how much of it liveblockd reaches (1: all of it).
+
+{table}
+
 """

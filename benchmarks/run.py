@@ -21,6 +21,7 @@ def take(measure: Measure, lab: Lab, kinds: list[Kind], pairs: int) -> dict[str,
         "samples": {kind.name: [] for kind in kinds},
         "cpu": {kind.name: [] for kind in kinds},
         "peak": {},
+        "floor": [],
     }
     try:
         measure.prepare(lab)
@@ -41,6 +42,7 @@ def take(measure: Measure, lab: Lab, kinds: list[Kind], pairs: int) -> dict[str,
                     f"{measure.name} {number + 1}/{pairs} {kind.name}: {shown}  [{took:.0f} s]",
                     flush=True,
                 )
+            floor(measure, lab, result)
         result["peak"] = {name: max(found) for name, found in peaks.items() if found}
     except CannotRun as exc:
         result["missing"] = str(exc)
@@ -55,6 +57,27 @@ def take(measure: Measure, lab: Lab, kinds: list[Kind], pairs: int) -> dict[str,
     finally:
         lab.clean()
     return result
+
+
+def floor(measure: Measure, lab: Lab, result: dict[str, Any]) -> None:
+    """What the machine allows, in the same turn as the daemons' samples."""
+    if "no_floor" in result:
+        return
+    start = time.monotonic()
+    try:
+        figures = measure.floor(lab)
+    except CannotRun as exc:
+        result["no_floor"] = str(exc)
+        print(f"{measure.name}: nothing of the machine alone: {exc}", flush=True)
+        return
+    if not figures:
+        result["no_floor"] = ""
+        return
+    result["floor"].append(figures)
+    result["floor_how"] = measure.floor_how
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    took = time.monotonic() - start
+    print(f"{measure.name} machine alone: {shown}  [{took:.0f} s]", flush=True)
 
 
 def chosen_kinds(names: str) -> list[Kind]:

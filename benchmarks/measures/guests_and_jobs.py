@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import fio, images, lab
+from benchmarks import bare, fio, images, lab
 from benchmarks.daemons import Daemon, Kind, nbd, qcow2
 from benchmarks.images import GIB, MIB
 from benchmarks.lab import Lab
@@ -51,18 +52,39 @@ class Latency(Measure):
                 seconds = daemon.qmp.stream("top")
                 end = time.time()
             self.note(daemon)
+        figures = self.figures(guests, start, end, seconds)
+        count_writes(top, self.directory, guests.writes["top"])
+        return figures
+
+    def figures(
+        self, guests: fio.Guests, start: float, end: float, seconds: float
+    ) -> dict[str, float]:
+        """Of the guest while a copy of ``seconds`` was under way, and of that copy."""
         during = guests.latencies()["top"].between(start, end) * 1e6
         if not len(during):
             if (end - start) * self.rate < 50:
                 raise CannotRun("the stream was over before the guest had written")
             raise WrongResult("the guest was not served at all during the stream")
-        count_writes(top, self.directory, guests.writes["top"])
         return {
             "p50": float(np.percentile(during, 50)),
             "p99": float(np.percentile(during, 99)),
             "max": float(during.max()),
             "rate": self.length / MIB / seconds,
         }
+
+    floor_how = "the guest on an nbdkit that does nothing, while two threads copy the bytes"
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        work = bare.Work(bare.pieces_of(self.base))
+        copier = bare.Copier("tmpfs", durable=False)
+        with (
+            fio.bare_server(self.directory, "null", str(self.length)) as socket,
+            fio.Guests(socket, ["top"], self.directory, rate=self.rate) as guests,
+        ):
+            start = time.time()
+            seconds = copier.seconds(work, self.directory / "bare", bare.BESIDE)
+            end = time.time()
+        return self.figures(guests, start, end, seconds)
 
 
 register(Latency())
@@ -119,6 +141,31 @@ class Sixteen(Measure):
             "served": 100 * least / max(1, int(self.rate * seconds)),
             "max": float(longest * 1e3),
         }
+
+    floor_how = "the guests on an nbdkit that does nothing, while two threads copy eight disks each"
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        works = {
+            name: bare.Work(bare.pieces_of(self.directory / f"{name}.base")) for name in self.names
+        }
+
+        def copy(names: tuple[str, ...]) -> None:
+            for name in names:
+                copier = bare.Copier("tmpfs", durable=False)
+                copier.seconds(works[name], self.directory / f"{name}.bare", bare.ALONE)
+
+        threads = [threading.Thread(target=copy, args=(self.names[n::2],)) for n in range(2)]
+        with (
+            fio.bare_server(self.directory, "null", str(self.length)) as socket,
+            fio.Guests(socket, list(self.names), self.directory, rate=self.rate),
+        ):
+            start = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            seconds = time.perf_counter() - start
+        return {"rate": 16 * self.length / MIB / seconds}
 
 
 register(Sixteen())

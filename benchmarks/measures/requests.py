@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from benchmarks import fio, images, lab
 from benchmarks.daemons import Daemon, Kind, nbd, qcow2
 from benchmarks.images import CLUSTER, GIB, MIB
@@ -41,17 +44,47 @@ class Guest(Measure):
         with Daemon(
             kind, self.directory, *qcow2("disk", self.image), *nbd(socket, "disk")
         ) as daemon:
-            found = fio.measure(
-                socket, "disk", self.directory,
-                rw=self.rw, bs=self.block, iodepth=self.depth, **self.options(lab_),
-            )  # fmt: skip
+            found = self.requests(lab_, socket)
             self.note(daemon, found["total_ios"])
             if "write" not in self.rw:
                 uri = f"nbd+unix:///disk?socket={socket}"
                 images.same_live(uri, self.base)
         if "write" in self.rw:
             self.verify(int(found["total_ios"]))
-        return {"rate": found["iops"] if self.block == "4k" else found["bw_bytes"] / MIB}
+        return {"rate": self.rate_of(found)}
+
+    def requests(self, lab: Lab, socket: Path) -> dict[str, Any]:
+        """What fio says of its requests to whoever serves there."""
+        return fio.measure(
+            socket, "disk", self.directory,
+            rw=self.rw, bs=self.block, iodepth=self.depth, **self.options(lab),
+        )  # fmt: skip
+
+    def rate_of(self, found: dict[str, Any]) -> float:
+        """Requests or MiB a second."""
+        return float(found["iops"] if self.block == "4k" else found["bw_bytes"] / MIB)
+
+    floor_how = "the same guest on an nbdkit that does nothing"
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        """By as many threads as nbdkit likes, or by one: whichever is faster."""
+        rates = []
+        for threads in ((), ("-t", "1")):
+            words = self.bare()
+            with fio.bare_server(self.directory, *threads, *words) as socket:
+                rates.append(self.rate_of(self.requests(lab, socket)))
+        return {"rate": max(rates)}
+
+    def bare(self) -> tuple[str | Path, ...]:
+        """nbdkit's words for the server that does the least."""
+        return ("null", str(self.length))
+
+    def raw(self) -> Path:
+        """The bytes of the base as a file."""
+        raw = self.directory / "base.raw"
+        if not raw.exists():
+            images.run("qemu-img", "convert", "-O", "raw", self.base, raw)
+        return raw
 
     def verify(self, requests: int) -> None:
         """fio visits every place once before it begins anew, so that blocks can be counted."""
@@ -86,6 +119,11 @@ class Sequential(Guest):
         self.rw, self.order, self.name = rw, order, f"nbd-seq-{rw}"
         self.metrics = (Metric("rate", f"NBD 1 MiB sequential {rw}", "MiB/s", target=1.2),)
 
+    floor_how = "the same guest on an nbdkit with a raw file"
+
+    def bare(self) -> tuple[str | Path, ...]:
+        return ("file", self.raw())
+
 
 register(Sequential("read", 38))
 register(Sequential("write", 39))
@@ -97,8 +135,13 @@ class CopyOnWrite(Guest):
     name, order, rw, full = "nbd-cow", 37, "randwrite", 4 * GIB
     metrics = (Metric("rate", "NBD 4 KiB randwrite that copies a cluster", "IOPS", target=1.5),)
 
+    floor_how = "the same guest on an nbdkit that only copies clusters on write (filter cow)"
+
     def fresh(self) -> None:
         self.image = images.overlay(self.directory / "guest.qcow2", self.base)
+
+    def bare(self) -> tuple[str | Path, ...]:
+        return ("--filter=cow", "file", self.raw(), f"cow-block-size={CLUSTER}")
 
     def options(self, lab: Lab) -> dict[str, object]:
         return {"io_size": self.length // CLUSTER // 4 * images.BLOCK}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 
-from benchmarks import images
+from benchmarks import bare, images
 from benchmarks.daemons import Kind
 from benchmarks.images import CLUSTER, MIB, TIB
 from benchmarks.lab import Lab
@@ -43,6 +43,14 @@ class Sparse(Stream):
 
     def sample(self, lab: Lab, kind: Kind) -> dict[str, float]:
         return {"seconds": self.merge(kind)}
+
+    def work(self) -> bare.Work:
+        """The tables of the base are read as well, and those of the overlay are a page each."""
+        pieces = bare.pieces_of(self.base)
+        return bare.Work(pieces, bare.rest_of(self.base, pieces), len(pieces))
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        return {"seconds": self.bare_seconds()}
 
 
 register(Sparse())

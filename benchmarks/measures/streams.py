@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from benchmarks import images, lab
+from benchmarks import bare, images, lab
 from benchmarks.daemons import Daemon, Kind, qcow2
 from benchmarks.images import GIB, MIB
 from benchmarks.lab import Lab
@@ -46,6 +46,26 @@ class Stream(Measure):
     def sample(self, lab: Lab, kind: Kind) -> dict[str, float]:
         return {"rate": self.length / MIB / self.merge(kind)}
 
+    def work(self) -> bare.Work:
+        """What any program has to copy."""
+        return bare.Work(bare.pieces_of(self.base))
+
+    def bare_seconds(self) -> float:
+        """Of that copy without a daemon; on a file system until it is on the disk."""
+        if self.copier is None:
+            self.to_copy = self.work()
+            on_disk = self.place != "tmpfs"
+            # tmpfs has nothing but its page cache
+            way = "direct" if self.direct and on_disk else self.place
+            self.copier = bare.Copier(way, durable=on_disk)
+        lab.settle(self.directory)
+        seconds = self.copier.seconds(self.to_copy, self.directory / "bare")
+        self.floor_how = self.copier.way
+        return seconds
+
+    copier: bare.Copier | None = None
+    to_copy: bare.Work
+
 
 class Dense(Stream):
     """Every cluster of the base has data."""
@@ -70,6 +90,9 @@ class Dense(Stream):
         if self.place == "disk":
             figures["durable"] = self.length / MIB / self.durable
         return figures
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        return {"rate": self.length / MIB / self.bare_seconds()}
 
 
 def direct_or_not(path: Path) -> None:
@@ -144,6 +167,9 @@ class Deep(Stream):
     def make(self, lab: Lab) -> None:
         extent = 256 * images.KIB
         self.base = images.chain(self.directory, self.length, 64, self.length // 64, extent)
+
+    def floor(self, lab: Lab) -> dict[str, float]:
+        return {"rate": self.length / MIB / self.bare_seconds()}
 
 
 register(Deep())

@@ -38,9 +38,14 @@ def test_a_run_measures_both_and_writes_the_page(tmp_path):
         for kind in ("qsd", "uvloop"):
             (figures,) = measure["samples"][kind]
             assert all(value >= 0 for value in figures.values()), name
+        if name.startswith("stream-"):
+            (figures,) = measure["floor"]
+            assert set(figures) <= set(measure["samples"]["qsd"][0]) and figures, name
     page = (tmp_path / "benchmarks.md").read_text()
     assert "dense block-stream, tmpfs, buffered" in page
     assert "not measured yet" in page, "lines that were not run are there, too"
+    if "samples" in results["measures"]["stream-sparse"]:
+        assert "What the machine allows" in page
     assert str(tmp_path) not in page
 
 

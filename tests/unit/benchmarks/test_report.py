@@ -61,6 +61,19 @@ def test_lines_that_could_not_be_taken_stay_in_the_table():
     assert "WRONG" in table and "reached" not in table
 
 
+def test_what_the_machine_allows_stands_beside_both():
+    measure = RESULTS["measures"]["streams"]
+    floor = [{"rate": 500, "wait": 3}, {"rate": 600, "wait": 3}, {"rate": 300, "wait": 6}]
+    results = {"measures": {"streams": {**measure, "floor": floor, "floor_how": "bare hands"}}}
+    head, _, rate, wait = report.floor_table(results, [Streams()]).splitlines()
+    assert head.startswith("| measure")
+    assert "| 500 | **3** (3..5) | ≥ 4\u00d7 | **no** | **1** (0.8..1.67) | bare hands |" in rate
+    assert "| 3 | **2** (1..2) | ≥ 1.2\u00d7 | yes | **1** (0.6..1.5) |" in wait
+    few = {"measures": {"streams": {**measure, "floor": floor[:2]}}}
+    assert report.floor_table(few, [Streams()]) == ""
+    assert report.floor_table(RESULTS, [Streams()]) == ""
+
+
 def test_no_directory_of_the_machine_gets_into_the_table():
     assert "/some/where" not in report.brief("cannot open /some/where/base.qcow2: no")
 
