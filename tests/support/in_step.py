@@ -87,6 +87,10 @@ EITHER = (
     r"Duplicate nodes with node-name=.*",
     r"Node name too long",
     r"Cannot change the option 'driver'",
+    r"Job ID '.*' already in use",
+    r"Sync mode '.*' not supported",
+    r"The new size must be a multiple of 512",
+    r'Failed to get "write" lock',
 )
 
 
