@@ -104,6 +104,11 @@ class Edge:
                 errno=1,
             )
 
+    def check_movable(self) -> None:
+        """The same in the words for a user that is to stand on another node."""
+        if self.frozen:
+            raise BlockError(f"Cannot change '{self.role}' link to '{self.child.name}'", errno=1)
+
     def __repr__(self) -> str:
         return f"<Edge {self.parent.name!r} -{self.role}-> {self.child.name!r}>"
 

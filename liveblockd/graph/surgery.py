@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from liveblockd.errors import BlockError
@@ -24,7 +25,7 @@ from liveblockd.graph.filter import CopyOnRead, JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.opening import check_depth
-from liveblockd.graph.permissions import check_active_child
+from liveblockd.graph.permissions import InactiveChildError, check_active_child
 from liveblockd.storage.driver import BlockDriver
 from liveblockd.storage.options import BlockdevDiscardOptions, BlockdevOptions
 
@@ -112,7 +113,7 @@ async def place_overlay(graph: Graph, node: Node, overlay: Node) -> PlacedOverla
     if overlay.length < node.length:
         _check_no_users_beyond(node, overlay)
     for edge in node.parents:
-        edge.check_not_frozen()
+        edge.check_movable()
     if node.active and node.parents and not overlay.active:
         raise BlockError("Block node is read-only", errno=1)
     if overlay.active and not node.active:
@@ -295,7 +296,7 @@ async def insert_driver(
         below = set[object]().union(*map(_below, beside.values()))
         moving = [e for e in node.parents if e not in staying and e.parent not in below]
         for edge in moving:
-            edge.check_not_frozen()
+            edge.check_movable()
         driver = make(node)
         children = {driver.filtered: node, **beside}
         above = _job_filter(driver, name, node)
@@ -334,6 +335,17 @@ def _job_filter(driver: BlockDriver, name: str, node: Node) -> Node:
     above.job_filter = True
     above.bind(driver)
     return above
+
+
+@contextmanager
+def replacing() -> Iterator[None]:
+    """A context that says of a BlockError, as QEMU does, that a filter could not be put in."""
+    try:
+        yield
+    except BlockError as error:
+        what = "create" if isinstance(error, InactiveChildError) else "replace"
+        message = f"Could not {what} node: {error.message}"
+        raise BlockError(message, error_class=error.error_class, errno=error.errno) from error
 
 
 async def remove_filter(graph: Graph, above: Node) -> None:
@@ -376,7 +388,7 @@ async def replace_nodes(
             if edge not in staying and edge.parent not in below
         ]
         for edge, _ in moving:
-            edge.check_not_frozen()
+            edge.check_movable()
         _move(graph, (edge for edge, _ in moving), other)
         try:
             await graph.refresh_permissions(other, *nodes)
@@ -417,7 +429,7 @@ async def drop_intermediate(graph: Graph, above: Node, base: Node) -> None:
         overlays = chain.overlays(above)
         moving = list(above.parents)
         for edge in moving:
-            edge.check_not_frozen()
+            edge.check_movable()
         async with graph.drained(above, base):
             graph.disconnect(link)
             _move(graph, moving, base)

@@ -93,6 +93,7 @@ class Backup(CopyJob):
     """
 
     type: ClassVar[JobType] = JobType.BACKUP
+    tries_again: ClassVar[bool] = True
 
     def __init__(
         self,

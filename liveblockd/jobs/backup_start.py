@@ -22,7 +22,6 @@ from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.copy_before_write import CopyBeforeWrite, cluster_size, driver_of
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node, Operation
-from liveblockd.graph.permissions import InactiveChildError
 from liveblockd.graph.snapshot_access import SnapshotAccess
 from liveblockd.jobs.backup import (
     BLOCKER,
@@ -222,7 +221,7 @@ async def _take(job: Backup, bitmap: DirtyBitmap | None) -> None:
                 job.graph.check_new_name(name)
             except BlockError as error:
                 raise BlockError(f"Could not create node: {error.message}") from error
-        try:
+        with surgery.replacing():
             job.filter = await surgery.insert_driver(
                 job.graph,
                 source,
@@ -233,8 +232,6 @@ async def _take(job: Backup, bitmap: DirtyBitmap | None) -> None:
                 beside={"target": job.target},
                 keep=_staying(source),
             )
-        except InactiveChildError as error:
-            raise BlockError(f"Could not create node: {error.message}") from error
         job.begin(bitmap)
     for node in (job.filter, source, job.target):
         job.held.block(node)

@@ -53,6 +53,7 @@ class Commit(CopyJob):
     """
 
     type: ClassVar[JobType] = JobType.COMMIT
+    tries_again: ClassVar[bool] = True
 
     def __init__(
         self, parameters: CommitParameters, graph: Graph, device: Node, top: Node, base: Node

@@ -7,7 +7,7 @@ Invariants:
 * ``offset`` only grows: it is what was looked at less what is still to be done of it, so that
   ranges with nothing to copy count at once.
 * Nothing is in flight when ``run`` returns or raises, when the job is paused, or when an error is
-  judged: a failed piece is tried again, given up or reported by the on-error policy.
+  judged: a failed piece is tried again, left out or reported by the on-error policy.
 * Memory: at most ``parallel`` chunks, and the plans of two stretches.
 
 Errors: OSError of a piece under the policy ``report``, or, in the end, the first one ignored.
@@ -45,6 +45,8 @@ MOST_CROWDING: Final = 3.0
 MOST_TOGETHER: Final = 256
 #: with fewer pieces than this the next stretch is planned
 FEW_PIECES: Final = 256
+#: seconds until what failed, and was ignored, is tried again
+LATER: Final = 0.1
 #: zeros are metadata only
 ZERO_CHUNK: Final = 64 * MIB
 
@@ -62,6 +64,7 @@ class _Failure(NamedTuple):
     piece: Run
     operation: str
     error: OSError
+    defect: bool = False
 
 
 class CopyJob(Job):
@@ -70,6 +73,8 @@ class CopyJob(Job):
     parallel: ClassVar[int] = 3
     #: whether ``plan`` may look at what comes next while pieces are moved
     plans_ahead: ClassVar[bool] = False
+    #: an ignored error is tried again later; otherwise the piece is left out, and the job fails
+    tries_again: ClassVar[bool] = False
     #: bytes; pieces are cut at multiples of it
     granularity: int = 1
 
@@ -83,6 +88,7 @@ class CopyJob(Job):
         self._plan_error: Exception | None = None
         self._failures: list[_Failure] = []
         self._ignored: OSError | None = None
+        self._later = 0.0  # by the clock: nothing begins before
         self._copy_chunk = FIRST_CHUNK
 
     @property
@@ -132,7 +138,7 @@ class CopyJob(Job):
                 await self._judge_plan()
             elif len(self._in_flight) >= self.scheduler.share(self):
                 await self.wait()
-            elif (delay := self.rate_delay()) > 0:
+            elif (delay := self._delay()) > 0:
                 await self.wait(delay)
             elif self._pieces:
                 self._begin(self._next_chunks())
@@ -145,6 +151,12 @@ class CopyJob(Job):
                 await self.wait()
             else:
                 return
+
+    def _delay(self) -> float:
+        return max(self.rate_delay(), self._later - self.scheduler.clock.monotonic())
+
+    def _try_again(self) -> None:
+        self._later = self.scheduler.clock.monotonic() + LATER
 
     def _begin_look(self) -> None:
         """Find the next pieces in a task of its own, unless one is at it."""
@@ -237,7 +249,7 @@ class CopyJob(Job):
         """The pieces were not moved, so the job must not succeed."""
         for piece in pieces:
             defect = OSError(EIO, f"Internal error: {error!r}")
-            self._failures.append(_Failure(piece, "write", defect))
+            self._failures.append(_Failure(piece, "write", defect, defect=True))
 
     def _carried(self, pieces: list[Run], started: float) -> None:
         length = sum(piece.length for piece in pieces)
@@ -270,26 +282,32 @@ class CopyJob(Job):
         failures, self._failures = self._failures, []
         failures.sort(key=lambda failure: failure.piece.offset)
         stopped = False
-        for piece, operation, error in failures:
+        for piece, operation, error, defect in failures:
             action = ErrorAction.STOP if stopped else self.action_on(operation, error.errno or EIO)
             if action is ErrorAction.STOP:
                 stopped = True
                 self._pieces.append(piece)
             elif action is ErrorAction.REPORT:
                 raise error
+            elif self.tries_again and not defect:
+                self._pieces.append(piece)
+                self._try_again()
             else:
                 self._ignored = self._ignored or error
                 self._done(piece)
 
     async def _judge_plan(self) -> None:
-        """What there is to do cannot be found out: stop, or fail; nothing can be left out."""
+        """What there is to do cannot be found out: try again, or fail; nothing can be left out."""
         await self.settle()
         self.check_wanted()
         error, self._plan_error = self._plan_error, None
         assert error is not None
         if not isinstance(error, OSError):
             raise error
-        if self.action_on("read", error.errno or EIO) is not ErrorAction.STOP:
+        action = self.action_on("read", error.errno or EIO)
+        if action is ErrorAction.IGNORE and self.tries_again:
+            self._try_again()
+        elif action is not ErrorAction.STOP:
             raise error
 
 

@@ -74,6 +74,8 @@ class Stream(CopyJob):
         self.graph = graph
         self.top = top
         self.bottom = bottom
+        #: the node that was named as the base: filters above it go as well
+        self.stop: Node | None = None
         self.immediate = bottom is top
         self.length = 0 if self.immediate else top.length
         self.granularity = top.driver.cluster_size or 1
@@ -211,7 +213,7 @@ class Stream(CopyJob):
         """Rewrite the header, durably, and then the graph."""
         async with self.graph.lock:
             if self.immediate:
-                await self._rename_backing()
+                await self._finish_at_once()
                 return
             driver = self.top.driver
             base = self.base
@@ -220,15 +222,26 @@ class Stream(CopyJob):
             else:
                 await driver.change_backing_file(self._backing_string(base), self._format(base))
             chain.unfreeze(self.frozen)
-            await surgery.replace_backing(self.graph, self.top, self.bottom.backing)
+            await surgery.replace_backing(self.graph, self.top, self._new_backing())
 
-    async def _rename_backing(self) -> None:
-        """Nothing was copied, but another name for the backing file may have been asked for."""
-        base = self.base
-        if base is not None and self.parameters.backing_file is not None:
-            await self.top.driver.change_backing_file(
-                self.parameters.backing_file, self._format(base)
-            )
+    def _new_backing(self) -> Node | None:
+        """What is to be below ``top``: the base, with the filters above it that nobody left out."""
+        backing = self.bottom.backing
+        node = backing
+        while node is not None and node is not self.stop and node.is_filter:
+            node = node.file
+        # Another job may have taken the base away, and put something else there.
+        return node if node is self.stop else backing
+
+    async def _finish_at_once(self) -> None:
+        """Nothing was copied, but filters may go, or another name may have been asked for."""
+        base, backing = self.base, self._new_backing()
+        unchanged = backing is self.top.backing and self.parameters.backing_file is None
+        if base is None or unchanged:
+            return
+        written = self._backing_string(base)
+        await self.top.driver.change_backing_file(written, self._format(base))
+        await surgery.replace_backing(self.graph, self.top, backing)
 
     def _backing_string(self, base: Node) -> str:
         asked = self.parameters.backing_file

@@ -32,6 +32,10 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
     async with graph.lock:
         top, bottom = find_range(graph, parameters)
         job = Stream(parameters, graph, top, bottom)
+        if parameters.base_node is not None:
+            job.stop = graph.lookup(None, parameters.base_node)
+        elif parameters.base is not None:
+            job.stop = job.base
         if not job.immediate and type(top.driver).populate is BlockDriver.populate:
             name = top.driver_class.driver_name
             raise BlockError(f"Node '{top.name}': {name} cannot be streamed into", errno=ENOTSUP)
@@ -65,10 +69,12 @@ def find_range(graph: Graph, parameters: StreamParameters) -> tuple[Node, Node]:
     if parameters.bottom is not None:
         bottom = _find_bottom(graph, parameters.bottom, device)
         base = chain.layer_below(bottom)
-    else:
+    _check_free(device, base)
+    if base is top:
+        raise BlockError(f"'{parameters.base_node}' is not in the backing chain of '{device.name}'")
+    if parameters.bottom is None:
         layers = chain.chain(top)
         bottom = layers[layers.index(base) - 1] if base is not None else layers[-1]
-    _check_free(device, base)
     if base is None and parameters.backing_file is not None:
         raise BlockError("backing file specified, but streaming the entire chain")
     return top, bottom
@@ -94,10 +100,9 @@ def _find_base(graph: Graph, parameters: StreamParameters, device: Node, top: No
     if parameters.base_node is None:
         return None
     base = graph.lookup(None, parameters.base_node)
-    layer = chain.skip_filters(base)
-    if layer is None or layer is top or not chain.is_above(top, layer):
+    if all(edge.child is not base for edge in chain.edges_between(device, None)):
         raise BlockError(f"Node '{base.name}' is not a backing image of '{device.name}'")
-    return layer
+    return chain.skip_filters(base)  # may be ``top``, where the device is a filter of it
 
 
 def _find_bottom(graph: Graph, name: str, device: Node) -> Node:
@@ -112,7 +117,7 @@ def _find_bottom(graph: Graph, name: str, device: Node) -> Node:
 def _check_free(device: Node, base: Node | None) -> None:
     """No other job uses any node that takes part; filters are asked too."""
     node: Node | None = device
-    while node is not None and chain.skip_filters(node) is not base:
+    while node is not None and (node is device or chain.skip_filters(node) is not base):
         node.check_operation(Operation.STREAM)
         node = node.file if node.is_filter else node.backing
 
@@ -133,12 +138,11 @@ async def _take(job: Stream) -> None:
             if top.read_only:
                 await job.graph.set_read_only(top, False)
                 job.made_writable = True
-            try:
-                job.filter = await surgery.insert_filter(
-                    job.graph, top, name=job.parameters.filter_node_name
-                )
-            except BlockError as error:
-                raise BlockError(f"Could not create node: {error.message}") from error
+            name = job.parameters.filter_node_name
+            if name is not None:
+                _check_filter_name(job.graph, name)
+            with surgery.replacing():
+                job.filter = await surgery.insert_filter(job.graph, top, name=name)
             job.held.block(job.filter)
         job.held.block(top)
         for layer in chain.chain(top)[1:]:

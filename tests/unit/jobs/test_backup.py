@@ -260,6 +260,24 @@ async def test_an_error_stops_it_and_it_goes_on(side, fault):
     await bench.close()
 
 
+@pytest.mark.parametrize(
+    ("side", "fault"), [("disk", "read"), ("disk", "map"), ("target", "write")]
+)
+async def test_what_is_ignored_is_tried_again(side, fault):
+    bench = await Disks().make()
+    before = await bench.content("disk")
+    ignore = BlockdevOnError.IGNORE
+    bench.graph.nodes[side].driver.faults = {fault: EIO}
+    job = await bench.backup(on_source_error=ignore, on_target_error=ignore)
+    await bench.end(job)
+    told = "write" if side == "target" else "read"
+    error = {"device": "b", "operation": told, "action": "ignore"}
+    assert bench.events.count(("BLOCK_JOB_ERROR", error)) == 1
+    assert "error" not in bench.completion("b")
+    assert await bench.content("target") == before
+    await bench.close()
+
+
 async def test_a_failed_flush_of_the_target_fails_the_backup():
     bench = await Disks().make()
     job = await bench.backup()
