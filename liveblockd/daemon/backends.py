@@ -58,22 +58,24 @@ class GraphBackends:
     def dirty_bitmap(self, backend: ExportBackend, node: str | None, name: str) -> DirtySource:
         """The bitmap, busy until ``release``; without ``node`` the first of that name there is."""
         assert isinstance(backend, Backend)
-        if node is not None:
+        if node is not None:  # one of another node says what changed there
             _, bitmap = dirty.find(self._graph, node, name)
+            changing = False
         else:
-            bitmap = _in_chain(backend.node, name)
+            owner, bitmap = _in_chain(backend.node, name)
+            changing = bitmap.enabled and not owner.read_only
         bitmap.check()
-        if bitmap.enabled and backend.read_only and not backend.node.read_only:
+        if changing and backend.read_only:
             raise BlockError(f"Enabled bitmap '{name}' incompatible with readonly export")
         bitmap.busy = True
         self._bitmaps.setdefault(backend, []).append(bitmap)
         return lambda offset, length: extents(bitmap, offset, length)
 
 
-def _in_chain(node: Node | None, name: str) -> DirtyBitmap:
+def _in_chain(node: Node | None, name: str) -> tuple[Node, DirtyBitmap]:
     while node is not None:
         if (bitmap := node.find_bitmap(name)) is not None:
-            return bitmap
+            return node, bitmap
         node = node.file if node.is_filter else node.backing
     raise BlockError(f"Bitmap '{name}' is not found", errno=ENOENT)
 

@@ -24,6 +24,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from errno import EACCES, ETIMEDOUT
+from itertools import groupby
 from typing import Final
 
 from liveblockd.graph.bitmaps import DirtyBitmap
@@ -161,8 +162,22 @@ class BeforeWrite:
         await self.put(target, offset, data)
 
     async def put(self, target: BlockIO, offset: int, data: Buffer) -> None:
-        """Store old contents."""
-        if is_zero(data):
+        """Store old contents; clusters of zeros take no room."""
+        size = self.cluster_size
+        if len(data) <= size:
+            await self._put(target, offset, data)
+            return
+        view = memoryview(data)
+        starts = range(0, len(data), size)
+        for zero, found in groupby(starts, key=lambda start: is_zero(view[start : start + size])):
+            clusters = tuple(found)
+            start, end = clusters[0], min(clusters[-1] + size, len(data))
+            await self._put(target, offset + start, view[start:end], zero=zero)
+
+    async def _put(
+        self, target: BlockIO, offset: int, data: Buffer, *, zero: bool | None = None
+    ) -> None:
+        if is_zero(data) if zero is None else zero:
             await target.write_zeroes(offset, len(data), may_unmap=True)
         elif self.store is not None:
             await self.store(target, offset, data)
