@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import surgery
+from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.jobs.held_nodes import HeldNodes
@@ -21,6 +21,7 @@ from liveblockd.jobs.job import JobType
 from liveblockd.jobs.mirror import MirrorCore
 from liveblockd.jobs.mirror_options import MirrorOptions
 from liveblockd.storage.driver import Permission
+from liveblockd.storage.filters.quorum import Quorum
 
 BLOCKER = "block device is in use by block job: mirror"
 
@@ -108,6 +109,13 @@ class Mirror(MirrorCore):
 
     async def pivot(self) -> None:
         """All users of the source go on with the target."""
+        if not can_replace(self.source, self.replaced):
+            raise BlockError(
+                f"Can no longer replace '{self.replaced.name}' by '{self.target.name}', because it "
+                "can no longer be guaranteed that doing so would not lead to an abrupt change of "
+                "visible data",
+                errno=1,
+            )
         edge = self.target_user.edge
         before = edge.used, edge.shared
         edge.used, edge.shared = Permission.NONE, Permission.ALL
@@ -148,6 +156,18 @@ class Mirror(MirrorCore):
                 await self.graph.detach(user)
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
+
+
+def can_replace(source: Node, node: Node) -> bool:
+    """Whether nobody notices when ``node`` is replaced by one that reads as ``source`` does.
+
+    It is the same disk, or a child of a quorum that reads so, good or bad, and of nothing else.
+    """
+    layer = chain.skip_filters(source)
+    votes = layer is not None and isinstance(layer.driver, Quorum)
+    if layer is not None and votes and any(e.child is node for e in layer.children.values()):
+        return len(node.parents) == 1
+    return chain.skip_filters(node) is layer
 
 
 def _unit(target: Node) -> int | None:

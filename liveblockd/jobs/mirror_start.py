@@ -20,6 +20,7 @@ from liveblockd.jobs.mirror_job import (
     Mirror,
     MirrorParameters,
     MirrorSyncMode,
+    can_replace,
     not_supported,
 )
 from liveblockd.jobs.mirror_options import DEFAULT_BUFFER, MirrorOptions
@@ -114,10 +115,10 @@ def complete_options(parameters: MirrorParameters, granularity: int) -> MirrorOp
 
 
 def check_replaces(graph: Graph, source: Node, name: str) -> Node:
-    """The node to be replaced, which has to read as ``source`` does."""
+    """The node to be replaced, of which nobody sees anything else than what ``source`` reads."""
     node = graph.find(name)
     node.check_operation(Operation.CHANGE)
-    if chain.skip_filters(node) is not chain.skip_filters(source):
+    if not can_replace(source, node):
         raise BlockError(
             f"Cannot replace '{name}' by a node mirrored from '{source.name}', because it cannot "
             "be guaranteed that doing so would not lead to an abrupt change of visible data",
