@@ -84,6 +84,11 @@ class Qmp:
                     return float(event["clock"])
             self.events.append(self._receive())
 
+    def wait(self, name: str, job: str) -> None:
+        """Until an event of that name tells of the job."""
+        while not any(e["event"] == name and e["data"]["device"] == job for e in self.events):
+            self.events.append(self._receive())
+
     def stream(self, node: str, job: str = "job0", **arguments: Any) -> float:
         """Stream into ``node`` and wait for the end; seconds from the command to the event."""
         start = time.perf_counter()
