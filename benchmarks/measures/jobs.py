@@ -65,13 +65,15 @@ class Job(Measure):
         return qmp.completed("job0") - start
 
     copier: bare.Copier | None = None
+    to_copy: bare.Work
 
     def floor(self, lab: Lab) -> dict[str, float]:
         if self.copier is None:
             self.copier = bare.Copier("tmpfs", durable=False)
-        seconds = self.copier.seconds(
-            bare.Work(bare.pieces_of(self.source)), self.directory / "bare"
-        )
+            self.new_target()  # of which the source may be an overlay
+            self.to_copy = bare.Work(bare.pieces_of(self.source))
+            self.target.unlink()
+        seconds = self.copier.seconds(self.to_copy, self.directory / "bare")
         self.floor_how = self.copier.way
         return {"rate": self.length / MIB / seconds}
 
@@ -92,9 +94,7 @@ class ActiveCommit(Job):
     def prepare(self, lab: Lab) -> None:
         super().prepare(lab)
         self.new_target()
-        images.run(
-            "qemu-img", "rebase", "-u", "-F", "qcow2", "-b", self.target, self.source
-        )  # fmt: skip
+        images.run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", self.target, self.source)
 
     def nodes(self) -> tuple[str, ...]:
         return qcow2("source", self.source)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 from liveblockd.formats.qcow2.populate import clone_or_copy
 from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
+from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.storage.copy_engine import Transfer
 from liveblockd.storage.driver import BlockDriver, ExtentKind, HostFile
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
@@ -39,27 +40,72 @@ def guest_is_served(graph: Graph) -> bool:
     return graph.environment.workers.demand.guests.is_recent(now)
 
 
-async def copy_run(
+async def copy_runs(
     graph: Graph, source: Node, target: Node, offset: int, length: int, *, may_unmap: bool
-) -> bool:
-    """Copy a range that one layer of ``source`` has in one piece of its file; whether it was done.
+) -> list[tuple[int, int]]:
+    """Copy of a range what layers of ``source`` have in long pieces of their files.
 
-    False, and nothing is changed, where it has to be read and written. Raises OSError.
+    The ranges (offset, length) that are left: they have to be read and written, also where a copy
+    failed, for that tells which side it was. Raises OSError of a map.
     """
+    left: list[tuple[int, int]] = []
+    runs: list[tuple[int, chain.Run]] = []
+    position = offset
     if source.is_filter:  # it may do something to what is read
-        return False
+        return [(offset, length)]
     async with aclosing(chain.resolve(source, None, offset, length)) as found:
         async for run in found:
-            if run.kind is not ExtentKind.DATA or run.length != length or run.layer is None:
-                return False
-            if run.layer is target:  # the base of a commit has it already
-                return False
-            file = chain.host_file(run.layer)
-            if file is None:
-                return False
-            here = (offset, length)
-            return await copy_piece(graph, file, run.host_offset, target, here, may_unmap=may_unmap)
-    return False
+            runs.append((position, run))
+            position += run.length
+    for start, run in runs:
+        for begin, count in await _free_parts(target, start, run.length):
+            done = False
+            if count >= LEAST_COPY:
+                with suppress(OSError):
+                    done = await _copy_part(
+                        graph, run, start, target, (begin, count), may_unmap=may_unmap
+                    )
+            if done:
+                pass
+            elif left and sum(left[-1]) == begin:
+                left[-1] = (left[-1][0], left[-1][1] + count)
+            else:
+                left.append((begin, count))
+    return left
+
+
+async def _free_parts(target: Node, offset: int, length: int) -> list[tuple[int, int]]:
+    """A range, cut where a target of a format holds something: there nothing is copied to."""
+    if length < LEAST_COPY or type(target.driver).populate_from is BlockDriver.populate_from:
+        return [(offset, length)]
+    parts: list[tuple[int, int]] = []
+    end = offset + length
+    while offset < end:
+        for extent in await target.map(offset, end - offset):
+            parts.append((offset, extent.length))
+            offset += extent.length
+    return parts
+
+
+async def _copy_part(
+    graph: Graph,
+    run: chain.Run,
+    start: int,
+    target: Node,
+    part: tuple[int, int],
+    *,
+    may_unmap: bool,
+) -> bool:
+    """A part of a run, which starts at ``start``; as ``copy_piece``."""
+    if run.kind is not ExtentKind.DATA or run.layer is None:
+        return False
+    if run.layer is target:  # the base of a commit has it already
+        return False
+    file = chain.host_file(run.layer)
+    if file is None:
+        return False
+    at = run.host_offset + part[0] - start
+    return await copy_piece(graph, file, at, target, part, may_unmap=may_unmap)
 
 
 async def copy_piece(

@@ -29,18 +29,24 @@ from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.mirror_top import Apply, MirrorTop
 from liveblockd.graph.node import Node
+from liveblockd.jobs.chunk_size import ChunkSize
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap, most_copies
-from liveblockd.jobs.copying import KIB, LIMITED_CHUNK, MIB, ZERO_CHUNK, PieceFailedError
-from liveblockd.jobs.host_copy import copy_run, guest_is_served
+from liveblockd.jobs.copying import (
+    KIB,
+    LIMITED_CHUNK,
+    MIB,
+    READ_CHUNK,
+    ZERO_CHUNK,
+    PieceFailedError,
+)
+from liveblockd.jobs.host_copy import copy_runs, guest_is_served
 from liveblockd.jobs.job import ErrorAction, Job
-from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
+from liveblockd.jobs.mirror_options import DEFAULT_BUFFER, MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Buffer
 
 MOST_CHUNK: Final = 2 * MIB
-#: the same while no guest is served
-MOST_ALONE: Final = 8 * MIB
 #: zeros between data are written with it when they are fewer
 LEAST_ZEROES: Final = 64 * KIB
 #: what is asked of the layers in one step of the first pass
@@ -120,6 +126,7 @@ class MirrorCore(Job):
         self._copies: set[asyncio.Task[None]] = set()
         self._failures: list[PieceFailedError] = []
         self._retry_at = 0.0
+        self._chunk_size = ChunkSize()
         self._throughput = 0.0  # bytes per second of one copy
 
     # -- for subclasses and starters
@@ -270,8 +277,10 @@ class MirrorCore(Job):
     def _chunk(self) -> int:
         if self.speed:
             return LIMITED_CHUNK
-        most = MOST_CHUNK if guest_is_served(self.graph) else MOST_ALONE
-        return max(self.options.granularity, min(most, self.options.buf_size // self.parallel))
+        most = MOST_CHUNK if guest_is_served(self.graph) else self._chunk_size.size
+        if self.options.buf_size < DEFAULT_BUFFER:  # a client asked for less to be under way
+            most = min(most, self.options.buf_size // self.parallel)
+        return max(self.options.granularity, most)
 
     def _progress(self) -> None:
         self.offset = self._done
@@ -381,6 +390,7 @@ class MirrorCore(Job):
         else:
             self._done += length
             seconds = self._now() - began
+            self._chunk_size.took(length, seconds)
             if seconds > 0:
                 self._throughput += (length / seconds - self._throughput) / 4
         finally:
@@ -396,14 +406,15 @@ class MirrorCore(Job):
 
         What guests change meanwhile is dirty again, so it does not matter what of it was copied.
         """
+        left = [(offset, length)]
         if length >= LEAST_COPY and not self.backing_to_come:
-            with suppress(OSError):  # reading and writing it by turns tells which side failed
-                if await copy_run(
+            with suppress(OSError):  # of a map: reading tells
+                left = await copy_runs(
                     self.graph, self.source, self.target, offset, length,
                     may_unmap=self.options.unmap,
-                ):  # fmt: skip
-                    return
-        await self._copy(offset, length)
+                )  # fmt: skip
+        for start, count in left:
+            await self._copy(start, count)
 
     async def _copy(self, offset: int, length: int) -> None:
         """Let the target have what the source has now; raises PieceFailedError."""
@@ -412,21 +423,23 @@ class MirrorCore(Job):
                 parts = await self._parts(offset, length)
         except OSError as error:
             raise PieceFailedError("read", error) from error
-        for start, count, zero in parts:
-            data: Buffer = b""
-            if not zero:
+        for first, size, zero in parts:
+            if zero:
                 try:
-                    with self.reading():
-                        data = await self.source.read(start, count)
+                    await self.target_user.store_zeroes(first, size, may_unmap=self.options.unmap)
                 except OSError as error:
-                    raise PieceFailedError("read", error) from error
-            try:
-                if zero:
-                    await self.target_user.store_zeroes(start, count, may_unmap=self.options.unmap)
-                else:
-                    await self.target_user.store(start, data)
-            except OSError as error:
-                raise PieceFailedError("write", error) from error
+                    raise PieceFailedError("write", error) from error
+                continue
+            for start in range(first, first + size, READ_CHUNK):
+                await self._read_and_store(start, min(READ_CHUNK, first + size - start))
+
+    async def _read_and_store(self, offset: int, length: int) -> None:
+        try:
+            with self.reading():
+                data = await self.source.read(offset, length)
+        except OSError as error:
+            raise PieceFailedError("read", error) from error
+        await self._store(offset, data)
 
     async def _parts(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(offset, length, zero) of the range; a little zeros between data is called data."""

@@ -149,14 +149,17 @@ async def test_the_guest_goes_on_with_the_target(kind, mode, tmp_path):
 @pytest.mark.parametrize("by_worker", [True, False])
 async def test_a_worker_copies_what_lies_in_one_piece(kind, by_worker, tmp_path, monkeypatch):
     """And the target is the same when everything is read and written."""
-    answers = []
-    real = mirror.copy_run
+    answers, parts = [], []
+    real = mirror.copy_runs
 
-    async def copy_run(*args, **options):
-        answers.append(by_worker and await real(*args, **options))
-        return answers[-1]
+    async def copy_runs(*args, **options):
+        whole = [args[-2:]]
+        left = await real(*args, **options) if by_worker else whole
+        answers.append(left != whole)
+        parts.append(0 < sum(length for _, length in left) < whole[0][1])
+        return left
 
-    monkeypatch.setattr(mirror, "copy_run", copy_run)
+    monkeypatch.setattr(mirror, "copy_runs", copy_runs)
     mode = MirrorCopyMode.BACKGROUND
     bench, drive, model, path, target, parameters = await begin(tmp_path, kind, 4, mode)
     data = random.Random(4).randbytes(4 * MIB)
@@ -173,6 +176,7 @@ async def test_a_worker_copies_what_lies_in_one_piece(kind, by_worker, tmp_path,
     bench.scheduler.complete(job)
     await bench.end(job)
     assert any(answers) is by_worker and answers
+    assert any(parts) is by_worker, "of a chunk in pieces the long ones are a worker's"
     assert bytes(await drive.read(0, SIZE)) == model
     await bench.graph.detach(drive)
     await bench.close()

@@ -7,7 +7,16 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 from liveblockd.graph import before_write
-from liveblockd.jobs import backup, commit, copying, mirror, planning, stream
+from liveblockd.jobs import (
+    backup,
+    chunk_size,
+    commit,
+    copying,
+    host_copy,
+    mirror,
+    planning,
+    stream,
+)
 
 KIB = 1024
 
@@ -25,7 +34,8 @@ def small_chunks(
         stream: ("READ_CHUNK",),
         commit: ("READ_CHUNK",),
         backup: ("READ_CHUNK", "FIRST_CHUNK"),
-        mirror: ("LIMITED_CHUNK", "MOST_CHUNK"),
+        mirror: ("LIMITED_CHUNK", "MOST_CHUNK", "READ_CHUNK"),
+        chunk_size: ("LEAST", "FIRST"),
         before_write: ("MAX_COPY", "MAX_READ"),
     }
     with ExitStack() as stack:
@@ -33,6 +43,8 @@ def small_chunks(
             stack.enter_context(mock.patch.multiple(module, **dict.fromkeys(names, chunk)))
         for module in (copying, backup):
             stack.enter_context(mock.patch.object(module, "MOST_CHUNK", 4 * chunk))
+        stack.enter_context(mock.patch.object(chunk_size, "MOST", 4 * chunk))
+        stack.enter_context(mock.patch.object(host_copy, "LEAST_COPY", least_copy))
         for module in (planning, backup):
             stack.enter_context(
                 mock.patch.multiple(module, LEAST_COPY=least_copy, LOOK_AHEAD=look_ahead)

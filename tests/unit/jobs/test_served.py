@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from liveblockd.jobs.backup import Backup
+from liveblockd.jobs.chunk_size import ChunkSize
 from liveblockd.jobs.host_copy import guest_is_served
 from liveblockd.jobs.mirror import MirrorCore
 from liveblockd.runtime.demand import Demand
@@ -30,14 +31,32 @@ async def test_chunks_of_a_mirror():
         graph=graph_with(demand),
         options=SimpleNamespace(granularity=65536, buf_size=16 * MIB),
         parallel=4,
+        _chunk_size=ChunkSize(),
     )
     assert MirrorCore._chunk(job) == 4 * MIB
+    job._chunk_size.took(4 * MIB, 0.005)
+    assert MirrorCore._chunk(job) == 8 * MIB
     demand.guests.requests += 1
     assert MirrorCore._chunk(job) == 2 * MIB
     job.options.buf_size = 4 * MIB
     assert MirrorCore._chunk(job) == MIB
     job.speed = 1
     assert MirrorCore._chunk(job) == MIB // 2
+
+
+def test_a_chunk_takes_some_milliseconds():
+    chunk = ChunkSize()
+    for expected in (8, 16, 32, 32):
+        chunk.took(chunk.size, 0.01)
+        assert chunk.size == expected * MIB
+    chunk.took(MIB, 0.001)  # a short one tells little
+    chunk.took(32 * MIB, 0.03)
+    assert chunk.size == 32 * MIB
+    for expected in (16, 8, 4, 2, 2):
+        chunk.took(chunk.size, 0.1)
+        assert chunk.size == expected * MIB
+    chunk.took(MIB, 0.001)
+    assert chunk.size == 2 * MIB
 
 
 async def test_chunks_of_a_backup():
