@@ -176,7 +176,8 @@ async def test_a_worker_copies_what_lies_in_one_piece(kind, by_worker, tmp_path,
     bench.scheduler.complete(job)
     await bench.end(job)
     assert any(answers) is by_worker and answers
-    assert any(parts) is by_worker, "of a chunk in pieces the long ones are a worker's"
+    if kind == "qcow2":  # a part of a chunk is there already: that is read and written
+        assert any(parts) is by_worker
     assert bytes(await drive.read(0, SIZE)) == model
     await bench.graph.detach(drive)
     await bench.close()
