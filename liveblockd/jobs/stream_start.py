@@ -44,6 +44,7 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
             _check_filter_name(graph, parameters.filter_node_name)
         await _take(job)
         try:
+            await graph.environment.workers.demand.give_turn()  # each half takes 0.7 ms
             scheduler.create(job)
             try:
                 await _attach(job)
