@@ -360,6 +360,10 @@ class Opener:
         """
         members = filenames.protocol_options(name)
         if "driver" in members and not find_driver(str(members["driver"])).is_format:
+            if stated == members["driver"]:
+                return members, False  # format=nbd and the like: the protocol node is the image
+            if stated in ("file", "host_device") and not name.startswith("json:"):
+                return {"driver": stated, "filename": name}, False  # whatever else it looks like
             members = {"file": members}
         probed = stated is None and "driver" not in members
         if "driver" not in members:

@@ -225,10 +225,13 @@ class Stream(CopyJob):
             await surgery.replace_backing(self.graph, self.top, self._new_backing())
 
     def _new_backing(self) -> Node | None:
-        """What is to be below ``top``: the base, with the filters above it that nobody left out."""
+        """What is to be below ``top``: the base, with the filters above it that nobody left out.
+
+        One of another job stays in any case.
+        """
         backing = self.bottom.backing
         node = backing
-        while node is not None and node is not self.stop and node.is_filter:
+        while node is not None and node is not self.stop and node.is_filter and not node.job_filter:
             node = node.file
         # Another job may have taken the base away, and put something else there.
         return node if node is self.stop else backing

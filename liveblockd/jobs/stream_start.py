@@ -66,11 +66,12 @@ def find_range(graph: Graph, parameters: StreamParameters) -> tuple[Node, Node]:
     device = graph.lookup(parameters.device, parameters.device)
     top = chain.skip_filters(device)
     assert top is not None
-    base = _find_base(graph, parameters, device, top)
+    stop = _find_base(graph, parameters, device, top)
+    base = chain.skip_filters(stop)
     if parameters.bottom is not None:
         bottom = _find_bottom(graph, parameters.bottom, device)
-        base = chain.layer_below(bottom)
-    _check_free(device, base)
+        stop, base = bottom.backing, chain.layer_below(bottom)
+    _check_free(device, stop)
     if base is top:
         raise BlockError(f"'{parameters.base_node}' is not in the backing chain of '{device.name}'")
     if parameters.bottom is None:
@@ -103,7 +104,7 @@ def _find_base(graph: Graph, parameters: StreamParameters, device: Node, top: No
     base = graph.lookup(None, parameters.base_node)
     if all(edge.child is not base for edge in chain.edges_between(device, None)):
         raise BlockError(f"Node '{base.name}' is not a backing image of '{device.name}'")
-    return chain.skip_filters(base)  # may be ``top``, where the device is a filter of it
+    return base  # may be ``top``, where the device is a filter of it
 
 
 def _find_bottom(graph: Graph, name: str, device: Node) -> Node:
@@ -115,10 +116,10 @@ def _find_bottom(graph: Graph, name: str, device: Node) -> Node:
     return bottom
 
 
-def _check_free(device: Node, base: Node | None) -> None:
-    """No other job uses any node that takes part; filters are asked too."""
+def _check_free(device: Node, stop: Node | None) -> None:
+    """No other job uses any node that takes part, down to above ``stop``; filters are asked too."""
     node: Node | None = device
-    while node is not None and (node is device or chain.skip_filters(node) is not base):
+    while node is not None and node is not stop:
         node.check_operation(Operation.STREAM)
         node = node.file if node.is_filter else node.backing
 

@@ -6,6 +6,7 @@ The graph is base <- t-base (throttle) <- mid <- t-mid (throttle) <- cor-mid (co
 
 import pytest
 
+from tests.conformance.test_against_qsd import disk
 from tests.conformance.test_random_requests_qsd import directories
 from tests.support.in_step import InStep
 
@@ -90,3 +91,25 @@ def test_an_ignored_error_is_tried_again(side, kind, directories):
                 both.do("blockdev-add", **image(name, backing=below))
             both.do("block-commit", job_id="j", device="top", top_node="mid", on_error="ignore")
         both.look()
+
+
+@pytest.mark.parametrize("above_first", [True, False])
+def test_the_filter_of_another_stream_is_not_passed_by(above_first, directories):
+    """Into ``mid``, and into ``top`` down to ``mid``: what covers ``mid`` has to stay."""
+    images = []
+    for name, below in (("base", ""), ("mid", ",backing=base"), ("top", ",backing=mid")):
+        file = f"file.driver=file,file.filename={name}.qcow2"
+        images += ["--blockdev", f"driver=qcow2,node-name={name},{file}{below}"]
+    for directory in directories:  # something to copy, with a layer in between
+        disk(directory, "new.qcow2", "8 1500k 64k", backing="top.qcow2")
+    images += ["--blockdev", "driver=qcow2,node-name=new,file.driver=file,file.filename=new.qcow2,"
+               "backing=top"]  # fmt: skip
+    lower = {"job_id": "l", "device": "mid"}
+    upper = {"job_id": "u", "device": "new", "base_node": "mid"}
+    with InStep(*directories, *images) as both:
+        for job in (upper, lower) if above_first else (lower, upper):
+            both.do("block-stream", **job, auto_finalize=False)
+            both.look()
+        for job in ("u", "l"):
+            both.do("job-finalize", id=job)
+            both.look()

@@ -339,7 +339,8 @@ async def test_two_streams_in_one_chain():
         bench = await Chain().make(*((name, SIZE, 4 * KIB) for name in ("a", "b", "c", "d", "e")))
         before = {name: await bench.content(name) for name in "abcde"}
         low = await bench.stream("c", "low", speed=1)  # into c: b and a
-        up = await bench.stream("e", "up", base_node="c", speed=1)  # into e: d
+        # Into e: d. ``base_node`` would be below the filter of the other one.
+        up = await bench.stream("e", "up", bottom="d", speed=1)
         order = [low, up] if first == "low" else [up, low]
         for job in order:
             bench.scheduler.set_speed(job, 0)
