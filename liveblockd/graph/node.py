@@ -151,6 +151,8 @@ class Node:
         self.job_filter = False
         #: the client who started that job gave it no name, and should see what is below instead
         self.implicit = False
+        #: it gets a copy in whole clusters that nobody reads yet: its backing node may come late
+        self.awaits_backing = False
         #: (backing string of the header, file name of the node it led to)
         self.implied_backing: tuple[str, str] | None = None
         #: opened without its chain by who does not read it: its name is what it would be with it

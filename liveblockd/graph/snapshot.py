@@ -26,8 +26,9 @@ from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.new_file import new_file, remove_file
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import check_node_name
+from liveblockd.graph.permissions import cumulative
 from liveblockd.qapi import parse
-from liveblockd.storage.driver import BlockDriver
+from liveblockd.storage.driver import BlockDriver, Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import drivers
 
@@ -141,11 +142,16 @@ async def snapshot_sync(
 
 
 def check_snapshot(graph: Graph, node_name: str, overlay_name: str) -> tuple[Node, Node]:
-    """The node and the overlay of blockdev-snapshot, which may be put above it."""
+    """The node and the overlay of blockdev-snapshot, which may be put above it.
+
+    The target of a mirror may be one: who copies the layers below it meanwhile adds those late.
+    """
     node = graph.lookup_any(node_name)
     node.check_operation(Operation.SNAPSHOT)
     overlay = graph.lookup_any(overlay_name)
     surgery.check_no_cycle(overlay, node)
+    if overlay.awaits_backing and not cumulative(overlay)[0] & Permission.CONSISTENT_READ:
+        return node, overlay
     if any(edge.role == "root" for edge in overlay.parents):
         raise BlockError("The overlay is already in use", errno=16)
     overlay.check_operation(Operation.SNAPSHOT)

@@ -108,7 +108,8 @@ class MirrorCore(Job):
         self.copy_mode = options.copy_mode
         self.bitmap = MirrorBitmap(source.length, options.granularity, whole=unit is not None)
         self.chunks = Chunks(self.bitmap, max(unit or 0, self.bitmap.granularity))
-        self._whole_units = unit is not None
+        #: of the target's clusters only whole ones are written, guests' writes too
+        self.whole_units = unit is not None
         self.source_user: JobUser = None  # type: ignore[assignment]
         self.target_user: JobUser = None  # type: ignore[assignment]
         self.filter: Node | None = None
@@ -337,12 +338,15 @@ class MirrorCore(Job):
                     raise PieceFailedError("write", error) from error
 
     async def _clear(self, offset: int, length: int) -> None:
-        """Zeros where the target has none of its own. No copy or mirrored write is under way."""
+        """Zeros where the target has none of its own. No copy or mirrored write is under way.
+
+        Nor will the backing file have any, which its header names and nobody has opened.
+        """
         position = offset
         todo: list[tuple[int, int]] = []
         async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
             async for run in found:
-                if self.backing_to_come or not run.zero:
+                if self.backing_to_come or self.whole_units or not run.zero:
                     todo.append((position, run.length))
                 position += run.length
         for start, count in todo:
@@ -509,7 +513,7 @@ class MirrorCore(Job):
     async def _write_both(
         self, offset: int, length: int, apply: Apply, data: Buffer | None, claim: Claim
     ) -> None:
-        start, end = (claim.start, claim.end) if self._whole_units else (offset, offset + length)
+        start, end = (claim.start, claim.end) if self.whole_units else (offset, offset + length)
         self.bitmap.look_away()
         self.bitmap.reset(offset, length)
         try:

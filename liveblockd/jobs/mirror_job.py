@@ -151,6 +151,7 @@ class Mirror(MirrorCore):
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
         self.untrack()
+        self.target.awaits_backing = False
         for user in (self.source_user, self.target_user):
             if user is not None:
                 await self.graph.detach(user)

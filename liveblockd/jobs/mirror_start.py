@@ -143,3 +143,4 @@ async def _attach(job: Mirror) -> None:
     assert job.filter is not None
     job.source_user = await JobUser.attach(job.graph, job.filter, read, shared)
     job.target_user = await JobUser.attach(job.graph, job.target, write, Permission.WRITE_UNCHANGED)
+    job.target.awaits_backing = job.whole_units and not job.new_backing
