@@ -58,7 +58,9 @@ def test_the_backing_chain_comes_late(sync, by_transaction, mode, directories):
             both.do("blockdev-snapshot", node="base", overlay="copy")  # the guest's
             both.do("blockdev-snapshot", **place["data"])
         guest(both, directories, "write -P 6 200k 10k", "write -P 6 1700k 1k")
-        both.do("job-complete", id="m")
+        for peer in both.peers:
+            peer.do("job-complete", id="m")
+            peer.until("JOB_STATUS_CHANGE", id="m", status="concluded")
         both.do("job-dismiss", id="m")
         # QEMU's copy has zeros around what a guest wrote where this was copied at once (7.2).
         right = directories[1:] if (sync, mode) == ("top", "write-blocking") else directories
