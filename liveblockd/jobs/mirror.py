@@ -108,7 +108,6 @@ class MirrorCore(Job):
         self.copy_mode = options.copy_mode
         self.bitmap = MirrorBitmap(source.length, options.granularity, whole=unit is not None)
         self.chunks = Chunks(self.bitmap, max(unit or 0, self.bitmap.granularity))
-        #: of the target's clusters only whole ones are written, guests' writes too
         self.whole_units = unit is not None
         self.source_user: JobUser = None  # type: ignore[assignment]
         self.target_user: JobUser = None  # type: ignore[assignment]
@@ -338,10 +337,7 @@ class MirrorCore(Job):
                     raise PieceFailedError("write", error) from error
 
     async def _clear(self, offset: int, length: int) -> None:
-        """Zeros where the target has none of its own. No copy or mirrored write is under way.
-
-        Nor will the backing file have any, which its header names and nobody has opened.
-        """
+        """Zeros where the target has none, nor will have: no copy or mirrored write is under way."""
         position = offset
         todo: list[tuple[int, int]] = []
         async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
