@@ -337,7 +337,7 @@ class MirrorCore(Job):
                     raise PieceFailedError("write", error) from error
 
     async def _clear(self, offset: int, length: int) -> None:
-        """Zeros where the target has none, nor will have: no copy or mirrored write is under way."""
+        """Zeros where the target has or will have none. No copy or mirrored write is under way."""
         position = offset
         todo: list[tuple[int, int]] = []
         async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
