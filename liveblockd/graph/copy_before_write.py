@@ -193,6 +193,12 @@ class CopyBeforeWrite(FilterDriver):
         await self._before(offset, length)
         await self.child.discard(offset, length)
 
+    async def truncate(self, length: int) -> None:
+        """Old contents of what is cut off first; what is added was never there."""
+        if length < self.core.length:
+            await self._before(length, self.core.length - length)
+        await self.child.truncate(length)
+
     def host_file(self) -> HostFile | None:
         """None: nobody may write past this node."""
         return None

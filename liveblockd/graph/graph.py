@@ -25,7 +25,7 @@ from typing import Any
 
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockWriteThreshold, Publisher
-from liveblockd.graph import permissions
+from liveblockd.graph import chain, permissions
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.lock import SurgeryLock, to_its_end
 from liveblockd.graph.node import Edge, Node, Operation
@@ -474,12 +474,13 @@ class Graph:
             node.check_operation(Operation.RESIZE)
             if size > MAX_LENGTH:
                 raise BlockError(f"offset({size}) exceeds maximum({MAX_LENGTH})")
-            for bitmap in node.bitmaps:
-                bitmap.check(read_only=node.read_only)
+            for below in chain.stacked(node):
+                for bitmap in below.bitmaps:
+                    bitmap.check(read_only=below.read_only)
             user = await self.attach(node, Permission.RESIZE)
             try:
                 async with self.drained(node):
-                    await to_its_end(self._truncate(node, size))
+                    await to_its_end(node.truncate(size))
             finally:
                 await self.detach(user)
 
@@ -487,12 +488,7 @@ class Graph:
         """For a job that writes to ``node`` and may resize it; durable on return."""
         async with self.lock, self.drained(node):
             if size > node.driver.length:
-                await to_its_end(self._truncate(node, size))
-
-    async def _truncate(self, node: Node, size: int) -> None:
-        await node.driver.truncate(size)
-        for bitmap in node.bitmaps:
-            bitmap.resize(node.driver.length)
+                await to_its_end(node.truncate(size))
 
     def check_write_threshold(self, node: Node, end: int) -> None:
         """Publish BLOCK_WRITE_THRESHOLD, once, when a write ends beyond the threshold."""

@@ -72,7 +72,6 @@ _HANDED_ON = (
     "write",
     "flush",
     "map",
-    "truncate",
     "host_file",
 )
 
@@ -281,8 +280,10 @@ class Node:
         return await self.driver.map(offset, length)
 
     async def truncate(self, length: int) -> None:
-        """As the driver's."""
+        """As the driver's; what is written to new bytes is recorded, below a filter as well."""
         await self.driver.truncate(length)
+        for bitmap in self.bitmaps:
+            bitmap.resize(self.driver.length)
 
     def host_file(self) -> HostFile | None:
         """As the driver's."""

@@ -4,7 +4,7 @@ Specification: qapi/block-core.json; image fleecing as backup products do it: th
 over NBD while the guest goes on above the ``copy-before-write`` node that is its ``file``.
 
 Runs on the event loop. Invariants: nothing is written, a discard says that a range was read and
-need not be kept any longer.
+need not be kept any longer; the length is that of the instant, whatever becomes of the disk's.
 
 Errors: OSError(EACCES) for what was not kept; BlockError from ``open``.
 """
@@ -35,6 +35,7 @@ class SnapshotAccess(BlockDriver):
     def __init__(self, children: dict[str, BlockIO], *, read_only: bool) -> None:
         self.children = children
         self.read_only = read_only
+        self._length = 0
 
     @classmethod
     async def open(
@@ -43,8 +44,10 @@ class SnapshotAccess(BlockDriver):
         """BlockError unless the child keeps old contents."""
         del environment
         self = cls(children, read_only=bool(options.read_only))
-        if self._find() is None:
+        found = self._find()
+        if found is None:
             raise BlockError("snapshot-access needs a copy-before-write node as its file child")
+        self._length = found.core.length
         return self
 
     def _find(self) -> CopyBeforeWrite | None:
@@ -78,8 +81,8 @@ class SnapshotAccess(BlockDriver):
 
     @property
     def length(self) -> int:
-        """The disk's, which cannot change meanwhile."""
-        return self.children["file"].length
+        """The disk's when the filter below was opened."""
+        return self._length
 
     async def read(self, offset: int, length: int) -> Buffer:
         """As it was."""
