@@ -285,6 +285,7 @@ class Copies:
             if self.backend.node is not top or above.driver.core.length != top.length:  # type: ignore[attr-defined]
                 return None
             with Moment(self.guest) as moment:
+                moment.length = top.length
                 (own,) = (edge for edge in top.parents if edge.parent is above)
                 await surgery.replace_nodes(graph, [top], above, keep=[own])
         return moment
@@ -304,13 +305,13 @@ class Copies:
             except OSError as error:
                 assert faulty or self.bench.workers.injected, error  # type: ignore[attr-defined]
                 return
-            assert len(found) == len(moment.data), "the past has another length"
+            assert len(found) == moment.length, "the past has another length"
             moment.compare(found, "the past")
             self.done["past compared"] += 1
         if self.rng.random() < 0.5:
             return
         target, path = await self._target(None)
-        if self.bench.graph.nodes[target].length != len(moment.data):
+        if self.bench.graph.nodes[target].length != moment.length:
             await self.qmp("blockdev-del", node_name=target)
             return
         job = await self._begin(

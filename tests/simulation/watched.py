@@ -35,6 +35,8 @@ class Moment:
         self.guest = guest
         self.unknown: list[Span] = []
         self.data = b""
+        #: of the disk, which a commit into a longer image makes longer than what the guest knows
+        self.length = 0
 
     def begin(self) -> None:
         """The instant is not before this, or begins anew."""
