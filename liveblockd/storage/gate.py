@@ -81,7 +81,9 @@ class Gate:
         elif monotonic() >= self._quiet_from:
             return LARGE_PIECE
         give_way()
-        if self._guest.acquire(timeout=PATIENCE):
+        # A lock that nobody holds is left alone: a guest that comes now must find it free, or its
+        # write would not be seen by the copy.
+        if self._guest.locked() and self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
         return PIECE
 
