@@ -58,6 +58,11 @@ class Peer:
             self._process.wait()
             raise
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
     def do(self, name: str, /, **arguments: Any) -> Any:
         """Run a command; its reply, which is kept with the events before it."""
         request: dict[str, Any] = {"execute": name}
