@@ -22,13 +22,17 @@ needs_images = pytest.mark.skipif(
 )
 
 
+#: seconds after which what does not come is called missing: no verdict on how fast it comes
+PATIENCE = 100
+
+
 def run(tmp_path, *options, **more):
     return subprocess.run(
         [sys.executable, "-m", "liveblockd", *options],
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=20,
+        timeout=PATIENCE,
         check=False,
         env=ENVIRONMENT,
         **more,
@@ -43,7 +47,7 @@ def chain(tmp_path):
         "qemu-io -f qcow2 -c 'write -P 3 0 4M' base.qcow2",
         "qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2",
     ):
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=20,
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=PATIENCE,
                        stdout=subprocess.DEVNULL)  # fmt: skip
     return tmp_path
 
@@ -114,9 +118,7 @@ def test_a_client_that_does_not_read_delays_the_end_by_a_second_and_leaves_no_tr
             while True:
                 deaf.socket.sendall(b'{"execute":"query-named-block-nodes"}' * 100)
         assert daemon.qmp()("query-version")["qemu"]
-        start = time.monotonic()
-        assert daemon.stop() == 0
-        assert time.monotonic() - start < 10  # for ever, if it waited for the client
+        assert daemon.stop() == 0  # never, if it waited for the client
     assert daemon.errors == b""
 
 
@@ -167,7 +169,7 @@ def test_a_signal_cancels_jobs_and_removes_exports(chain):
         ("JOB_STATUS_CHANGE", "concluded"),
         ("JOB_STATUS_CHANGE", "null"),
     ]
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
 
 
 @needs_images
@@ -187,11 +189,11 @@ def test_locks_are_gone_at_the_end_and_held_before(chain):
     write = ["qemu-io", "-f", "qcow2", "-c", "write 0 512", "top.qcow2"]
     with DaemonProcess(chain, "--blockdev", TOP) as daemon:
         refused = subprocess.run(
-            write, cwd=chain, capture_output=True, text=True, timeout=20, check=False
+            write, cwd=chain, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         assert refused.returncode != 0 and "lock" in refused.stderr
         assert daemon.stop() == 0
-    subprocess.run(write, cwd=chain, check=True, timeout=20, stdout=subprocess.DEVNULL)
+    subprocess.run(write, cwd=chain, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
 
 
 @needs_images
@@ -202,10 +204,10 @@ def test_what_was_not_flushed_is_kept_and_the_image_is_closed(chain):
         nbd_write(str(chain / "n.sock"), "top", 1 << 20, b"\7" * (1 << 20))
         assert daemon.stop() == 0
     read = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 1M 1M", "top.qcow2"]
-    done = subprocess.run(read, cwd=chain, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(read, cwd=chain, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "Pattern verification failed" not in done.stdout
     # 0 says: neither errors nor leaked clusters
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
 
 
 @needs_images
@@ -217,7 +219,7 @@ def test_a_signal_during_the_start(chain, delay):
     # before there is a handler nothing was made that would have to be undone
     assert daemon.stop() in (0, -signal.SIGTERM)
     assert sorted(os.listdir(chain)) == ["base.qcow2", "top.qcow2"]
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=20)
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
 
 
 @needs_images
@@ -246,7 +248,7 @@ def test_background(tmp_path):
         client.connect(str(tmp_path / "q.sock"))
         assert b'"QMP"' in client.recv(1000)
     os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while os.listdir(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -263,7 +265,7 @@ def test_background_reports_a_failed_start(tmp_path):
 def test_systemd_is_told(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(10)
+        manager.settimeout(PATIENCE)
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
         with DaemonProcess(tmp_path, environment=environment, cold=True) as daemon:
             assert manager.recv(200).startswith(b"READY=1\nSTATUS=")
@@ -299,21 +301,21 @@ def test_inherited_sockets(tmp_path):
         )
         os.close(connected)
         try:
-            ours.settimeout(10)
+            ours.settimeout(PATIENCE)
             assert b'"QMP"' in ours.recv(1000)
             with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(10)
+                client.settimeout(PATIENCE)
                 client.connect(str(tmp_path / "l.sock"))
                 assert b'"QMP"' in client.recv(1000)
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE) == 0
 
 
 def test_wait_on_holds_the_start_back(tmp_path):
     daemon = DaemonProcess(
         tmp_path, "--chardev", "socket,id=m,path=qmp.sock,server=on", "--monitor", "m")  # fmt: skip
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "qmp.sock").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
