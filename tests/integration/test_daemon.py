@@ -169,7 +169,9 @@ def test_a_signal_cancels_jobs_and_removes_exports(chain):
         ("JOB_STATUS_CHANGE", "concluded"),
         ("JOB_STATUS_CHANGE", "null"),
     ]
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
+    subprocess.run(
+        ["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE
+    )
 
 
 @needs_images
@@ -204,10 +206,14 @@ def test_what_was_not_flushed_is_kept_and_the_image_is_closed(chain):
         nbd_write(str(chain / "n.sock"), "top", 1 << 20, b"\7" * (1 << 20))
         assert daemon.stop() == 0
     read = ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 1M 1M", "top.qcow2"]
-    done = subprocess.run(read, cwd=chain, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    done = subprocess.run(
+        read, cwd=chain, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert "Pattern verification failed" not in done.stdout
     # 0 says: neither errors nor leaked clusters
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
+    subprocess.run(
+        ["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE
+    )
 
 
 @needs_images
@@ -219,7 +225,9 @@ def test_a_signal_during_the_start(chain, delay):
     # before there is a handler nothing was made that would have to be undone
     assert daemon.stop() in (0, -signal.SIGTERM)
     assert sorted(os.listdir(chain)) == ["base.qcow2", "top.qcow2"]
-    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE)
+    subprocess.run(
+        ["qemu-img", "check", "-q", "top.qcow2"], cwd=chain, check=True, timeout=PATIENCE
+    )
 
 
 @needs_images
