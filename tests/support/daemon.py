@@ -48,8 +48,11 @@ class QmpSocket:
         if arguments:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         self.socket.sendall(json.dumps(request).encode())
-        while "event" in (answer := self.receive()):
-            self.events.append(answer)
+        while "return" not in (answer := self.receive()) and "error" not in answer:
+            # qemu-storage-daemon greets twice who comes while it starts (7.2).
+            assert "event" in answer or answer == self.greeting
+            if "event" in answer:
+                self.events.append(answer)
         if "error" in answer:
             raise QmpError(answer["error"]["desc"])
         return answer["return"]
