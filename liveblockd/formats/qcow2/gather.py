@@ -88,12 +88,15 @@ class Gatherer:
         if target is not None:
             sources = await self._populate_new_spans(sources, target, left)
         try:
+            plain: list[Source] = []
             for source in sources:
                 if target is None or not self._is_plain(source, target):
                     left.append(source)
                 else:
-                    await self._collect(source, target, pieces, tables, left)
+                    plain.append(source)
             if target is not None:
+                for group in _side_by_side(plain, self._metadata.geometry.span):
+                    await self._collect(group, target, pieces, tables, left)
                 await self._copy(pieces, target, left)
         finally:
             _unpin(pieces)
@@ -137,7 +140,7 @@ class Gatherer:
 
     async def _collect(
         self,
-        source: Source,
+        group: list[Source],
         target: HostFile,
         pieces: list[_Piece],
         tables: set[int],
@@ -145,37 +148,54 @@ class Gatherer:
     ) -> None:
         """Put what is unallocated into ``pieces``, its table pinned; anything else is ``left``.
 
-        ``tables`` are those of the pieces; when they are enough these are copied first.
+        The sources of the group lie side by side, within one table. ``tables`` are those of the
+        pieces; when they are enough these are copied first.
         """
         metadata = self._metadata
         bits, entries = metadata.geometry.cluster_bits, metadata.geometry.l2_entries
         most = max(1, min(MAX_TABLES, metadata.max_tables // TABLES_SHARE))
-        offset, end = source.offset, source.offset + source.length
-        while offset < end:
-            cluster = offset >> bits
-            index = cluster & (entries - 1)
-            count = min(end - offset >> bits, entries - index)
-            at = source.source_offset + offset - source.offset
-            if len(tables) >= most and cluster // entries not in tables:
-                await self._copy(pieces, target, left)
-                tables.clear()
-            table = await metadata.writable(cluster // entries)
-            if table.bad or self._claims.free_count(cluster, count) < count:
-                left.append(Source(offset, count << bits, source.file, at))
-            else:
-                # What a guest has written in between is held already: its neighbours go together.
-                empty = table.entries[index : index + count] == 0
-                runs = runs_of(empty)
-                taken = runs != [(0, count)]
-                for first, last in runs_of(~empty & ~table.holds(index, count)) if taken else ():
-                    there, length = first << bits, (last - first) << bits
-                    left.append(Source(offset + there, length, source.file, at + there))
-                for first, last in runs:
-                    table.pins += 1
-                    tables.add(table.l1_index)
-                    there = at + (first << bits)
-                    pieces.append(_Piece(table, index + first, last - first, source.file, there))
-            offset += count << bits
+        first = group[0].offset >> bits
+        count = (group[-1].offset + group[-1].length >> bits) - first
+        if len(tables) >= most and first // entries not in tables:
+            await self._copy(pieces, target, left)
+            tables.clear()
+        table = await metadata.writable(first // entries)
+        # From here on no await: what was looked at is pinned.
+        if table.bad:
+            left += group
+            return
+        index = first & (entries - 1)
+        tables.add(table.l1_index)
+        free = self._claims.free_count(first, count) == count
+        if free and not table.entries[index : index + count].any():  # by far the most frequent
+            for offset, length, file, at in group:
+                place = (offset >> bits) & (entries - 1)
+                pieces.append(_Piece(table, place, length >> bits, file, at))
+            table.pins += len(group)
+            return
+        for source in group:
+            self._collect_empty(table, source, pieces, left)
+
+    def _collect_empty(
+        self, table: L2Table, source: Source, pieces: list[_Piece], left: list[Source]
+    ) -> None:
+        """What a guest has written in between is held already: its neighbours go together."""
+        geometry = self._metadata.geometry
+        bits = geometry.cluster_bits
+        index = (source.offset >> bits) & (geometry.l2_entries - 1)
+        count = source.length >> bits
+        offset, at = source.offset, source.source_offset
+        if self._claims.free_count(offset >> bits, count) < count:
+            left.append(source)
+            return
+        empty = table.entries[index : index + count] == 0
+        for first, last in runs_of(~empty & ~table.holds(index, count)):
+            there, length = first << bits, (last - first) << bits
+            left.append(Source(offset + there, length, source.file, at + there))
+        for first, last in runs_of(empty):
+            table.pins += 1
+            there = at + (first << bits)
+            pieces.append(_Piece(table, index + first, last - first, source.file, there))
 
     async def _copy(self, pieces: list[_Piece], target: HostFile, left: list[Source]) -> None:
         """Allocate, copy and publish; ``pieces`` is empty and unpinned afterwards.
@@ -201,18 +221,18 @@ class Gatherer:
         # From here on no await: compare and set.
         zero = copied.zero if copied.zero.any() else None
         number = 0
-        for part in parts:
-            end = number + part.clusters
+        for run in _joined(parts, size):
+            end = number + sum(part.clusters for part in run)
             done = self._populator.publish_copy(
-                part.piece.table,
-                part.piece.first_entry + part.first,
-                part.host_offset,
-                part.clusters,
+                run[0].piece.table,
+                run[0].piece.first_entry + run[0].first,
+                run[0].host_offset,
+                end - number,
                 None if zero is None else zero[number:end],
                 claimed=False,
             )
             if not done:
-                left.append(self._source_of(part))
+                left += [self._source_of(part) for part in run]
             number = end
         self._account(len(pieces), copied)
         _unpin(pieces)
@@ -231,6 +251,43 @@ class Gatherer:
             host_offset, found, _ = await self._metadata.allocate(count)
             places.append((host_offset, found))
             count -= found
+
+
+def _side_by_side(sources: Sequence[Source], span: int) -> Iterator[list[Source]]:
+    """The sources in order, cut where a table ends, in groups without a gap within one table."""
+    group: list[Source] = []
+    end = -1
+    for source in sources:
+        offset, rest, file, at = source
+        while rest:
+            length = min(rest, span - offset % span)
+            if offset != end or not offset % span:
+                if group:
+                    yield group
+                group = []
+            group.append(source if length == source.length else Source(offset, length, file, at))
+            offset, rest, at = offset + length, rest - length, at + length
+            end = offset
+    if group:
+        yield group
+
+
+def _joined(parts: Sequence[_Part], size: int) -> Iterator[list[_Part]]:
+    """The parts in order, together that lie side by side in the table as well as in the file."""
+    run: list[_Part] = []
+    entry = host_offset = -1
+    table: L2Table | None = None
+    for part in parts:
+        first = part.piece.first_entry + part.first
+        if part.piece.table is not table or first != entry or part.host_offset != host_offset:
+            if run:
+                yield run
+            run = []
+        run.append(part)
+        table, entry = part.piece.table, first + part.clusters
+        host_offset = part.host_offset + part.clusters * size
+    if run:
+        yield run
 
 
 def _match(
