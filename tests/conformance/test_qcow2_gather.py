@@ -197,6 +197,37 @@ async def test_what_the_guest_wrote_stays(
     await pair.judge(image)
 
 
+async def test_a_guest_under_way_holds_up_its_own_piece_only(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies side by side is looked at, and published, together; but not with a claim in it."""
+    pair = Pair(host, tmp_path, 8)
+    image = await pair.image("many.qcow2", cluster_size=CLUSTER)
+    published = []
+    plain = image._populator.publish_copy
+
+    def publish(*args: object, **options: object) -> bool:
+        published.append(args[3])
+        return plain(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image._populator, "publish_copy", publish)
+    sources = [
+        Source(n * CLUSTER, CLUSTER, pair.file, n * CLUSTER)
+        for n in range(len(pair.model) // CLUSTER)
+    ]
+    claim = image._claims.take(50, 1)
+    job = asyncio.create_task(image.populate_many(sources))
+    async with asyncio.timeout(30):
+        while not image._gatherer.gathered:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+    assert image._gatherer.gathered == len(sources) - 1 and not job.done()
+    assert published == [50, len(sources) - 51]
+    image._claims.release(claim)
+    await job
+    await pair.judge(image)
+
+
 @pytest.mark.parametrize("fails", ["read", "write", "dup"])
 async def test_a_failed_copy_leaves_nothing(
     tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, fails: str
