@@ -13,7 +13,8 @@ a worker that makes one: they never wait; the rest on the workers that copy.
 
 Invariants: nothing here decides what is written or in which order: a gate that two files share, or
 a guest that is not seen, costs time only. Who copies waits for ``PATIENCE`` at most before a piece,
-so a guest that writes without a pause slows a copy down and does not stop it. No errors escape.
+so a guest that writes without a pause slows a copy down and does not stop it; and where others have
+endless work for this processor it gives way a fifth of the time. No errors escape.
 """
 
 from __future__ import annotations
@@ -39,12 +40,26 @@ LARGE_PIECE: Final = 8 << 20
 WINDOW: Final = 0.05
 #: seconds
 PATIENCE: Final = 0.001
+#: seconds; who has the processor for longer after a copy gave way is no request, but somebody who
+#: would keep it for a time slice each time
+SHORT_WAY: Final = 0.0005
+#: so many times that long the copy does not give way then
+STAY: Final = 4
 
 
 class Gate:
     """Of one file."""
 
-    __slots__ = ("_guest", "_quiet_from", "_seen", "enter", "leave", "turn", "writes")
+    __slots__ = (
+        "_guest",
+        "_quiet_from",
+        "_seen",
+        "_stay_until",
+        "enter",
+        "leave",
+        "turn",
+        "writes",
+    )
 
     def __init__(self) -> None:
         #: held by the worker that copies
@@ -57,6 +72,7 @@ class Gate:
         self.writes = 0
         self._seen = 0
         self._quiet_from = float("-inf")
+        self._stay_until = float("-inf")
 
     def first(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """On a worker: ``call(*arguments)``, which is a guest's write."""
@@ -75,17 +91,26 @@ class Gate:
 
         With ``turn``.
         """
+        now = monotonic()
         if self.writes != self._seen:
             self._seen = self.writes
-            self._quiet_from = monotonic() + WINDOW
-        elif monotonic() >= self._quiet_from:
+            self._quiet_from = now + WINDOW
+        elif now >= self._quiet_from:
             return LARGE_PIECE
-        give_way()
+        self._give_way(now)
         # A lock that nobody holds is left alone: a guest that comes now must find it free, or its
         # write would not be seen by the copy.
         if self._guest.locked() and self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
         return PIECE
+
+    def _give_way(self, now: float) -> None:
+        if now < self._stay_until:
+            return
+        give_way()
+        gone = monotonic()
+        if gone - now > SHORT_WAY:
+            self._stay_until = gone + (gone - now) * STAY
 
 
 #: few are enough: a file has one of these, which it may share with others

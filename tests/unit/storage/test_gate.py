@@ -108,3 +108,22 @@ def test_a_file_has_one_gate(tmp_path):
     finally:
         for fd in (first, second, third):
             os.close(fd)
+
+
+def test_a_copy_does_not_give_way_for_ever(clock, monkeypatch):
+    """Who computes without end would have the processor for a time slice after each piece."""
+    ways = []
+
+    def give_way():
+        ways.append(clock[0])
+        clock[0] += 0.003
+
+    monkeypatch.setattr(gate_module, "give_way", give_way)
+    gate = Gate()
+    begun = clock[0]
+    for _ in range(1000):
+        gate.writes += 1
+        gate.piece()
+        clock[0] += 0.0001  # a copy
+    given = len(ways) * 0.003
+    assert 0.1 < given / (clock[0] - begun) < 0.25
