@@ -126,4 +126,4 @@ def test_a_copy_does_not_give_way_for_ever(clock, monkeypatch):
         gate.piece()
         clock[0] += 0.0001  # a copy
     given = len(ways) * 0.003
-    assert 0.1 < given / (clock[0] - begun) < 0.25
+    assert 0.05 < given / (clock[0] - begun) < 0.12
