@@ -28,6 +28,7 @@ from liveblockd.storage.driver import (
     Extent,
     HostFile,
     Permission,
+    Source,
     StoredBitmap,
 )
 from liveblockd.storage.options import BlockdevDetectZeroesOptions, BlockdevOptions
@@ -67,6 +68,7 @@ _ALLOWED_ON_BACKING = frozenset(
 _HANDED_ON = (
     "read_nowait",
     "write_nowait",
+    "copy_nowait",
     "begin_write",
     "read",
     "write",
@@ -191,6 +193,7 @@ class Node:
             self.write_nowait = self._record_write_nowait  # type: ignore[method-assign]
             self.begin_write = self._record_begun  # type: ignore[method-assign]
             self.write = self._record_write  # type: ignore[method-assign]
+            del self.__dict__["copy_nowait"]
 
     # -- dirty bitmaps
 
@@ -258,6 +261,10 @@ class Node:
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As the driver's."""
         return self.driver.write_nowait(offset, data)
+
+    def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:  # noqa: ARG002
+        """As the driver's, unless bitmaps record what is written."""
+        return False
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """As the driver's."""

@@ -9,10 +9,9 @@ Rules that all drivers keep (DESIGN, section 3):
 * ``x_nowait()`` answers now or returns None/False and has then done nothing; ``x()`` is its
   coroutine twin and the only one that may wait. A None is never an error: the caller calls the
   twin. An I/O error of either is an ``OSError`` with an errno.
-* ``begin_write()`` stands between the two: True when it has taken a write whose place is known, and
-  calls ``done`` once when that has ended, perhaps before it returns; False when it has done nothing
-  and ``write`` is to be called. No coroutine, no task: workers get such writes by the batch. A
-  memoryview is copied if it is needed after the return, other buffers must not change till the end.
+* ``begin_write()`` stands between the two: True when it has taken a write, and calls ``done`` once
+  when that has ended, perhaps before it returns; False when it has done nothing. No coroutine, no
+  task. A memoryview is copied if it is needed later, other buffers must not change till the end.
 * Offsets and lengths are bytes. Requests lie inside ``[0, length)``: who takes requests from
   outside (an export, QMP) has checked that. Format drivers grow their ``file`` child by writing
   past its end.
@@ -102,6 +101,7 @@ class BlockIO(Protocol):
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None: ...
     def write_nowait(self, offset: int, data: Buffer) -> bool: ...
+    def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool: ...
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool: ...
     async def read(self, offset: int, length: int) -> Buffer: ...
     async def write(self, offset: int, data: Buffer) -> None: ...
@@ -126,6 +126,8 @@ class HostFile(Protocol):
 
     @property
     def read_flags(self) -> int | None: ...  # of a read that waits for no disk; None: not known
+    @property
+    def in_memory(self) -> bool: ...  # and on no disk: nothing waits here
 
 
 class Source(NamedTuple):
@@ -239,7 +241,11 @@ class BlockDriver(abc.ABC):
         return None
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Write if that needs no wait and no allocation; whether it was done, whole."""
+        """Write if that needs no wait; whether it was done, whole."""
+        return False
+
+    def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:
+        """``source`` to ``offset``, with ``data`` at ``inside`` of it; whether all of it is done."""
         return False
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
@@ -274,8 +280,7 @@ class BlockDriver(abc.ABC):
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Extents of this layer alone for a non-empty prefix of the range, adjacent ones merged.
 
-        The driver may stop early where that is convenient (the end of an L2 table, a bound on the
-        number of extents); the sum of the lengths tells how far the answer goes.
+        The driver may stop early (the end of an L2 table, a bound on the number of extents).
         """
         return [Extent(length, ExtentKind.DATA, offset)]
 
@@ -378,9 +383,8 @@ class BlockDriver(abc.ABC):
     async def set_permissions(self, used: Permission, shared: Permission) -> None:
         """All that the users above need together, and what each of them lets others do.
 
-        A protocol driver locks its image by that (``storage/README.md``); a driver with children
-        does nothing, for the graph tells the children itself. On BlockError (another process, or
-        another node, has the image) nothing has changed. Giving up permissions never fails.
+        A protocol driver locks its image by that; the graph tells children itself. On BlockError
+        (somebody else has the image) nothing has changed. Giving up permissions never fails.
         """
 
     def drain_begin(self) -> None:
@@ -428,7 +432,6 @@ class BlockDriver(abc.ABC):
 
         Role to file name, as it is written there; ``children`` are open. Raises BlockError.
         """
-        del children
         return {}
 
     def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
@@ -538,10 +541,7 @@ class BlockDriver(abc.ABC):
         raise OSError(ENOTSUP, os.strerror(ENOTSUP))
 
     def change_options(self, options: BlockdevOptions, environment: Environment) -> None:
-        """Take new values of ``changeable`` options (blockdev-reopen); BlockError changes nothing.
-
-        No request of a user is in flight.
-        """
+        """Take new ``changeable`` options, with no request in flight; BlockError changes nothing."""
 
     # -- description
 

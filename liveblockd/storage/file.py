@@ -24,9 +24,8 @@ import enum
 import logging
 import os
 import stat
-from errno import EBADF, EINVAL, EIO, EISDIR, ENOTSUP, EOPNOTSUPP, EPERM
+from errno import EBADF, EIO, EISDIR, ENOTSUP, EPERM
 from functools import partial
-from time import perf_counter_ns
 from typing import Self
 
 from liveblockd.errors import BlockError
@@ -44,6 +43,7 @@ from liveblockd.storage.driver import (
     ExtentKind,
     Permission,
 )
+from liveblockd.storage.file_at_once import AtOnce
 from liveblockd.storage.file_opening import OpenFile, open_as_allowed, open_fd, probe
 from liveblockd.storage.gate import gate_of
 from liveblockd.storage.locks import ImageLocks
@@ -51,10 +51,6 @@ from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment, register_driver
 from liveblockd.storage.serialise import Section, Serialiser
 
-#: bytes that a nowait call copies at most: some hundred microseconds of the loop's time
-NOWAIT_LIMIT = 1 << 20
-#: bytes that a write copies at most on the loop where the file system cannot tell whether it waits
-INLINE_WRITE = 64 << 10
 #: extents that one ``map`` finds out: two system calls each
 MAP_LIMIT = 1024
 
@@ -92,7 +88,7 @@ class FileOptions(BlockdevOptions):
 
 
 @register_driver
-class FileDriver(BlockDriver):
+class FileDriver(AtOnce, BlockDriver):
     """A regular file; block devices are welcome too."""
 
     driver_name = "file"
@@ -116,8 +112,6 @@ class FileDriver(BlockDriver):
         self._calm = Calm()
         self._gate = gate_of(opened.fd)
         self._batches = WriteBatches(self._jobs, opened.fd)
-        #: writes that were made on the loop without RWF_NOWAIT
-        self.inline_writes = 0
         self._unmaps = options.unmaps
         self._no_flush = options.cache_no_flush
         self._drops_cache = options.drop_cache is not False
@@ -194,86 +188,6 @@ class FileDriver(BlockDriver):
         return hostcalls.file_size(self._fd)
 
     # -- guest I/O
-
-    def read_nowait(self, offset: int, length: int) -> Buffer | None:
-        """What the page cache has."""
-        flags = self._read_flags
-        if flags is None or length > NOWAIT_LIMIT:
-            return None
-        buffer = hostcalls.new_buffer(length)
-        try:
-            count = os.preadv(self._fd, (buffer,), offset, flags)
-        except BlockingIOError:
-            return None
-        if count != length:
-            # Either the end of the file, or the rest is not in the cache.
-            if offset + count < hostcalls.file_size(self._fd):
-                return None
-            hostcalls.fill_zeroes(buffer, count)
-        return buffer
-
-    def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Into the page cache, where the file system or ``calm`` says that this needs no wait."""
-        flags = self._write_flags
-        if flags is None:
-            return self._write_calmly(offset, data)
-        if self.read_only or len(data) > NOWAIT_LIMIT:
-            return False
-        gate = self._gate
-        gate.writes += 1
-        entered = gate.enter()
-        try:
-            return os.pwritev(self._fd, (data,), offset, flags) == len(data)
-        except OSError as error:
-            if error.errno in (EOPNOTSUPP, EINVAL):
-                self._write_flags = None
-            return False  # of any other error the coroutine tells, which everybody counts
-        finally:
-            if entered:
-                gate.leave()
-
-    def _write_calmly(self, offset: int, data: Buffer) -> bool:
-        length = len(data)
-        # While a worker is at this file it may hold the inode, and a flush the journal.
-        if length > INLINE_WRITE or self._direct or self.read_only or self._busy:
-            return False
-        begun = perf_counter_ns()
-        if not self._calm.allows(begun):
-            return False
-        if (offset | length) % hostcalls.PAGE and not self._edges_cached(offset, length):
-            return False
-        gate = self._gate
-        gate.writes += 1
-        entered = gate.enter()
-        try:
-            whole = os.pwrite(self._fd, data, offset) == length
-        except OSError:
-            whole = False
-        finally:
-            if entered:
-                gate.leave()
-        self._calm.took(begun, perf_counter_ns())
-        self.inline_writes += 1
-        return whole
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._jobs.count or self._batches or self._closing)
-
-    def _edges_cached(self, offset: int, length: int) -> bool:
-        """Whether a write of parts of pages needs nothing from the disk."""
-        flags = self._read_flags
-        if flags is None:
-            return False
-        page, byte = hostcalls.PAGE, bytearray(1)
-        try:
-            if offset % page:
-                os.preadv(self._fd, (byte,), offset, flags)
-            if (offset + length) % page:
-                os.preadv(self._fd, (byte,), offset + length, flags)
-        except OSError:
-            return False
-        return True
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """With the other writes of this round, by a worker."""

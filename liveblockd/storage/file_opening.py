@@ -25,6 +25,7 @@ class OpenFile:
     alignment: int
     read_flags: int | None  # of preadv in read_nowait; None: it always declines
     write_flags: int | None  # None: write_nowait asks ``calm``, or declines with O_DIRECT
+    in_memory: bool = False
 
 
 def open_as_allowed(
@@ -67,7 +68,7 @@ def probe(fd: int, read_only: bool, direct: bool) -> OpenFile:
             # ignores it, but splicing and alignment would pay for it.
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        return OpenFile(fd, False, read_only, 1, 0, 0)
+        return OpenFile(fd, False, read_only, 1, 0, 0, in_memory=True)
     if direct:
         return OpenFile(fd, direct, read_only, hostcalls.probe_alignment(fd), None, None)
     nowait = os.RWF_NOWAIT if hostcalls.probe_nowait(fd) else None

@@ -47,7 +47,7 @@ from liveblockd.storage.cells import (
     first_run,
     replace_layer,
 )
-from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer
+from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, Source
 from liveblockd.storage.spans import POOL, Span, Spans
 
 #: cells of a span: at least, and at most where the tables of a layer cover more
@@ -333,6 +333,34 @@ class FlatMap:
         code = span.view[offset >> self._bits & self._index_mask]
         kind = code >> KIND_SHIFT & 3
         return kind not in (DATA, ASK) or offset >= self.layers[code >> LAYER_SHIFT].limit
+
+    def source_now(self, offset: int, length: int) -> Source | None:
+        """The host file that has all of a range within a cell, if the map says so now."""
+        if self._children.get("backing") is not self._root and not self.find_layers():
+            return None
+        span = self._spans.get(offset >> self._span_bits)
+        if span is None:
+            return self._source_without(offset, length)
+        span.used = True
+        inside = offset & self._cell_mask
+        code = span.view[offset >> self._bits & self._index_mask]
+        if code >> KIND_SHIFT & 3 != DATA or inside + length > self._cell_mask + 1:
+            return None
+        layer = self.layers[code >> LAYER_SHIFT]
+        host_offset = ((code & HOST_MASK) << SECTOR_BITS) + inside
+        if offset + length > layer.limit or host_offset + length > layer.data_end:
+            return None
+        file = layer.data.host_file()
+        return None if file is None else Source(offset, length, file, host_offset)
+
+    def _source_without(self, offset: int, length: int) -> Source | None:
+        if self._root is None or not self._is_trivial:
+            return None
+        layer = self.layers[0]
+        if offset + length > min(layer.node.length, layer.limit):
+            return None
+        file = layer.node.host_file()
+        return None if file is None else Source(offset, length, file, offset)
 
     def _read_nowait_without(self, offset: int, length: int) -> Buffer | None:
         if self._root is None:

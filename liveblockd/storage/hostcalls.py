@@ -133,6 +133,27 @@ def write(fd: int, offset: int, data: Buffer) -> None:
         done += count
 
 
+#: whether this system has copy_file_range(2)
+can_copy = hasattr(os, "copy_file_range")
+
+
+def copy_with(
+    source_fd: int,
+    source_offset: int,
+    fd: int,
+    offset: int,
+    length: int,
+    inside: int,
+    data: Buffer,
+) -> bool:
+    """Copy ``length`` bytes to ``offset`` of ``fd``, then ``data`` to ``inside`` of them.
+
+    False where one of the calls did not do all. Raises OSError.
+    """
+    done = os.copy_file_range(source_fd, fd, length, source_offset, offset)
+    return done == length and os.pwrite(fd, data, offset + inside) == len(data)
+
+
 def write_batch(fd: int, writes: Sequence[tuple[int, Buffer]]) -> list[OSError | None] | None:
     """Write each of (offset, data), in this order; None, or the error of each where one failed.
 

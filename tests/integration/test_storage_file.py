@@ -17,6 +17,7 @@ from liveblockd.errors import BlockError
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import file as file_module
+from liveblockd.storage import file_at_once
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver, HostDevice
@@ -145,7 +146,7 @@ async def test_nowait_answers_from_the_cache(environment, directory):
         assert bytes(disk.read_nowait(0, 2)) == b"MN"
     else:
         disk.write_nowait(0, b"N")  # may decline; may not fail
-    assert disk.read_nowait(0, file_module.NOWAIT_LIMIT + 1) is None
+    assert disk.read_nowait(0, file_at_once.NOWAIT_LIMIT + 1) is None
     await disk.close()
 
 
@@ -225,7 +226,7 @@ async def test_short_direct_transfers_are_continued(environment, tmp_path, monke
 async def test_a_cancelled_write_has_ended_when_it_says_so(environment, tmp_path, monkeypatch):
     disk = await open_file(environment, make(tmp_path))
     disk._write_flags = None
-    monkeypatch.setattr(file_module, "INLINE_WRITE", 0)
+    monkeypatch.setattr(file_at_once, "INLINE_WRITE", 0)
     gate, real, ended = threading.Event(), hostcalls.write, []
 
     def slow(*args):
@@ -746,7 +747,7 @@ async def test_small_writes_go_to_the_page_cache_from_the_loop(environment, tmp_
     disk._write_flags = None  # as on ext4
     monkeypatch.setattr(disk._calm, "_much_is_dirty", lambda: False)
     assert disk.write_nowait(4096, b"x" * 4096) and disk.inline_writes == 1
-    assert not disk.write_nowait(0, b"x" * (file_module.INLINE_WRITE + 1))
+    assert not disk.write_nowait(0, b"x" * (file_at_once.INLINE_WRITE + 1))
     job = disk._jobs.submit(hostcalls.read, disk._fd, 0, 1)
     assert not disk.write_nowait(4096, b"y" * 4096), "somebody is at the file"
     await job

@@ -338,6 +338,13 @@ class Refcounts:
         self._first_free = cluster + 1
         return cluster
 
+    def give_back(self, host_offset: int) -> None:
+        """Nobody has heard of the one cluster that ``allocate`` has just given, nor will."""
+        cluster = host_offset >> self.geometry.cluster_bits
+        index, within = divmod(cluster, self._per_block)
+        self.blocks[index].fill(within, 1, 0)
+        self._first_free = min(self._first_free, cluster)
+
     def allocate_exactly(self, count: int) -> int:
         """The host offset of ``count`` adjacent clusters, whose refcount is now 1."""
         start, _ = self._search(self._first_free, count, exact=True)

@@ -36,7 +36,7 @@ from liveblockd.formats.qcow2.description import Described
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore, describe_luks, unlock_image
 from liveblockd.formats.qcow2.gather import Gatherer
 from liveblockd.formats.qcow2.header import Rewrite, check_supported, relink
-from liveblockd.formats.qcow2.inplace import InPlace
+from liveblockd.formats.qcow2.inplace import LARGEST_COPY, InPlace
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layered import Layered
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
@@ -146,6 +146,12 @@ class Qcow2(InPlace, Management, Layered, Described):
         #: bytes of the image file that are known to be there
         self._file_end = metadata.data.length
         self._stores, self._data_role = metadata.stores, metadata.data_role
+        self._copies_clusters = (
+            geometry.cluster_size <= LARGEST_COPY
+            and not geometry.extended_l2
+            and not metadata.has_data_file
+            and metadata.stores is children
+        )
         # For the request path
         self._tables = metadata.tables
         self._bits = geometry.cluster_bits

@@ -30,7 +30,7 @@ from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import MIXED, OFFSET_MASK
 from liveblockd.formats.qcow2.mapping import contiguous_count, in_place
 from liveblockd.formats.qcow2.subclusters import mask
-from liveblockd.storage.driver import BlockIO, Buffer, Done
+from liveblockd.storage.driver import BlockIO, Buffer, Done, Source
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.claims import Claim, Claims
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 LARGEST_COPY: Final = 64 << 10
 #: bytes of copies under way at most; then the coroutines have to queue
 MAX_BEGUN: Final = 16 << 20
+_NEW: Final = -2
 
 
 class InPlace:
@@ -56,6 +57,8 @@ class InPlace:
     _claims: Claims
     below: FlatMap
     _writer: Writer
+    #: a first write to a cluster is one write of a cluster of the image file
+    _copies_clusters: bool
     _tables: dict[int, L2Table]
     _stores: Mapping[str, BlockIO]
     _data_role: str
@@ -68,9 +71,14 @@ class InPlace:
     _settling: asyncio.Future[None] | None
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Write to clusters that this image has alone, if the child can at once."""
+        """Write to clusters that this image has alone, if the child can at once.
+
+        Where all of it is in memory also to one that this image does not have yet.
+        """
         host_offset = self._place(offset, len(data))
-        return host_offset >= 0 and self._stores[self._data_role].write_nowait(host_offset, data)
+        if host_offset >= 0:
+            return self._stores[self._data_role].write_nowait(host_offset, data)
+        return host_offset == _NEW and self._write_new_nowait(offset, data)
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """Begin a write in place, or to one cluster that this image does not have yet."""
@@ -94,7 +102,10 @@ class InPlace:
         return False
 
     def _place(self, offset: int, length: int) -> int:
-        """Where a range lies in clusters that this image has alone, adjacent; -1: nowhere."""
+        """Where a range lies in clusters that this image has alone, adjacent; -1: nowhere.
+
+        ``_NEW``: in one cluster that this image has nothing of.
+        """
         if self.read_only or self._damaged or not length:
             return -1
         cluster = offset >> self._bits
@@ -106,6 +117,8 @@ class InPlace:
         entry = table.view[index]
         count = (offset + length - 1 >> self._bits) - cluster + 1
         if not in_place(entry):
+            if not entry and count == 1:
+                return _NEW
             if count > 1 or not self._mixed_in_place(table, index, offset, length):
                 return -1
         elif count > 1 and (
@@ -139,6 +152,48 @@ class InPlace:
 
     # -- the first write to a cluster
 
+    def _write_new_nowait(self, offset: int, data: Buffer) -> bool:
+        """What ``_begin_new`` does, in one step, where the files are memory: no claim, no end."""
+        host = self.children["file"].host_file()
+        if not self._copies_clusters or host is None or not host.in_memory:
+            return False
+        cluster, size, length = offset >> self._bits, self._in_cluster + 1, len(data)
+        if cluster in self._claims:
+            return False
+        source = None
+        if length < size and self.children.get("backing") is not None:
+            start = cluster << self._bits
+            seen = min(size, self._writer.disk_size - start)
+            if not self.below.zeroes_now(start, seen):
+                # What lies behind the end of the disk is not to come into it
+                source = self.below.source_now(start, size) if seen == size else None
+                if source is None or not source.file.in_memory:
+                    return False
+        refcounts = self._metadata.refcounts
+        try:
+            host_offset, _ = refcounts.allocate(1)
+        except (BlockNeeded, OSError, BlockError):
+            return False  # the coroutine loads the block, or says what is wrong
+        if not self._filled_at_once(host_offset, source, offset & self._in_cluster, data):
+            refcounts.give_back(host_offset)
+            return False
+        table = self._tables[cluster >> self._l2_bits]
+        self._metadata.publish_run(table, cluster & self._l2_mask, host_offset, 1)
+        return True
+
+    def _filled_at_once(
+        self, host_offset: int, source: Source | None, inside: int, data: Buffer
+    ) -> bool:
+        """Whether a new cluster has the source, or zeros, and ``data`` now."""
+        refcounts, file, size = self._metadata.refcounts, self.children["file"], self._in_cluster + 1
+        fresh = refcounts.is_fresh(host_offset)
+        refcounts.touched(host_offset, 1)
+        if source is not None:
+            return file.copy_nowait(host_offset, source, inside, data)
+        if len(data) == size or fresh:  # zeros are there already
+            return self._written_at_once(file, host_offset + inside, data)
+        return self._written_at_once(file, host_offset, _around(data, inside, b"", size))
+
     def _begin_new(
         self, table: L2Table, cluster: int, offset: int, data: Buffer, done: Done
     ) -> bool:
@@ -148,13 +203,10 @@ class InPlace:
         if (
             table.bad
             or not table.exclusive
-            or table.bitmaps is not None
             or self.read_only
             or self._damaged
             or not 0 < length <= size - (offset & self._in_cluster)
-            or size > LARGEST_COPY
-            or metadata.has_data_file
-            or self._stores is not self.children
+            or not self._copies_clusters
             or self._begun << self._bits > MAX_BEGUN
         ):
             return False
