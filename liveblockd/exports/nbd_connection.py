@@ -37,13 +37,14 @@ from liveblockd.exports.nbd_line import Line, SecureLine
 from liveblockd.exports.nbd_looking import Looking
 from liveblockd.exports.nbd_payload import PIECE, Payload
 from liveblockd.exports.polling import Polling
-from liveblockd.nbd.constants import REQUEST_MAGIC, Command
+from liveblockd.nbd.constants import REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, Command
 from liveblockd.nbd.options import GREETING, Negotiation, Phase
 from liveblockd.nbd.transmission import (
     REQUEST,
     REQUEST_SIZE,
     Request,
     data_chunk,
+    pack_simple,
     simple_reply,
 )
 from liveblockd.runtime.distinguished import distinguished_name
@@ -332,8 +333,8 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
         # A write that is done on the loop: nothing to flush after it. Whether the node takes
         # writes at all it says itself, by refusing those.
         inline_write = SMALL_WRITE if export.writable and not export.writethrough else 0
-        buffer, end = self._buffer, self._end
-        unpack = REQUEST.unpack_from
+        buffer, view, end = self._buffer, self._view, self._end
+        unpack, write_now = REQUEST.unpack_from, export.backend.write_nowait
         position = self._start
         left = ROUND_REQUESTS
         # As many as the last time, mostly
@@ -356,9 +357,17 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
                 and length <= end - position - REQUEST_SIZE
             ):
                 used = REQUEST_SIZE + length
-                self._small_write(
-                    session, cookie, offset, self._view[position + REQUEST_SIZE : position + used]
-                )
+                payload = view[position + REQUEST_SIZE : position + used]
+                try:
+                    done = write_now(offset, payload)
+                except Exception as error:
+                    request = Request(0, _WRITE, cookie, offset, length)
+                    self._out.append(session.failed(request, error))
+                else:
+                    if done:
+                        self._out.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
+                    else:
+                        self._small_write(session, cookie, offset, payload)
             else:
                 used = self._other(Request(flags, command, cookie, offset, length), position)
                 if not used:  # the payload is not all here
@@ -395,16 +404,7 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
             self._out += read_reply(session, Request(0, _READ, cookie, offset, length), data)
 
     def _small_write(self, session: Session, cookie: int, offset: int, payload: memoryview) -> None:
-        """A WRITE that may be done at once; its payload stands where more will be received."""
-        try:
-            done = session.export.backend.write_nowait(offset, payload)
-        except Exception as error:
-            request = Request(0, _WRITE, cookie, offset, len(payload))
-            self._out.append(session.failed(request, error))
-            return
-        if done:
-            self._out.append(simple_reply(cookie))
-            return
+        """A WRITE that is not done at once; its payload stands where more will be received."""
         # Both counts go up first: the write may have ended when the call returns.
         length = len(payload)
         self._begun += 1

@@ -130,6 +130,9 @@ def refusal(
 
 # -- replies
 
+#: magic, error, cookie: ``simple_reply`` where a call counts
+pack_simple: Final = _SIMPLE.pack
+
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:
     """A whole reply; of a READ that went well the data follows."""

@@ -245,7 +245,7 @@ class BlockDriver(abc.ABC):
         return False
 
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:
-        """``source`` to ``offset``, with ``data`` at ``inside`` of it; whether all of it is done."""
+        """``source`` to ``offset``, with ``data`` at ``inside``; whether it was done, whole."""
         return False
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
@@ -541,7 +541,7 @@ class BlockDriver(abc.ABC):
         raise OSError(ENOTSUP, os.strerror(ENOTSUP))
 
     def change_options(self, options: BlockdevOptions, environment: Environment) -> None:
-        """Take new ``changeable`` options, with no request in flight; BlockError changes nothing."""
+        """Take new ``changeable`` options, no request in flight; BlockError changes nothing."""
 
     # -- description
 

@@ -17,8 +17,7 @@ from liveblockd.errors import BlockError
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import file as file_module
-from liveblockd.storage import file_at_once
-from liveblockd.storage import hostcalls
+from liveblockd.storage import file_at_once, hostcalls
 from liveblockd.storage.driver import ExtentKind, Permission
 from liveblockd.storage.file import FileDriver, HostDevice
 from liveblockd.storage.gate import gate_of

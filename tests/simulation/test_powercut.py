@@ -11,7 +11,7 @@ from tests.simulation.copy_mutants import FIRST_SEED
 from tests.simulation.course import Course, Plan
 from tests.simulation.crash import Replay
 from tests.simulation.crashed import Crashed
-from tests.simulation.disks import Entry, Machine, SimulatedDisk
+from tests.simulation.disks import CHOSEN, Entry, Machine, SimulatedDisk
 from tests.simulation.forms import KINDS
 from tests.simulation.judging import Figures, judge, judge_at
 from tests.simulation.machine import run_machine
@@ -72,6 +72,26 @@ def test_tables_that_workers_write(monkeypatch: pytest.MonkeyPatch) -> None:
         steps = ("snapshot", "stream", "snapshot", "stream")
         figures.add(run_seed(seed, 40, wide=True, depth=2, steps=steps, faults=seed % 4 == 3))
     assert made > 80
+    assert_nothing_lost(figures)
+
+
+def test_clusters_that_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests write into new overlays, while these are merged too; copies that are cut short."""
+    done = {True: 0, False: 0}
+    copy = SimulatedDisk.copy_nowait
+
+    def counted(disk: SimulatedDisk, *arguments: Any) -> bool:
+        result = copy(disk, *arguments)
+        done[result] += 1
+        return result
+
+    monkeypatch.setattr(SimulatedDisk, "copy_nowait", counted)
+    figures = Figures()
+    for seed in range(CHOSEN + 1, CHOSEN + 37, 3):
+        steps = ("snapshot", "rest", "snapshot", "rest", "snapshot", "stream", "rest")
+        plan = {"kind": "compression", "cluster_size": 4096, "depth": 2, "faults": False}
+        figures.add(run_seed(seed, 12, steps=steps, **plan))
+    assert done[True] > 10 and done[False] > 10, done
     assert_nothing_lost(figures)
 
 

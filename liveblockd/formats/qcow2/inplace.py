@@ -28,7 +28,7 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.allocator import BlockNeeded
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import MIXED, OFFSET_MASK
-from liveblockd.formats.qcow2.mapping import contiguous_count, in_place
+from liveblockd.formats.qcow2.mapping import NOT_IN_PLACE, contiguous_count
 from liveblockd.formats.qcow2.subclusters import mask
 from liveblockd.storage.driver import BlockIO, Buffer, Done, Source
 
@@ -116,7 +116,7 @@ class InPlace:
         index = cluster & self._l2_mask
         entry = table.view[index]
         count = (offset + length - 1 >> self._bits) - cluster + 1
-        if not in_place(entry):
+        if entry >> 62 != 2 or entry & NOT_IN_PLACE:  # ``in_place``, without a call
             if not entry and count == 1:
                 return _NEW
             if count > 1 or not self._mixed_in_place(table, index, offset, length):
@@ -127,8 +127,14 @@ class InPlace:
         ):
             return -1
         host_offset: int = (entry & OFFSET_MASK) + (offset & self._in_cluster)
-        if self._data_role == "file" and self._reaches_table(host_offset >> self._bits, count):
-            return -1  # the coroutine says what is wrong
+        if self._data_role == "file":
+            first, tables = host_offset >> self._bits, self._metadata.refcounts.metadata.added
+            if (
+                first in tables
+                if count == 1
+                else not tables.isdisjoint(range(first, first + count))
+            ):
+                return -1  # the coroutine says what is wrong
         return host_offset
 
     def _mixed_in_place(self, table: L2Table, index: int, offset: int, length: int) -> bool:
@@ -139,10 +145,6 @@ class InPlace:
         inside, bits = offset & self._in_cluster, self._bits - 5
         wanted = mask(inside >> bits, (inside + length - 1 >> bits) + 1)
         return table.bitmap(index) & wanted == wanted
-
-    def _reaches_table(self, first: int, count: int) -> bool:
-        tables = self._metadata.refcounts.metadata.added
-        return first in tables if count == 1 else not tables.isdisjoint(range(first, first + count))
 
     def _ended_in_place(self, epoch: int, done: Done, error: OSError | None) -> None:
         if self._metadata.quarantine.leave(epoch):
@@ -164,11 +166,13 @@ class InPlace:
         if length < size and self.children.get("backing") is not None:
             start = cluster << self._bits
             seen = min(size, self._writer.disk_size - start)
-            if not self.below.zeroes_now(start, seen):
-                # What lies behind the end of the disk is not to come into it
-                source = self.below.source_now(start, size) if seen == size else None
-                if source is None or not source.file.in_memory:
+            # What lies behind the end of the disk is not to come into it
+            source = self.below.source_now(start, size) if seen == size else None
+            if source is None:
+                if not self.below.zeroes_now(start, seen):
                     return False
+            elif not source.file.in_memory:
+                return False
         refcounts = self._metadata.refcounts
         try:
             host_offset, _ = refcounts.allocate(1)
@@ -185,7 +189,11 @@ class InPlace:
         self, host_offset: int, source: Source | None, inside: int, data: Buffer
     ) -> bool:
         """Whether a new cluster has the source, or zeros, and ``data`` now."""
-        refcounts, file, size = self._metadata.refcounts, self.children["file"], self._in_cluster + 1
+        refcounts, file, size = (
+            self._metadata.refcounts,
+            self.children["file"],
+            self._in_cluster + 1,
+        )
         fresh = refcounts.is_fresh(host_offset)
         refcounts.touched(host_offset, 1)
         if source is not None:

@@ -21,7 +21,7 @@ from liveblockd.formats.qcow2.tables import Entries
 from liveblockd.storage.driver import Extent, ExtentKind
 
 _U = np.uint64
-_NOT_IN_PLACE = ZERO | MIXED
+NOT_IN_PLACE = ZERO | MIXED
 _DATA = ExtentKind.DATA
 #: offset 0 is where an external data file has the first cluster: COPIED tells that it is there
 _THERE = OFFSET_MASK | COPIED
@@ -49,7 +49,7 @@ def kind_of(entry: int) -> ExtentKind:
 
 def in_place(entry: int) -> bool:
     """Whether a guest write goes to the cluster where it is: allocated, not shared."""
-    return entry >> 62 == 2 and not entry & _NOT_IN_PLACE
+    return entry >> 62 == 2 and not entry & NOT_IN_PLACE
 
 
 def kinds(entries: Entries) -> npt.NDArray[np.uint8]:
