@@ -2,7 +2,8 @@
 
 Specification: preadv2(2), fallocate(2), lseek(2) SEEK_DATA, open(2) O_DIRECT.
 
-Runs on: workers; all state is in the arguments. ``probe_*`` run when a file is opened.
+Runs on: workers; ``copy_with`` on the loop, between files in memory. All state is in the arguments.
+``probe_*`` run when a file is opened.
 
 Invariants: a read gives every byte asked for (zeros past the end), a write stores all or raises;
 short transfers are continued. Buffers for O_DIRECT are aligned here, offsets by the caller.

@@ -4,9 +4,11 @@ Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, sections 3 and 4.
 
 Runs on: the event loop, on the request path: one lookup and one call below, nothing waits.
 
-``write_nowait`` is for clusters that this image has alone. ``begin_write`` takes those as well,
-where the file below has to leave the transfer to a worker, and the first write to a cluster: what
-the guest saw there is read, a cluster allocated, both written at once, the entry published.
+``write_nowait`` is for clusters that this image has alone, and for the first write to a cluster
+where its files are in memory: copied, stored and published in one step. ``begin_write`` takes the
+former as well, where the file below has to leave the transfer to a worker, and the first write to a
+cluster: what the guest saw there is read, a cluster allocated, both written at once, the entry
+published.
 
 Invariants: those of ``cow``. Between looking at an entry and the epoch of the write in place, the
 claim on its cluster or its new entry there is no await. A write in place under way is in an epoch
