@@ -263,7 +263,12 @@ async def test_bitmaps_of_the_file_see_every_write(world):
     assert await write_as_export(backend, 3 * CLUSTER, b"guest") == "begun"
     assert world.copies("top") == 0 and bitmap.count > 0
     file.remove_bitmap(bitmap)
+    gate = file.driver._gate
+    before = gate.writes
     assert file.copy_nowait(20 * CLUSTER, source, 0, b"x")
+    assert gate.writes == before + 1, "copies of jobs give way to it"
+    assert gate.enter()
+    gate.leave()
 
 
 async def test_a_claimed_cluster_is_left_alone(world):
