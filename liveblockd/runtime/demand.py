@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from time import monotonic
 from typing import Final
 
-from liveblockd.runtime.slices import give_way
+from liveblockd.runtime.slices import Courtesy
 
 #: seconds for which a request is taken as a sign that others will come
 WINDOW: Final = 0.05
@@ -51,13 +52,14 @@ class Arrivals:
 class Demand:
     """Of guests and of monitors; one a daemon."""
 
-    __slots__ = ("guests", "monitors", "processors")
+    __slots__ = ("_courtesy", "guests", "monitors", "processors")
 
     def __init__(self, processors: int | None = None) -> None:
         #: that this process may run on
         self.processors = len(os.sched_getaffinity(0)) if processors is None else processors
         self.guests = Arrivals()
         self.monitors = Arrivals()
+        self._courtesy = Courtesy()
 
     def width(self, wanted: int, now: float) -> int:
         """How many of ``wanted`` threads work in the background may keep busy now (seconds)."""
@@ -70,5 +72,5 @@ class Demand:
     async def give_turn(self) -> None:
         """Between two steps of long work: requests are served, and who makes them can run."""
         if self.guests.is_recent(asyncio.get_running_loop().time()):
-            give_way()
+            self._courtesy.give_way(monotonic())
         await asyncio.sleep(0)

@@ -25,6 +25,7 @@ import platform
 import struct
 import sys
 from collections.abc import Callable
+from time import monotonic
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,31 @@ _NUMBERS: Final = {
 #: Let whoever waits for the processor of this thread have it first, if anybody does. Not that of
 #: ``os``, which keeps the GIL meanwhile.
 give_way: Final[Callable[[], int]] = ctypes.CDLL(None).sched_yield
+
+
+#: seconds; who has the processor for longer after somebody gave way is no request, but would keep
+#: it for a time slice each time
+SHORT_WAY: Final = 0.0005
+#: so many times that long nobody gives way then
+STAY: Final = 10
+
+
+class Courtesy:
+    """Gives way again and again; a tenth of the time at most where others work without end."""
+
+    __slots__ = ("_stay_until",)
+
+    def __init__(self) -> None:
+        self._stay_until = float("-inf")
+
+    def give_way(self, now: float) -> None:
+        """``now`` is that of ``time.monotonic``."""
+        if now < self._stay_until:
+            return
+        give_way()
+        gone = monotonic()
+        if gone - now > SHORT_WAY:
+            self._stay_until = gone + (gone - now) * STAY
 
 
 def slice_of_thread() -> int:

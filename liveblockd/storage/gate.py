@@ -26,7 +26,7 @@ from functools import partial
 from time import monotonic
 from typing import Final, TypeVar, TypeVarTuple
 
-from liveblockd.runtime.slices import give_way
+from liveblockd.runtime.slices import Courtesy
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -40,21 +40,16 @@ LARGE_PIECE: Final = 8 << 20
 WINDOW: Final = 0.05
 #: seconds
 PATIENCE: Final = 0.001
-#: seconds; who has the processor for longer after a copy gave way is no request, but somebody who
-#: would keep it for a time slice each time
-SHORT_WAY: Final = 0.0005
-#: so many times that long the copy does not give way then
-STAY: Final = 10
 
 
 class Gate:
     """Of one file."""
 
     __slots__ = (
+        "_courtesy",
         "_guest",
         "_quiet_from",
         "_seen",
-        "_stay_until",
         "enter",
         "leave",
         "turn",
@@ -72,7 +67,7 @@ class Gate:
         self.writes = 0
         self._seen = 0
         self._quiet_from = float("-inf")
-        self._stay_until = float("-inf")
+        self._courtesy = Courtesy()
 
     def first(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """On a worker: ``call(*arguments)``, which is a guest's write."""
@@ -97,20 +92,12 @@ class Gate:
             self._quiet_from = now + WINDOW
         elif now >= self._quiet_from:
             return LARGE_PIECE
-        self._give_way(now)
+        self._courtesy.give_way(now)
         # A lock that nobody holds is left alone: a guest that comes now must find it free, or its
         # write would not be seen by the copy.
         if self._guest.locked() and self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
         return PIECE
-
-    def _give_way(self, now: float) -> None:
-        if now < self._stay_until:
-            return
-        give_way()
-        gone = monotonic()
-        if gone - now > SHORT_WAY:
-            self._stay_until = gone + (gone - now) * STAY
 
 
 #: few are enough: a file has one of these, which it may share with others

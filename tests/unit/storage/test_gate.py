@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from liveblockd.runtime import slices
 from liveblockd.storage import gate as gate_module
 from liveblockd.storage.gate import LARGE_PIECE, PATIENCE, PIECE, WINDOW, Gate, gate_of
 
@@ -13,7 +14,8 @@ from liveblockd.storage.gate import LARGE_PIECE, PATIENCE, PIECE, WINDOW, Gate, 
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(gate_module, "monotonic", lambda: now[0])
+    for module in (gate_module, slices):
+        monkeypatch.setattr(module, "monotonic", lambda: now[0])
     return now
 
 
@@ -34,7 +36,7 @@ def test_pieces_are_small_while_a_guest_writes_and_for_a_while_after(clock):
 
 def test_a_copy_gives_way_while_a_guest_writes(clock, monkeypatch):
     ways = []
-    monkeypatch.setattr(gate_module, "give_way", lambda: ways.append(1))
+    monkeypatch.setattr(slices, "give_way", lambda: ways.append(1))
     gate = Gate()
     gate.piece()
     assert not ways, "nobody is served"
@@ -118,7 +120,7 @@ def test_a_copy_does_not_give_way_for_ever(clock, monkeypatch):
         ways.append(clock[0])
         clock[0] += 0.003
 
-    monkeypatch.setattr(gate_module, "give_way", give_way)
+    monkeypatch.setattr(slices, "give_way", give_way)
     gate = Gate()
     begun = clock[0]
     for _ in range(1000):
