@@ -37,6 +37,9 @@ def main() -> int:
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     parser.add_argument("--list", action="store_true", help="name the measures and end")
     parser.add_argument("--render", action="store_true", help="only write the table anew")
+    parser.add_argument(
+        "--floors", action="store_true", help="renew only what the machine allows, not the lines"
+    )
     parser.add_argument("--no-docs", action="store_true", help="print, write nothing")
     arguments = parser.parse_args()
     measures = load_measures()
@@ -63,7 +66,9 @@ def main() -> int:
             for measure in chosen:
                 found = take(measure, lab, kinds, arguments.pairs)
                 failed |= "failed" in found
-                results["measures"][measure.name] = found
+                floors = results.setdefault("floors", {})
+                floors.pop(measure.name, None)
+                (floors if arguments.floors else results["measures"])[measure.name] = found
                 results["machine"] = report.machine(arguments.directory)
                 if not arguments.no_docs:  # after each, so that an interrupted run is not lost
                     report.save(arguments.docs, results, measures)

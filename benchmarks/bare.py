@@ -159,6 +159,7 @@ WAYS: dict[str, dict[str, tuple[Way, ...]]] = {
         BESIDE: (in_kernel, into_pages),
     },
     "disk": {
+        ALONE: (in_kernel,),
         "copy_file_range, two threads": (in_kernel, in_kernel),
         "pread and pwrite, one thread": (through_memory,),
         "pread and pwrite, two threads": (through_memory, through_memory),

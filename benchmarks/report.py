@@ -252,6 +252,7 @@ def floor_table(results: dict[str, Any], measures: Sequence[Measure]) -> str:
     lines = []
     for measure in measures:
         found = results["measures"].get(measure.name, {})
+        found = results.get("floors", {}).get(measure.name, found)
         lines += [line for m in measure.metrics if (line := floor_line(m, found)) is not None]
     if not lines:
         return ""
@@ -334,7 +335,8 @@ In turn with the daemons the same work was done without one: the bytes of a stre
 threads, with nothing to decide (no tables, no job, no guest; on the file system with fdatasync in
 the end), the best of several ways; the same guest on an nbdkit, which is C, that does nothing or
 next to nothing. *over QSD* is the gain that this would be, *allowed* whether the target is within
-it, *liveblockd of it* how much of it liveblockd reaches (1: all of it).
+it, *liveblockd of it* how much of it liveblockd reaches (1: all of it). Rows that were taken by
+themselves (`--floors`) have figures of QSD and liveblockd of their own, taken in the same turns.
 
 {table}
 
