@@ -181,6 +181,8 @@ class Commit(CopyJob):
 
     async def prepare(self) -> None:
         """Make the base durable, then the headers that lead to it, and then change the graph."""
+        # It may take long: whoever changes another disk, or ends a job, does not wait for it.
+        await self.base.flush()
         async with self.graph.lock:
             assert self.hold.filter is not None
             await self._hide_end()
@@ -222,6 +224,8 @@ class Commit(CopyJob):
 
     async def clean(self) -> None:
         """Give back what the work needed, whichever way it ended."""
+        if self.hold.made_writable:
+            await surgery.flush_ahead([self.base])
         async with self.graph.lock:
             await self.release()
 

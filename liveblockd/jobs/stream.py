@@ -211,6 +211,9 @@ class Stream(CopyJob):
 
     async def prepare(self) -> None:
         """Rewrite the header, durably, and then the graph."""
+        if not self.immediate:
+            # It may take long: whoever changes another disk, or ends a job, does not wait for it.
+            await self.top.driver.flush()
         async with self.graph.lock:
             if self.immediate:
                 await self._finish_at_once()
@@ -255,6 +258,8 @@ class Stream(CopyJob):
 
     async def clean(self) -> None:
         """Take the filter out and let go of the links, whichever way it ended."""
+        if self.made_writable:
+            await surgery.flush_ahead([self.top])
         async with self.graph.lock:
             await self.release()
 
