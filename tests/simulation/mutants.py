@@ -99,11 +99,13 @@ def _header_before_commit(stack: ExitStack) -> None:
 def _link_before_base(stack: ExitStack) -> None:
     """A header leads to the base of a commit before that is durable."""
 
-    async def nothing(self: Commit) -> None:
-        node = self.base
-        node.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+    prepare = Commit.prepare
 
-    stack.enter_context(mock.patch.object(Commit, "_hide_end", nothing))
+    async def mutated(self: Commit) -> None:
+        self.base.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+        await prepare(self)
+
+    stack.enter_context(mock.patch.object(Commit, "prepare", mutated))
 
 
 def _switch_before_base(stack: ExitStack) -> None:
