@@ -5,17 +5,19 @@ Specification: QEMU's TLS setup (docs/system/tls) for the names of the files; TL
 
 Runs on the event loop, which it holds for the reading of a few small files. Invariant: who asks
 for ``verify_peer`` talks to nobody whose certificate the CA of the directory did not sign; nothing
-older than TLS 1.2 is spoken. Errors: BlockError.
+older than TLS 1.2 is spoken (``tls_priority``). Errors: BlockError.
 """
 
 from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from liveblockd.errors import BlockError
+from liveblockd.runtime.tls_priority import Kind, apply_priority
+from liveblockd.runtime.tls_sanity import OwnCertificate, check_certificates
 
 CA: Final = "ca-cert.pem"
 CRL: Final = "ca-crl.pem"
@@ -30,6 +32,9 @@ class TlsFiles:
     verify_peer: bool = True
     #: of an encrypted private key
     password: bytes | None = None
+    #: as GnuTLS writes it; None: what Python does
+    priority: str | None = None
+    sanity_check: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,8 @@ def load_credentials(files: TlsFiles) -> TlsCredentials:
     """Read the files; BlockError when one is missing or cannot be used."""
     if files.directory is None:
         raise BlockError("Missing 'dir' property value")
-    context, nameless = (_load(files, files.directory) for _ in range(2))
+    context = _load(files, files.directory)
+    nameless = _load(replace(files, sanity_check=False), files.directory)
     nameless.check_hostname = False
     return TlsCredentials(context, nameless, files.server)
 
@@ -72,7 +78,7 @@ def _load(files: TlsFiles, directory: str) -> ssl.SSLContext:
         if not files.verify_peer:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    apply_priority(context, files.priority, Kind.X509)
     end = "server" if files.server else "client"
     authority = path_in(directory, CA, needed=True)
     certificate = path_in(directory, f"{end}-cert.pem", needed=files.server)
@@ -88,12 +94,16 @@ def _load(files: TlsFiles, directory: str) -> ssl.SSLContext:
         except (ssl.SSLError, OSError):
             raise BlockError(f"Unable to import CRL {revoked}") from None
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    own = None
     if certificate is not None and key is not None:
+        own = OwnCertificate(certificate, key, files.password)
         try:
-            # A function: with a value that is None the terminal would be asked.
-            context.load_cert_chain(certificate, key, lambda: files.password or b"")
+            own.load(context)
         except (ssl.SSLError, OSError):
             raise BlockError(f"Unable to import {end} certificate {certificate}") from None
+    if files.sanity_check:
+        assert authority is not None
+        check_certificates(authority, own, server=files.server)
     return context
 
 

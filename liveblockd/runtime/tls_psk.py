@@ -19,12 +19,11 @@ from typing import Any, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.runtime.tls import TlsCredentials, path_in
+from liveblockd.runtime.tls_priority import Kind, apply_priority
 
 log = logging.getLogger(__name__)
 
 KEYS: Final = "keys.psk"
-#: first with forward secrecy
-_CIPHERS: Final = "kECDHEPSK:kPSK"
 _DEFAULT_USER: Final = "qemu"
 
 
@@ -36,6 +35,8 @@ class PskFile:
     server: bool
     #: of a client
     username: str | None = None
+    #: as GnuTLS writes it
+    priority: str | None = None
 
 
 def load_psk(given: PskFile) -> TlsCredentials:
@@ -78,8 +79,7 @@ def _context(path: str, given: PskFile) -> ssl.SSLContext:
             return user, find_key(path, user)
 
         context.set_psk_client_callback(own_key)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers(_CIPHERS)
+    apply_priority(context, given.priority, Kind.PSK)
     found: ssl.SSLContext = context
     return found
 

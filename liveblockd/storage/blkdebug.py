@@ -177,9 +177,11 @@ class Blkdebug(FilterDriver):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        """Events: write_aio, or those of the table that is written."""
+        """Events: write_aio, or those of the table that is written; ``pwritev_rmw_*`` before it."""
         view = memoryview(data).cast("B")
         most = self._options.max_transfer or view.nbytes
+        if (offset | view.nbytes) % self.request_alignment:
+            await self._edges(offset, view.nbytes)
         if view.nbytes <= most:
             await self._request(BlkdebugIOType.WRITE, offset, view.nbytes)
             await self.child.write(offset, data)
@@ -254,6 +256,21 @@ class Blkdebug(FilterDriver):
             "max-discard": self._options.max_discard,
         }
         return super().limits() | {name: value for name, value in given.items() if value}
+
+    async def _edges(self, offset: int, length: int) -> None:
+        """Events and errors of reading what stands beside a write in its first and last block."""
+        unit = self.request_alignment
+        head, tail = offset % unit, -(offset + length) % unit
+        names = [name for name, there in (("head", head), ("tail", tail)) if there]
+        together = head + length + tail <= (2 * unit if head and tail else unit)
+        start, size = offset - head, head + length + tail
+        for part in [names] if together else [[name] for name in names]:
+            for name in part:
+                await self._rules.happen(f"pwritev_rmw_{name}")
+            at = start + size - unit if part == ["tail"] and not together else start
+            await self._request(BlkdebugIOType.READ, at, size if together else unit, ())
+            for name in part:
+                await self._rules.happen(f"pwritev_rmw_after_{name}")
 
     async def _done(self) -> None:
         if self._rules.needed:

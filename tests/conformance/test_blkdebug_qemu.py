@@ -23,6 +23,13 @@ NAMES = """
     flush_to_os flush_to_disk pwritev pwritev_zero pwritev_done pwritev_rmw_head
     empty_image_prepare none
 """
+#: of steps that need other images
+GROWTH = """
+    l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_alloc_cow_read
+    l2_alloc_write reftable_grow refblock_alloc refblock_alloc_hookup refblock_alloc_write
+    refblock_alloc_write_blocks refblock_alloc_write_table refblock_alloc_switch_table cluster_alloc
+    cluster_free
+"""
 
 #: of qemu-io, with what the image holds there in the remarks
 REQUESTS = [
@@ -54,7 +61,7 @@ def images(tmp_path_factory):
 
 def options(path, rules):
     return {
-        "driver": "qcow2",
+        "driver": "raw" if "align" in rules else "qcow2",
         "discard": "unmap",
         "file": {
             "driver": "blkdebug",
@@ -87,12 +94,15 @@ async def we_say(path, rules, request):
     for part in request.split("; "):
         words = part.split()
         flags = [word for word in words[1:] if word.startswith("-")]
-        offset, length = (_bytes(w) for w in words[-2:]) if len(words) > 2 else (0, 0)
+        sizes = [_bytes(word) for word in words[1:] if not word.startswith("-")]
+        offset, length = [0, 0, *sizes][-2:]
         try:
             if words[0] == "read":
                 await user.read(offset, length)
             elif words[0] == "flush":
                 await user.flush()
+            elif words[0] == "truncate":
+                await bench.graph.resize(node, length)
             elif words[0] == "discard":
                 await user.discard(offset, length)
             elif "-z" in flags:
@@ -101,7 +111,7 @@ async def we_say(path, rules, request):
                 await user.write_compressed(offset, b"\xcd" * length)
             else:
                 await user.write(offset, b"\xcd" * length)
-        except OSError:
+        except (OSError, BlockError):
             failed = True
     await bench.graph.detach(user)
     await bench.close()
@@ -109,12 +119,12 @@ async def we_say(path, rules, request):
 
 
 def _bytes(word):
-    return int(word.removesuffix("k")) * (KIB if word.endswith("k") else 1)
+    return int(word.rstrip("kMG")) * {"k": KIB, "M": KIB**2, "G": KIB**3}.get(word[-1], 1)
 
 
-async def compare(images, tmp_path, rules):
+async def compare(images, tmp_path, rules, requests=REQUESTS):
     answers = {}
-    for request in REQUESTS:
+    for request in requests:
         for who, says in (("qemu", qemu_says), ("we", we_say)):
             path = tmp_path / f"{who}.qcow2"
             shutil.copy(images, path)
@@ -142,6 +152,59 @@ async def test_where_requests_fail(event, images, tmp_path):
 ])  # fmt: skip
 async def test_rules(rules, images, tmp_path):
     answers = await compare(images, tmp_path, rules)
+    assert answers["we"] == answers["qemu"]
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """Images whose next write makes tables: of the disk, of refcounts, of one with a snapshot."""
+    place = tmp_path_factory.mktemp("growing")
+    disk, blocks, shared = (place / f"{name}.qcow2" for name in ("disk", "blocks", "shared"))
+    run("qemu-img", "create", "-q", "-f", "qcow2", disk, "2G")
+    run("qemu-io", "-c", "write 0 64k", disk)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", blocks, "64M")
+    shutil.copy(disk, shared)
+    run("qemu-img", "snapshot", "-c", "s", shared)
+    table = place / "table.qcow2"  # its refcount table is all but full
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", table, "64M")
+    run("qemu-io", "-c", "write 0 7900k", table)
+    return {
+        table: ["write 7900k 300k; flush"],
+        disk: ["write 1000M 64k; flush", "truncate 8G", "discard 0 64k; flush"],
+        blocks: ["write 0 1M; flush"],
+        shared: ["write 64k 64k; flush", "discard 0 64k; flush"],
+    }
+
+
+@pytest.mark.parametrize("event", GROWTH.split())
+async def test_steps_that_make_tables(event, growing, tmp_path):
+    for image, requests in growing.items():
+        if event == "refblock_alloc_hookup" and image.stem == "table":
+            continue  # where the last block of the old table lies is everybody's own affair
+        answers = await compare(image, tmp_path, {"inject-error": [{"event": event}]}, requests)
+        assert answers["we"] == answers["qemu"], image.name
+
+
+@pytest.mark.parametrize("event", GROWTH.split())
+async def test_states_after_steps(event, images, tmp_path):
+    """The step itself does not fail, a flush after it does."""
+    rules = {"inject-error": [{"event": "flush_to_disk", "state": 2}],
+             "set-state": [{"event": event, "new_state": 2}]}  # fmt: skip
+    requests = ["discard 0 64k; flush", "write 640k 64k; flush", "write -z 0 64k; flush"]
+    answers = await compare(images, tmp_path, rules, requests)
+    assert answers["we"] == answers["qemu"]
+
+
+@pytest.mark.parametrize("event", [
+    "pwritev_rmw_head", "pwritev_rmw_after_head", "pwritev_rmw_tail", "pwritev_rmw_after_tail"
+])  # fmt: skip
+async def test_parts_of_blocks(event, tmp_path_factory, tmp_path):
+    image = tmp_path_factory.mktemp("raw") / "disk.raw"
+    run("qemu-img", "create", "-q", "-f", "raw", image, "1M")
+    rules = {"inject-error": [{"event": event}], "align": 4096}
+    requests = ["write 0 4k", "write 512 512", "write 0 512", "write 3584 512", "write 512 8k",
+                "write 512 3584", "write 0 4608", "write 3584 1k", "write 512 64k"]  # fmt: skip
+    answers = await compare(image, tmp_path, rules, requests)
     assert answers["we"] == answers["qemu"]
 
 

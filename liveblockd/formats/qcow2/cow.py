@@ -188,11 +188,13 @@ class Writer:
                     await metadata.event("cow_write")
                 at = host_offset + start - (cluster << bits)
                 await self.put(at, contents)
+            freed = metadata.freed
             if table.bitmaps is None:
                 metadata.publish_run(table, index, host_offset, count)
             else:
                 low, high = begin - (cluster << bits), end - (cluster << bits)
                 self._publish_subclusters(table, index, count, host_offset, low, high)
+            table_freed = metadata.freed != freed
         except OSError:
             # Anything else (a cancelled loop) may have left a write under way: then they leak.
             if allocated and host_offset is not None:
@@ -201,6 +203,8 @@ class Writer:
         finally:
             table.pins -= 1
             claims.release(claim)
+        if table_freed:
+            await metadata.event("cluster_free", "refblock_alloc")
         return length
 
     def _subcluster_frame(

@@ -56,6 +56,12 @@ from liveblockd.storage.driver import BlockIO, Buffer
 MAX_TABLES = 16384
 #: host offsets that are free to be used are found in this many refcount blocks in memory
 MIN_REFCOUNT_BLOCKS = 4
+#: debug events of a new L2 table, a new refcount block and a larger refcount table
+_FREE = "cluster_free"
+_NEW_L2 = ("cluster_alloc", "refblock_alloc", "l2_alloc_write")
+_NEW_BLOCK = ("refblock_alloc_write", "refblock_alloc_hookup")
+_NEW_TABLE = ("refblock_alloc_write", "reftable_grow", "refblock_alloc_write_blocks",
+              "refblock_alloc_write_table", "refblock_alloc_switch_table", _FREE)  # fmt: skip
 
 
 async def read_bytes(file: BlockIO, offset: int, length: int) -> Buffer:
@@ -90,6 +96,8 @@ class Metadata:
         self.geometry = header.geometry
         self.refcounts = refcounts
         self.quarantine = Quarantine()
+        #: how many ranges were freed by new entries
+        self.freed = 0
         self.l1 = l1
         self.l1_view = memoryview(cast(Buffer, l1))
         self.l1_offset = header.l1_table_offset
@@ -317,6 +325,7 @@ class Metadata:
             host_offset = self.l2_offset(l1_index)
             if not host_offset:
                 new_offset, _, fresh = await self.allocate(1)
+                await self.event(*_NEW_L2)
                 if self.l2_offset(l1_index):  # somebody was faster
                     self.quarantine.free(new_offset, 1, unmap=False)
                     continue
@@ -329,6 +338,7 @@ class Metadata:
             table.pins += 1
             try:
                 new_offset = await self.allocate_cluster()
+                await self.event("l2_alloc_cow_read", *_NEW_L2, _FREE)
             finally:
                 table.pins -= 1
             if table.exclusive:
@@ -494,6 +504,7 @@ class Metadata:
 
     def _free_ranges(self, ranges: list[tuple[int, int]], *, unmap: bool) -> None:
         """Memory no longer has what referred to these (host_offset, clusters)."""
+        self.freed += len(ranges)
         for host_offset, clusters in ranges:
             self.quarantine.free(host_offset, clusters, unmap=unmap)
 
@@ -517,21 +528,28 @@ class Metadata:
         ``fresh`` ones were never written to and read as zeros.
         """
         while True:
+            refcounts = self.refcounts
+            blocks, table = len(refcounts.blocks), refcounts.table_offset
             try:
-                host_offset, found = self.refcounts.allocate(count)
+                host_offset, found = refcounts.allocate(count)
             except BlockNeeded as needed:
                 await self.load_block(needed.index)
                 continue
-            fresh = self.refcounts.is_fresh(host_offset)
-            self.refcounts.touched(host_offset, found)
+            fresh = refcounts.is_fresh(host_offset)
+            refcounts.touched(host_offset, found)
             self.on_dirty()
+            if refcounts.table_offset != table:
+                await self.event(*_NEW_TABLE)
+            elif len(refcounts.blocks) != blocks:
+                await self.event(*_NEW_BLOCK)
             return host_offset, found, fresh
 
-    async def event(self, name: str) -> None:
-        """One of QEMU's debug events: a step that requests to the file do not show."""
+    async def event(self, *names: str) -> None:
+        """QEMU's debug events: steps that requests to the file do not show."""
         listener = getattr(getattr(self.file, "driver", self.file), "debug_event", None)
         if listener is not None:
-            await listener(name)
+            for name in names:
+                await listener(name)
 
     async def allocate_data(self, cluster: int, count: int) -> tuple[int, int, bool]:
         """As ``allocate``, for guest clusters from ``cluster`` on, which the caller has claimed."""

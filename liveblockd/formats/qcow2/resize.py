@@ -88,10 +88,13 @@ async def _grow_l1(metadata: Metadata, size: int) -> None:
     if needed * ENTRY_BYTES > MAX_L1_BYTES:
         raise BlockError("Failed to grow the L1 table: File too large", errno=EFBIG)
     clusters = metadata.geometry.clusters(needed * ENTRY_BYTES)
+    await metadata.event("l1_grow_alloc_table", "cluster_alloc", "refblock_alloc")
     host_offset = await metadata.allocate_exactly(clusters)
+    await metadata.event("l1_grow_write_table", "l1_grow_activate_table")
     entries = np.zeros(needed, np.uint64)
     entries[: len(metadata.l1)] = metadata.l1
     metadata.replace_l1(entries, host_offset)
+    await metadata.event("cluster_free", "refblock_alloc")
 
 
 async def _zero_new_part(metadata: Metadata, eraser: Eraser, old_size: int, size: int) -> None:

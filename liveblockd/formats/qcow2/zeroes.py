@@ -245,6 +245,7 @@ class Eraser:
         """Put ``change(entries)`` in place of the entries of a range."""
         metadata = self._metadata
         entries = metadata.geometry.l2_entries
+        freed = metadata.freed
         while count:
             index = cluster & (entries - 1)
             part = min(count, entries - index)
@@ -268,6 +269,8 @@ class Eraser:
             count -= part
             if count:
                 await asyncio.sleep(0)  # a table may take 100 us, and there may be thousands
+        if metadata.freed != freed:
+            await metadata.event("cluster_free", "refblock_alloc")
 
     async def _change_data_file(
         self, table: L2Table, cluster: int, count: int, change: _Change, *, unmap: bool

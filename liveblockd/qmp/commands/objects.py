@@ -26,6 +26,7 @@ from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
 from liveblockd.qmp.throttle_options import ThrottleLimits, changed, limits_of, to_members
 from liveblockd.runtime.tls import TlsCredentials, TlsFiles, load_credentials
+from liveblockd.runtime.tls_anon import load_anon
 from liveblockd.runtime.tls_psk import PskFile, load_psk
 from liveblockd.storage.filters import buckets
 from liveblockd.storage.filters.throttle_group import ThrottleGroup as GroupOfDisks
@@ -225,14 +226,18 @@ class ObjectRegistry:
         self._list_files.pop(name, None)
 
     def _load_tls(self, options: TlsCreds) -> None:
+        server, priority = options.endpoint == "server", options.priority
         if isinstance(options, TlsCredsX509):
             password = None if options.passwordid is None else self.secret(options.passwordid)
-            server = options.endpoint == "server"
-            files = TlsFiles(options.dir, server, options.verify_peer, password)
+            files = TlsFiles(
+                options.dir, server, options.verify_peer, password, priority, options.sanity_check
+            )
             self._tls[options.id] = load_credentials(files)
         elif isinstance(options, TlsCredsPsk):
-            server = options.endpoint == "server"
-            self._tls[options.id] = load_psk(PskFile(options.dir, server, options.username))
+            keys = PskFile(options.dir, server, options.username, priority)
+            self._tls[options.id] = load_psk(keys)
+        else:
+            self._tls[options.id] = load_anon(options.dir, server=server, priority=priority)
 
     def authorizer(self, name: str) -> Callable[[str], bool]:
         """What the ``authz-*`` object says of an identity; looked for each time, BlockError."""
@@ -255,23 +260,19 @@ class ObjectRegistry:
 
     def tls_server(self, name: str) -> SSLContext:
         """The TLS context of a server that the object ``name`` stands for."""
-        return self._find_tls(name, "server").for_server()
+        return self._find_tls(name).for_server()
 
     def tls_client(self, name: str, named: bool) -> SSLContext:
         """The TLS context of a client; ``named``: the server has to be who it is called."""
-        return self._find_tls(name, "client").for_client(named=named)
+        return self._find_tls(name).for_client(named=named)
 
-    def _find_tls(self, name: str, end: str) -> TlsCredentials:
+    def _find_tls(self, name: str) -> TlsCredentials:
         options = self._objects.get(name)
         if options is None:
             raise BlockError(f"No TLS credentials with id '{name}'")
         if not isinstance(options, TlsCreds):
             raise BlockError(f"Object with id '{name}' is not TLS credentials")
-        if (found := self._tls.get(name)) is not None:
-            return found
-        if options.endpoint != end:
-            raise BlockError(f"Expected TLS credentials for a {end} endpoint")
-        raise BlockError(f"{options.qom_type} is not supported, tls-creds-x509 and -psk are")
+        return self._tls[name]
 
     def find(self, name: str) -> ObjectOptions:
         """The object ``name``."""
