@@ -463,8 +463,7 @@ class FileDriver(AtOnce, BlockDriver):
         """On a worker. Through /proc, since the name may mean another file by now."""
         fd = open_fd(f"/proc/self/fd/{self._fd}", read_only, self._direct)
         try:
-            self._locks.copy_to(fd)
-            os.dup2(fd, self._fd, inheritable=False)
+            self._locks.replace(fd)
         finally:
             os.close(fd)
 

@@ -22,6 +22,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from errno import EACCES, EAGAIN, EINVAL, ENOLCK, ENOSYS, EOPNOTSUPP
 
 from liveblockd.errors import BlockError
@@ -85,13 +86,19 @@ class ImageLocks:
         self._unlock(set(self._held))
         self.used, self.shared = Permission.NONE, Permission.ALL
 
-    def copy_to(self, fd: int) -> None:
-        """Lock the same bytes on another description of the file, which is about to replace ours.
+    def replace(self, fd: int) -> None:
+        """Our descriptor means the description of ``fd`` from now on, and the locks are there.
 
-        Nobody is asked: what we hold keeps all others away. Raises BlockError.
+        Nobody is asked: what we hold keeps all others away. The old description is unlocked by
+        name: a child that another thread has forked and that has not called exec yet has it too,
+        and would be the "other process" of our next question. OSError, and nothing has changed.
         """
         for byte in sorted(self._held):
             _set_lock(fd, fcntl.F_RDLCK, byte)
+        for byte in sorted(self._held):
+            with suppress(OSError):  # they go with the description, if nobody else has it
+                _set_lock(self._fd, fcntl.F_UNLCK, byte)
+        os.dup2(fd, self._fd, inheritable=False)
 
     def _lock(self, fd: int, wanted: Iterable[int]) -> None:
         for byte in sorted(wanted):
