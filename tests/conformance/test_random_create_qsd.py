@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.in_step import InStep, PartedWaysError, missing
 
-STEPS = 20
+STEPS = 10
 FIRST = int(os.environ.get("FIRST_WALK", "1"))
 MIB = 1 << 20
 #: what info says of the moment and of the place, or what is the engine's own affair

@@ -304,7 +304,7 @@ def entries(data):
     return found
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("WALKS", "8"))))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("WALKS", "4"))))
 def test_walk(seed, tmp_path):
     rng = random.Random(seed)
     stack, asked = Stack(rng), requests(rng)

@@ -21,7 +21,7 @@ def test_a_run_measures_both_and_writes_the_page(tmp_path):
     only = "stream-dense-tmpfs,stream-sparse,query-block-jobs,memory-idle"
     try:
         fio.available()
-        only += ",nbd-randwrite-qd16,guest-latency"
+        only += ",guest-latency"
     except CannotRun:
         pass  # the lines of guests are left out
     run = subprocess.run(

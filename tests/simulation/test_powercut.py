@@ -36,12 +36,12 @@ def test_random_machines(first: int) -> None:
 def test_several_drives_at_once() -> None:
     """In one daemon, each with its chain, guest, jobs, bitmaps and snapshots; each is judged."""
     figures = Figures()
-    for seed, drives in ((200, 2), (201, 3), (202, 2)):
+    for seed, drives in ((200, 2), (201, 3)):
         course = run_machine(Plan(seed, drives=drives, large=False))
         writing = {entry.medium for entry in course.log if entry.kind == "begin"}
         assert writing == {~drive for drive in range(drives)}
         figures.add(judge(course, 15))
-    assert figures.cuts == 45
+    assert figures.cuts == 30
     assert_nothing_lost(figures)
 
 
@@ -87,7 +87,7 @@ def test_clusters_that_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(SimulatedDisk, "copy_nowait", counted)
     figures = Figures()
-    for seed in range(CHOSEN + 1, CHOSEN + 37, 3):
+    for seed in range(CHOSEN + 1, CHOSEN + 22, 3):
         steps = ("snapshot", "rest", "snapshot", "rest", "snapshot", "stream", "rest")
         plan = {"kind": "compression", "cluster_size": 4096, "depth": 2, "faults": False}
         figures.add(run_seed(seed, 12, steps=steps, **plan))
