@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import time
 
 import pytest
 
 from tests.simulation.bench import Bench
 from tests.support.daemon import DaemonProcess
 from tests.support.imagetool import ours, qemu, qemu_io
+from tests.support.nbd_peer import server
 from tests.support.qcow2_images import needs
 
 pytestmark = needs("qemu-img", "qemu-io", "qemu-nbd")
 MIB = 1 << 20
 
 
-@contextlib.contextmanager
-def served_by_qemu():
-    process = subprocess.Popen(
-        ["qemu-nbd", "-t", "-r", "-e", "4", "-k", os.path.abspath("nbd.sock"), "-f", "qcow2",
-         "-A", "-B", "b", "-x", "disk", "disk.qcow2"],
+def served_by_qemu(directory):
+    return server(
+        directory, "qemu-nbd", "-t", "-r", "-e", "4", "-k", directory / "nbd.sock", "-f", "qcow2",
+        "-A", "-B", "b", "-x", "disk", "disk.qcow2",
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 10
-        while not os.path.exists("nbd.sock"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager
@@ -59,7 +47,8 @@ def served(request, tmp_path, monkeypatch):
         tmp_path / "disk.qcow2", "write -P 2 1M 128k", "write -z 2M 64k", "write -P 3 5M 1M",
         "write -P 4 8380416 512",
     )  # fmt: skip
-    with served_by_qemu() if request.param == "qemu-nbd" else served_by_us(tmp_path):
+    peer = served_by_qemu if request.param == "qemu-nbd" else served_by_us
+    with peer(tmp_path):
         yield
 
 

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import random
 import signal
-import subprocess
-import time
 from errno import EIO, ENOSPC
 
 import pytest
@@ -15,27 +13,11 @@ from liveblockd.exports.addresses import listen
 from liveblockd.graph import filenames
 from liveblockd.qapi.sockets import UnixSocketAddress
 from tests.simulation.bench import Bench
+from tests.support.nbd_peer import server
 from tests.support.qcow2_images import needs
 
 KIB, MIB = 1024, 1024 * 1024
 SIZE = 8 * MIB + 512
-
-
-@contextlib.contextmanager
-def server(directory, *command):
-    """A server that listens on ``nbd.sock``."""
-    path = directory / "nbd.sock"
-    process = subprocess.Popen([str(part) for part in command], cwd=directory)
-    try:
-        deadline = time.monotonic() + 10
-        while not path.exists():
-            assert process.poll() is None, "no start"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def qemu_nbd(directory, image, image_format="raw", *more):

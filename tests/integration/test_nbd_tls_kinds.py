@@ -4,12 +4,12 @@ import contextlib
 import shutil
 import ssl
 import subprocess
-import time
 
 import pytest
 
 from tests.integration.test_nbd_tls import authority, keys, nbd_node, openssl  # noqa: F401
 from tests.support.daemon import DaemonProcess, QmpError
+from tests.support.nbd_peer import server
 from tests.support.qcow2_images import needs
 
 MIB = 1 << 20
@@ -39,24 +39,12 @@ def qemu_io(tmp_path, creds, *commands):
     return done.returncode == 0 and "Pattern" not in done.stdout
 
 
-@contextlib.contextmanager
 def qemu_nbd(tmp_path, creds):
     (tmp_path / "disk.raw").write_bytes(b"\x07" * MIB)
-    path = tmp_path / "nbd.sock"
-    process = subprocess.Popen(
-        ["qemu-nbd", "-t", "-e", "4", "-k", path, "-f", "raw", "-x", "disk",
-         "--object", f"{creds},id=t,endpoint=server", "--tls-creds", "t", "disk.raw"],
-        cwd=tmp_path,
+    return server(
+        tmp_path, "qemu-nbd", "-t", "-e", "4", "-k", tmp_path / "nbd.sock", "-f", "raw",
+        "-x", "disk", "--object", f"{creds},id=t,endpoint=server", "--tls-creds", "t", "disk.raw",
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 ANON = {"qom_type": "tls-creds-anon"}
