@@ -29,6 +29,36 @@ def test_the_unit_is_well_formed(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def calls_of(name):
+    """The system calls of a set of systemd's, those of the sets in it included."""
+    listed = subprocess.run(
+        ["systemd-analyze", "syscall-filter", name],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    names = [line.strip() for line in listed.stdout.splitlines()[1:]]
+    found = set()
+    for each in names:
+        found |= calls_of(each) if each.startswith("@") else {each}
+    return {call for call in found if call and not call.startswith("#")}
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_the_unit_lets_the_daemon_make_its_system_calls():
+    """Those that are asked for by name or number; a refused one is only seen in the figures."""
+    allowed = calls_of("@default")
+    for line in re.findall(r"^SystemCallFilter=(.*)$", (SYSTEMD / "liveblockd.service").read_text(),
+                           re.MULTILINE):  # fmt: skip
+        names = line.removeprefix("~").split()
+        calls = set().union(*(calls_of(n) if n.startswith("@") else {n} for n in names))
+        allowed = allowed - calls if line.startswith("~") else allowed | calls
+    needed = {
+        "sched_setattr", "sched_getattr", "sched_yield", "io_setup", "io_submit", "io_getevents",
+        "preadv2", "pwritev2", "copy_file_range", "fallocate", "fdatasync", "sync_file_range",
+        "ioctl", "fcntl", "madvise", "clone3", "accept4", "epoll_pwait",
+    }  # fmt: skip
+    assert needed <= allowed
+
+
 def test_the_configuration_can_be_read():
     loaded = config.load(str(SYSTEMD / "liveblockd.toml"))
     assert [a.option for a in configured(loaded, "c")] == ["nbd-server", "qmp", "hmp"]
