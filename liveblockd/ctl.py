@@ -338,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
     job_verbs(verb, _size)
 
     one = verb("wait", wait, "show the progress of a job until it is over")
-    one.add_argument("job")
+    one.add_argument("job", help="its id, as `jobs` shows it")
 
     one = verb("snapshot", snapshot, "put a new overlay on a device; the old image stays as it is")
     one.add_argument("device", help="drive or node")
@@ -348,22 +348,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--existing", action="store_true", help="the new image is there already")
 
     one = verb("resize", resize, "change the virtual size of a device")
-    one.add_argument("device")
-    one.add_argument("size", type=_size)
+    one.add_argument("device", help="drive or node")
+    one.add_argument("size", type=_size, help="bytes, such as 20G")
     _job_verbs(verb)
     _export_verbs(verb)
 
     one = verb("qmp", raw_qmp, "run any QMP command")
-    one.add_argument("name")
-    one.add_argument("members", nargs="*", metavar="KEY=VALUE|JSON")
+    one.add_argument("name", help="of the command, such as query-block")
+    one.add_argument("members", nargs="*", metavar="KEY=VALUE|JSON",
+                     help="arguments (a.b=VALUE nests), or one JSON object")  # fmt: skip
     one = verb("hmp", hmp, "run a line of the human monitor")
-    one.add_argument("words", nargs=argparse.REMAINDER)
+    one.add_argument("words", nargs=argparse.REMAINDER, help="such as: info block-jobs")
     one = verb("events", events, "print events as they come, one JSON object a line")
     one.add_argument("names", nargs="*", help="only these")
     one.add_argument("--count", type=int, help="end after so many")
     verb("quit", quit_, "end the daemon; running jobs are cancelled")
-    # `main` hands its words on: their options are not ours.
-    verbs.add_parser("image", help="work on images without a daemon: info, check, convert, ...")
+    # Its words are for `imagetool`; none of them looks like an option here.
+    one = verbs.add_parser(
+        "image",
+        help="work on images without a daemon: info, check, convert, ...",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    one.add_argument("words", nargs=argparse.REMAINDER)
     return top
 
 
@@ -376,7 +383,7 @@ def _job_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) -> 
         ("set-speed", "has its new limit", "limit the speed of a job"),
     ):
         one = verb(name, _job_verb(f"block-job-{name}", done), text)
-        one.add_argument("job")
+        one.add_argument("job", help="its id, as `jobs` shows it")
         if name == "cancel":
             one.add_argument("--force", action="store_true", help="also when it is paused")
         if name == "set-speed":
@@ -390,10 +397,10 @@ def _export_verbs(verb: Callable[[str, Handler, str], argparse.ArgumentParser]) 
     one.add_argument("address", help="PATH or HOST:PORT")
     actions.add_parser("stop", help="stop it and remove its exports")
     one = actions.add_parser("add", help="export a drive or node")
-    one.add_argument("node")
+    one.add_argument("node", help="drive or node")
     one.add_argument("--id", help="default: the name of the node")
     one.add_argument("--name", help="export name for clients; default: the name of the node")
-    one.add_argument("--writable", action="store_true")
+    one.add_argument("--writable", action="store_true", help="clients may write")
     one = actions.add_parser("del", help="remove an export")
     one.add_argument("id")
     one.add_argument("--force", action="store_true", help="also while clients are connected")
@@ -426,12 +433,11 @@ async def _run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["image"]:
+    args = parser().parse_args(argv)
+    if args.verb == "image":
         from liveblockd.imagetool.command import main as image
 
-        return image(words[1:])
-    args = parser().parse_args(words)
+        return image(args.words)
     try:
         return asyncio.run(_run(args))
     except ControlError as exc:

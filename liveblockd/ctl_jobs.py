@@ -310,14 +310,14 @@ def job_verbs(verb: Verb, size: Callable[[str], int]) -> None:
     one = verb("backup", backup, "copy what a disk holds at this moment to a new image")
     _copy_words(one, size, ("full", "top"))
     one.add_argument("--bitmap", help="only what this dirty bitmap says has changed")
-    one.add_argument("--compress", action="store_true")
+    one.add_argument("--compress", action="store_true", help="write compressed clusters")
 
     one = verb("create", create, "create an image, by the daemon")
-    one.add_argument("file", type=os.path.abspath)
-    one.add_argument("size", type=size)
-    one.add_argument("--format", choices=("raw", "qcow2"), default="qcow2")
+    one.add_argument("file", type=os.path.abspath, help="the new image")
+    one.add_argument("size", type=size, help="of its disk in bytes, such as 20G")
+    one.add_argument("--format", choices=("raw", "qcow2"), default="qcow2", help="default: qcow2")
     one.add_argument("--backing", help="file name of the backing file, as it is to be stored")
-    one.add_argument("--backing-format", default="qcow2")
+    one.add_argument("--backing-format", default="qcow2", help="default: qcow2")
 
 
 def _job_words(one: argparse.ArgumentParser, size: Callable[[str], int]) -> None:

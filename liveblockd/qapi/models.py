@@ -80,6 +80,8 @@ class QapiModel(BaseModel):
     qapi_tag: ClassVar[str]
     #: what clients may find out in the schema about the struct itself
     qapi_features: ClassVar[tuple[str, ...]] = ()
+    #: of what will be refused for a better reason than a member that is not known
+    qapi_any_members: ClassVar[bool] = False
 
     @classmethod
     def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
@@ -366,7 +368,7 @@ def _visit_members(model: type[QapiModel], value: dict[str, Any], path: Path) ->
         unexpected.pop(member.name, None)
         if (held := _visit_member(member, value, path)) is not _ABSENT:
             found[member.attribute] = held
-    for name in unexpected:
+    for name in () if model.qapi_any_members else unexpected:
         raise BlockError(f"Parameter '{path.member(name).full}' is unexpected")
     if _has_own_validation(model):
         try:

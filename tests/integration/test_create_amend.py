@@ -13,6 +13,8 @@ from liveblockd.jobs import creating
 from liveblockd.jobs.amending import amend_encryption
 from liveblockd.jobs.creating import NewHostFile, NewQcow2, PreallocMode
 from liveblockd.jobs.step import Create
+from liveblockd.qapi import parse
+from liveblockd.qmp.commands.create import BlockdevCreate, blockdev_create
 from liveblockd.storage.driver import Permission
 from tests.simulation.bench import Bench
 from tests.support.qcow2_images import check, needs, run
@@ -204,3 +206,19 @@ class TestPassphrases:
         run("qemu-img", "check", "-q", *secret, *image)
         shown = run("qemu-io", *secret, "-r", "-c", f"read -P {last[0]} 0 4096", *image)
         assert "Pattern verification failed" not in shown
+
+
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [("raw", "Driver does not support blockdev-create"),
+     ("vmdk", "Driver does not support blockdev-create"),
+     ("qed", "Block driver 'qed' not found or not supported")],
+)  # fmt: skip
+async def test_what_is_not_made_is_told_whatever_it_was_to_be(driver, message):
+    options = {"driver": driver}
+    if driver != "raw":
+        options |= {"file": "f", "size": MIB, "subformat": "dynamic"}
+    arguments = parse(BlockdevCreate, {"job-id": "c", "options": options})
+    with pytest.raises(BlockError) as refused:
+        await blockdev_create(None, arguments)
+    assert refused.value.message == message

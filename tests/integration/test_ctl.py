@@ -240,3 +240,14 @@ def test_examples_say_when_it_fails(daemon, tmp_path, script):
 def _command(script):
     path = str(EXAMPLES / script)
     return [sys.executable, path] if script.endswith(".py") else [path]
+
+
+def test_image_after_options_of_the_client(tmp_path):
+    """People have ``liveblockctl -s SOCKET`` as an alias; the words of the tool stay its own."""
+    for words in (["image"], ["-s", "nowhere.sock", "image"], ["--json", "image"]):
+        command = [sys.executable, "-m", "liveblockd.ctl", *words]
+        for rest in (["create", "-q", "-f", "qcow2", "x.qcow2", "1M"], ["check", "-q", "x.qcow2"]):
+            subprocess.run([*command, *rest], cwd=tmp_path, timeout=60, check=True)
+        told = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+        assert told.stdout.startswith("usage: liveblockctl image"), told
+        assert "rebase" in told.stdout

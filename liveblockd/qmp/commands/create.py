@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.luks_new import LuksCreateOptions
@@ -22,6 +22,7 @@ from liveblockd.qmp.block_info import Qcow2CompressionType
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.storage.options import BlockdevRef
+from liveblockd.storage.registry import drivers
 
 
 class BlockdevQcow2Version(enum.StrEnum):
@@ -61,6 +62,12 @@ class QCryptoBlockCreateLuks(QCryptoBlockCreateOptions, LuksCreateOptions):
     """LUKS."""
 
 
+#: drivers that make images in QEMU alone
+_MADE_ELSEWHERE: Final = (
+    "nfs", "parallels", "qcow", "qed", "rbd", "ssh", "vdi", "vhdx", "vmdk", "vpc",
+)  # fmt: skip
+
+
 class BlockdevCreateOptions(QapiModel):
     """What is to be made; a driver that makes no images has no further members."""
 
@@ -71,7 +78,14 @@ class BlockdevCreateOptions(QapiModel):
     @classmethod
     def qapi_variants(cls) -> Mapping[str, type[QapiModel]]:
         """The drivers that make images."""
-        return {"file": CreateFile, "qcow2": CreateQcow2, "luks": CreateLuks}
+        elsewhere = dict.fromkeys(_MADE_ELSEWHERE, CreateElsewhere)
+        return {"file": CreateFile, "qcow2": CreateQcow2, "luks": CreateLuks, **elsewhere}
+
+
+class CreateElsewhere(BlockdevCreateOptions):
+    """What QEMU makes images of and this project does not: its members do not matter."""
+
+    qapi_any_members = True
 
 
 class CreateFile(BlockdevCreateOptions):
@@ -178,6 +192,8 @@ async def blockdev_create(context: Context, arguments: BlockdevCreate) -> None:
     """Make an image; a job does it, which is there until it is dismissed."""
     options = arguments.options
     maker = _MAKERS.get(type(options))
+    if isinstance(options, CreateElsewhere) and options.driver not in drivers():
+        raise BlockError(f"Block driver '{options.driver}' not found or not supported")
     if maker is None:
         raise BlockError("Driver does not support blockdev-create")
 
