@@ -25,7 +25,7 @@ from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import Opener
-from liveblockd.qapi import QapiModel, parse
+from liveblockd.qapi import QapiModel, parse, parse_size
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import find_driver
@@ -53,7 +53,7 @@ class DriveMedia(enum.StrEnum):
 
 
 class CacheMode(enum.StrEnum):
-    """(direct, no-flush, writeback) in ``_CACHE``."""
+    """Names of what is in ``CACHE_MODES``."""
 
     NONE = "none"
     OFF = "off"
@@ -63,7 +63,8 @@ class CacheMode(enum.StrEnum):
     UNSAFE = "unsafe"
 
 
-_CACHE: Final = {
+#: (direct, no-flush, writeback)
+CACHE_MODES: Final = {
     CacheMode.NONE: (True, False, True),
     CacheMode.OFF: (True, False, True),
     CacheMode.WRITEBACK: (False, False, True),
@@ -71,6 +72,15 @@ _CACHE: Final = {
     CacheMode.DIRECTSYNC: (True, False, False),
     CacheMode.UNSAFE: (False, True, True),
 }
+
+
+#: members that have suffixes in ``-drive``, and are numbers in blockdev-add
+_SIZES: Final = frozenset(
+    (
+        "cache-size", "l2-cache-size", "l2-cache-entry-size", "offset", "refcount-cache-size",
+        "size",
+    )
+)  # fmt: skip
 
 
 class DriveDiscard(enum.StrEnum):
@@ -218,11 +228,11 @@ def _numbered(options: DriveOptions, number: int) -> str:
 
 def _node_members(options: DriveOptions) -> tuple[dict[str, Any], bool]:
     """Members of blockdev-add for the format node, without driver, file and backing."""
-    members: dict[str, Any] = dict(options.members or {})
-    direct, no_flush, writeback = _CACHE[CacheMode.WRITEBACK]
+    members = with_plain_sizes(options.members or {})
+    direct, no_flush, writeback = CACHE_MODES[CacheMode.WRITEBACK]
     if isinstance(options.cache, str):
         try:
-            direct, no_flush, writeback = _CACHE[CacheMode(options.cache)]
+            direct, no_flush, writeback = CACHE_MODES[CacheMode(options.cache)]
         except ValueError:
             raise BlockError("invalid cache option") from None
     elif isinstance(options.cache, Mapping):
@@ -245,6 +255,21 @@ def _node_members(options: DriveOptions) -> tuple[dict[str, Any], bool]:
     read_only = options.read_only if options.read_only is not None else options.readonly
     members["read-only"] = bool(read_only) or options.media is DriveMedia.CDROM
     return members, not writeback
+
+
+def with_plain_sizes(members: Mapping[str, Any]) -> dict[str, Any]:
+    """``l2-cache-size=1M`` as a number of bytes, which blockdev-add wants. BlockError."""
+    plain: dict[str, Any] = {}
+    for name, value in members.items():
+        if isinstance(value, Mapping):
+            value = with_plain_sizes(value)
+        elif name in _SIZES and isinstance(value, str):
+            size = parse_size(value)
+            if size is None:
+                raise BlockError(f"Parameter '{name}' expects a non-negative number below 2^64")
+            value = str(size)
+        plain[name] = value
+    return plain
 
 
 class _CacheMembers(QapiModel):

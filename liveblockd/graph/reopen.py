@@ -21,7 +21,7 @@ from liveblockd.graph import chain, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.qapi import members, to_qmp
-from liveblockd.storage.options import BlockdevOptions
+from liveblockd.storage.options import BlockdevDetectZeroesOptions, BlockdevOptions
 
 _HOLD: Final = "block device is being reopened"
 _CHANGEABLE: Final = frozenset(
@@ -30,9 +30,9 @@ _CHANGEABLE: Final = frozenset(
 
 
 async def reopen(graph: Graph, options: Sequence[BlockdevOptions]) -> None:
-    """Give each node named in ``options`` these options; what is left out gets its default."""
+    """Give each node in ``options`` these; what is left out, but ``discard``, gets its default."""
     async with graph.lock:
-        wanted = [(_find(graph, given), given) for given in options]
+        wanted = [_keeping_discard(_find(graph, given), given) for given in options]
         for node, given in wanted:
             _check(graph, node, given)
         held: list[Node] = []
@@ -57,12 +57,24 @@ def _find(graph: Graph, given: BlockdevOptions) -> Node:
     return graph.find(given.node_name)
 
 
+def _keeping_discard(node: Node, given: BlockdevOptions) -> tuple[Node, BlockdevOptions]:
+    """``discard`` alone stays as it is where it is left out, as in QEMU."""
+    if given.discard is None and node.driver_class.is_format:
+        given = given.model_copy(update={"discard": node.options.discard})
+    return node, given
+
+
 def _check(graph: Graph, node: Node, given: BlockdevOptions) -> None:
     has_backing = node.backing is not None or node.driver.backing_file
     if has_backing and "backing" not in given.model_fields_set:
         raise BlockError(f"backing is missing for '{node.name}'")
     if given.driver != node.driver_class.driver_name:
         raise BlockError("Cannot change the option 'driver'")
+    if given.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP and not given.unmaps:
+        raise BlockError(
+            "setting detect-zeroes to unmap is not allowed "
+            "without setting discard operation to unmap"
+        )
     for role in ("backing", "file"):
         _check_child(graph, node, role, getattr(given, role, None))
     for member in members(type(given)):

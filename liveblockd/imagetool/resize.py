@@ -6,12 +6,12 @@ Runs on an event loop of its own. Words and exit status are those of ``qemu-img 
 from __future__ import annotations
 
 import argparse
-import os
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.graph.node import Node
+from liveblockd.graph.resizing import resize
 from liveblockd.imagetool.images import Images, ToolError, reason, size_of
 from liveblockd.imagetool.output import say, warn
 
@@ -27,22 +27,7 @@ def _preallocation(text: str, shrinking: bool, node: Node) -> Preallocation:
         raise ToolError("Preallocation can only be used for growing images")
     if mode is Preallocation.METADATA and not isinstance(node.driver, Qcow2):
         raise ToolError("Unsupported preallocation mode: metadata")
-    if isinstance(node.driver, Qcow2) and node.driver.encrypted:
-        raise ToolError("Encrypted images are not preallocated")
     return mode
-
-
-async def _preallocate(
-    images: Images, node: Node, mode: Preallocation, offset: int, length: int
-) -> None:
-    """Space for what is new; raises OSError."""
-    if mode is Preallocation.OFF:
-        return
-    if isinstance(node.driver, Qcow2):
-        await node.driver.preallocate(mode, offset, length)
-    elif (host := node.host_file()) is not None:
-        await images.workers.run(os.posix_fallocate, host.fd, offset, length)
-        await node.flush()
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -64,9 +49,7 @@ async def run(args: argparse.Namespace) -> int:
             )
         mode = _preallocation(args.preallocation, size < current, node)
         try:
-            await images.graph.resize(node, size)
-            if size > current:
-                await _preallocate(images, node, mode, current, size - current)
+            await resize(images.graph, node, size, mode)
         except (BlockError, OSError) as error:
             raise ToolError(reason(error)) from error
     say("Image resized.", quiet=args.quiet)

@@ -357,7 +357,9 @@ SCENARIOS = {
               {"node-name": "d0", "detect-zeroes": "unmap"}, {"node-name": "d0", "backing": "base"},
               {"node-name": "d0", "backing": None}, {"node-name": "d0", "file": "ghost"},
               {"node-name": "base", "file": "base-file", "backing": "top"},
-              {"node-name": "mid", "file": "mid-file"})),
+              {"node-name": "mid", "file": "mid-file"},
+              *({"node-name": "base", "file": "base-file", "detect-zeroes": "unmap", **more}
+                for more in ({}, {"discard": "ignore"})))),
         ("object-add", {"qom-type": "throttle-group", "id": "g"}),
         ("blockdev-add", {"driver": "throttle", "node-name": "slow", "throttle-group": "g",
                           "file": "d0-file"}),

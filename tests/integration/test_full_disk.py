@@ -106,3 +106,19 @@ def test_the_guest_is_told_and_goes_on(small):
     verdict(small)
     commands = ("-c", "read -P 0 0 4M", "-c", "read -P 7 4M 4M", "-c", "read -P 9 28M 4M")
     run("qemu-io", "-r", "-f", "qcow2", *commands, "top.qcow2", cwd=small)
+
+
+@pytest.mark.parametrize("mode", ["full", "falloc"])
+def test_a_disk_that_cannot_be_preallocated_keeps_its_size(small, mode):
+    with daemon_on(small) as daemon:
+        qmp = daemon.qmp()
+        guest(small, "write -P 5 0 1M", "flush")
+        for line in (f"truncate -m {mode} 96M", "length", f"truncate -m {mode} 40M", "length"):
+            assert qmp("human-monitor-command", command_line=f'qemu-io disk "{line}"') == ""
+        guest(small, "write -P 6 39M 1M", "read -P 0 32M 7M", "read -P 5 0 1M", "read -P 9 1M 31M")
+        qmp("quit")
+        daemon.wait()
+        said = daemon.output.decode()
+    assert "qemu-io: No space left on device" in said
+    assert [line for line in said.splitlines() if line.endswith("MiB")] == ["32 MiB", "40 MiB"]
+    verdict(small)

@@ -131,6 +131,21 @@ async def test_cache_modes(graph, cache, direct, no_flush, through):
 
 
 @needs_qemu
+async def test_sizes_have_suffixes(graph):
+    create("top.img")
+    sized = {"l2-cache-size": "1M", "refcount-cache-size": "0.25M"}
+    one = await drive(graph, file="top.img", format="qcow2", **sized)
+    assert one.node.options.l2_cache_size == 1 << 20
+    assert one.node.options.refcount_cache_size == 1 << 18
+    await delete_drive(graph, one.name)
+    window = {"file": "top.img", "format": "raw", "offset": "64k", "size": "128k"}
+    one = await drive(graph, **window)
+    assert one.length == 1 << 17
+    message = await refused(drive(graph, **window | {"size": "lots"}))
+    assert message == "Parameter 'size' expects a non-negative number below 2^64"
+
+
+@needs_qemu
 async def test_backing_options(graph):
     create("base.img")
     create("other.img")

@@ -109,7 +109,7 @@ class Management:
     async def preallocate(self, mode: Preallocation, offset: int, length: int) -> None:
         """Give what has no clusters yet in a range of the disk its own; durable on return.
 
-        For a disk without users, new or just grown.
+        For a disk that is new or just grown, with no request of a guest in flight.
         """
         self._check_writable()
         await self._settle()

@@ -1,16 +1,17 @@
 """Host clusters for what was never written, so that later writes need no allocation.
 
 Specification: qapi/block-core.json, PreallocMode. Runs on: the event loop, in a task of the engine,
-on a disk without users; ``falloc`` in a thread.
+with no guest request in flight; ``falloc`` in a thread.
 
 Invariants: new clusters read as zeros; entries reach the disk after the file has been grown for
-them, and a crash leaves a part of the range allocated. Errors: OSError (ENOSPC), ``DamageError``,
-``BlockError`` (ENOTSUP) before anything is done.
+them, and a crash or an error leaves a part of the range allocated. Errors: OSError (ENOSPC),
+``DamageError``, ``BlockError`` (ENOTSUP) before anything is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 from errno import ENOTSUP
@@ -22,6 +23,7 @@ from liveblockd.formats.qcow2.commit import Committer
 from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layout import COPIED, ZERO
 from liveblockd.formats.qcow2.metadata import Metadata
+from liveblockd.storage.hostcalls import punch_hole
 
 #: bytes written at a time
 _PIECE = 1 << 20
@@ -61,7 +63,11 @@ async def preallocate(
                     guest = cluster + first - index
                     host_offset, found, fresh = await metadata.allocate_data(guest, count)
                     size = found << geometry.cluster_bits
-                    await _prepare(metadata, mode, host_offset, size, fresh=fresh)
+                    try:
+                        await _prepare(metadata, mode, host_offset, size, fresh=fresh)
+                    except OSError:
+                        await _give_up(metadata, host_offset, found)
+                        raise
                     _publish(metadata, table, first, host_offset, found)
                     first, count = first + found, count - found
         finally:
@@ -71,6 +77,19 @@ async def preallocate(
         cluster += part
         await asyncio.sleep(0)
     await committer.flush()
+
+
+async def _give_up(metadata: Metadata, host_offset: int, clusters: int) -> None:
+    """Clusters that nothing refers to; with their space, which tables may be waiting for."""
+    host = metadata.data.host_file()
+    if metadata.has_data_file:
+        return  # they are the disk's, and nobody has written there
+    if host is not None:
+        length = clusters << metadata.geometry.cluster_bits
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # a file system without holes
+            await loop.run_in_executor(None, punch_hole, host.fd, host_offset, length)
+    metadata.free_data(host_offset, clusters)
 
 
 def _publish(metadata: Metadata, table: L2Table, first: int, host_offset: int, count: int) -> None:

@@ -15,7 +15,9 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from liveblockd.errors import BlockError
+from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.graph.node import Node
+from liveblockd.graph.resizing import resize
 from liveblockd.qmp.hmp import io_text
 from liveblockd.qmp.hmp.images import format_members
 from liveblockd.qmp.hmp.io_text import IoRefusedError, Usage, Words
@@ -355,13 +357,19 @@ async def length(disk: Disk, words: Words) -> None:  # noqa: ARG001
 
 @io_command("truncate", Usage("m:", "off", 1, 3, "change the size of the disk"), alias="t")
 async def truncate(disk: Disk, words: Words) -> None:
-    """As block_resize."""
-    if words.options.get("m", "off") != "off":
-        raise IoRefusedError(f"qemu-io: Invalid preallocation mode '{words.options['m']}'")
+    """As block_resize; with -m what is new is allocated at once."""
     try:
-        await disk.monitor.context.graph.resize(disk.node, io_text.number(words.words[0]))
+        mode = Preallocation(words.options.get("m", "off"))
+    except ValueError:
+        text = words.options["m"]
+        raise IoRefusedError(f"qemu-io: Invalid preallocation mode '{text}'") from None
+    size = io_text.number(words.words[0])
+    try:
+        await resize(disk.monitor.context.graph, disk.node, size, mode)
     except BlockError as error:
         raise IoRefusedError(f"qemu-io: {error.message}") from None
+    except OSError as error:
+        raise IoRefusedError(f"qemu-io: {os.strerror(error.errno or EIO)}") from None
 
 
 async def _allocated(node: Node, offset: int, length: int, add: Callable[[int, bool], Any]) -> None:
@@ -423,35 +431,6 @@ async def info(disk: Disk, words: Words) -> None:  # noqa: ARG001
     specific = driver.format_specific()
     if specific is not None:
         disk.text.append("Format specific information:\n" + format_members(specific["data"]))
-
-
-@io_command("reopen", Usage("c:o:rw", "", 0, -1, "make the disk read-only (-r) or writable (-w)"))
-async def reopen(disk: Disk, words: Words) -> None:
-    """Without an option nothing is changed."""
-    if words.has("r") and words.has("w"):
-        raise IoRefusedError("qemu-io: Only one -r/-w option may be given")
-    if words.has("c") or words.has("o"):
-        raise IoRefusedError("qemu-io: cache modes and options are changed by blockdev-reopen")
-    if not words.has("r") and not words.has("w"):
-        return
-    graph = disk.monitor.context.graph
-    writes = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
-    edge, used = disk.backend.edge, disk.backend.edge.used
-    async with graph.lock:
-        if words.has("r"):  # the drive itself stops writing; others who do stand against it
-            edge.used &= ~writes
-        try:
-            await graph.set_read_only(disk.node, words.has("r"))
-            if words.has("w") and not disk.own:
-                edge.used |= Permission.WRITE
-            await graph.refresh_permissions(disk.backend.node)
-        except BaseException as error:
-            edge.used = used
-            if not isinstance(error, BlockError | OSError):
-                raise
-            message = error.message if isinstance(error, BlockError) else error.strerror
-            raise IoRefusedError(f"qemu-io: {message}") from None
-        disk.backend.rebind()
 
 
 # -- breakpoints
