@@ -373,6 +373,7 @@ async def test_fast_zeroes_or_none() -> None:
     disk = await written()
     image = await open_qcow2(disk)
     await image.write_zeroes(0, 2 * CLUSTER, fast_only=True)
+    assert await image.read(0, 2 * CLUSTER) == bytes(2 * CLUSTER)
     with pytest.raises(OSError) as caught:
         await image.write_zeroes(2 * CLUSTER + 1, CLUSTER, fast_only=True)
     assert caught.value.errno == ENOTSUP

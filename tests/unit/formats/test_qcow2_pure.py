@@ -318,6 +318,7 @@ def test_runs_of_subclusters(values: list[tuple[int, int]], data: st.DataObject)
 def test_lowest_run(bits: int) -> None:
     first, end = subclusters.lowest_run(bits)
     text = f"{bits:032b}"[::-1]
+    assert first < end
     assert text[:end] == "0" * first + "1" * (end - first) and text[end : end + 1] != "1"
     assert subclusters.mask(first, end) & ~bits == 0
 
