@@ -338,7 +338,7 @@ class Crashed:
 
     def view(self, below: Bytes | None) -> Bytes:
         """All of the disk; ``below`` is the view of the backing file."""
-        return self._view(self.tables, self.size, below)[0]
+        return self._view(self.tables, self.size, below)
 
     def raw_view(self) -> Bytes:
         """What somebody sees who takes a raw data file for the disk."""
@@ -349,15 +349,25 @@ class Crashed:
 
     def snapshot_views(self, below: Bytes | None) -> dict[str, tuple[Bytes, Bytes]]:
         """By name: the bytes of an internal snapshot, and which of them are its own."""
-        return {name: self._view(kept.tables, kept.size, below) for name, kept in self.kept.items()}
+        found = {}
+        for name, kept in self.kept.items():
+            parts = 32 if self.extended else 1
+            own = np.zeros((-(-kept.size // self.cluster), parts), np.uint8)
+            view = self._view(kept.tables, kept.size, below, own)
+            found[name] = view, np.repeat(own.reshape(-1), self.cluster // parts)[: kept.size]
+        return found
 
     def _view(
-        self, tables: dict[int, Words], size: int, below: Bytes | None
-    ) -> tuple[Bytes, Bytes]:
+        self,
+        tables: dict[int, Words],
+        size: int,
+        below: Bytes | None,
+        own: Bytes | None = None,
+    ) -> Bytes:
+        """``own`` gets a 1 for every part of a cluster that is not from below."""
         parts = 32 if self.extended else 1
         clusters = -(-size // self.cluster)
         result = np.zeros(clusters << self.bits, np.uint8)
-        own = np.zeros((clusters, parts), np.uint8)
         if below is not None:
             part = below[:size]
             result[: len(part)] = part
@@ -373,13 +383,17 @@ class Crashed:
             some = np.flatnonzero(data.any(axis=1))
             hosts = ((entries[some] & OFFSET) >> np.uint64(self.bits)).astype(np.int64)
             found = self._clusters(hosts).reshape(-1, parts, self.cluster // parts)
-            here[some] = np.where(data[some][:, :, None], found, here[some])
+            if parts == 1:
+                here[some] = found
+            else:
+                here[some] = np.where(data[some][:, :, None], found, here[some])
             for number in np.flatnonzero(compressed).tolist():
                 raw = np.frombuffer(self._unpack(int(entries[number])), np.uint8)
                 here[number] = raw.reshape(parts, -1)
-            held = own[first : first + self.entries_per_table]
-            held[:] = zero | data | compressed[:, None]
-        return result[:size], np.repeat(own.reshape(-1), self.cluster // parts)[:size]
+            if own is not None:
+                held = own[first : first + self.entries_per_table]
+                held[:] = zero | data | compressed[:, None]
+        return result[:size]
 
     def _kinds(
         self, pairs: Words, compressed: npt.NDArray[np.bool_]

@@ -225,20 +225,20 @@ class History:
         if len(view) != self.size and len(view) not in self.sizes.values():
             return f"the size is {len(view)}, not {self.size} or {list(self.sizes.values())}"
         whole = self.durable
-        good = np.zeros(len(whole), np.bool_)
-        good[: len(view)] = view == whole[: len(view)]
-        good[len(view) :] = whole[len(view) :] == 0
-        if good.all():
+        padded = view
+        if len(view) < len(whole):
+            padded = np.zeros(len(whole), np.uint8)
+            padded[: len(view)] = view
+        wrong = padded != whole
+        if not wrong.any():
             return None
-        padded = np.zeros(len(whole), np.uint8)
-        padded[: len(view)] = view
         for request in self.open.values():
             start, end = request.offset, request.offset + len(request.data)
-            same = padded[start:end] == request.data
+            differs = padded[start:end] != request.data
             if request.left is not None:
-                same &= request.left
-            good[start:end] |= same
-        bad = np.flatnonzero(~good)
+                differs |= ~request.left
+            wrong[start:end] &= differs
+        bad = np.flatnonzero(wrong)
         if not len(bad):
             return None
         first = int(bad[0])

@@ -184,7 +184,8 @@ class DriveJudge:
         content = {name: disks[self.course.names[name]] for name in names}
         if self.random.randrange(ENGINE_SHARE) == 0:
             self.figures.by_engine += 1
-            found.lost = virtual.run(_reopen(images, content, view))
+            with forms.unlocked_once():
+                found.lost = virtual.run(_reopen(images, content, view))
         if self.random.randrange(QEMU_SHARE) == 0 and shutil.which("qemu-img"):
             self.figures.by_qemu += 1
             found.corrupt = _ask_qemu(images, content)

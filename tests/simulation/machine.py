@@ -499,5 +499,5 @@ async def _end(bench: Bench, machines: list[Machine]) -> None:
 def run_machine(plan: Plan) -> Course:
     """Let a machine run in simulated time."""
     # Internal snapshots have a date.
-    with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9):
+    with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9), forms.unlocked_once():
         return virtual.run(_course(plan))

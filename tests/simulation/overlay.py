@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from errno import EPERM
 from typing import Any, Self
 
@@ -83,7 +84,13 @@ class OverlayDriver(BlockDriver):
 
     async def read(self, offset: int, length: int) -> Buffer:
         await self._wait("read")
-        return b"".join([await self._read_part(*part) for part in self._parts(offset, length)])
+        pieces = []
+        for cluster, start, part in self._parts(offset, length):
+            data = self.clusters.get(cluster)
+            if data is None or data is ZERO:
+                data, start = await self._read_part(cluster, start, part), 0
+            pieces.append(data[start : start + part])
+        return b"".join(pieces)
 
     async def write(self, offset: int, data: Buffer) -> None:
         self._check_writable()
@@ -183,16 +190,16 @@ class OverlayDriver(BlockDriver):
         if self.read_only:
             raise OSError(EPERM, "Operation not permitted")
 
-    def _parts(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """(cluster, offset in it, length) for the range."""
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(cluster, offset in it, length) for the range; most of ``map`` ends early."""
         assert 0 <= offset <= offset + length <= self._length
-        parts = []
-        while length:
-            cluster, start = divmod(offset, self.cluster_size)
-            part = min(length, self.cluster_size - start)
-            parts.append((cluster, start, part))
-            offset, length = offset + part, length - part
-        return parts
+        size = self.cluster_size
+        cluster, start = divmod(offset, size)
+        while length > size - start:
+            yield cluster, start, size - start
+            cluster, start, length = cluster + 1, 0, length - (size - start)
+        if length:
+            yield cluster, start, length
 
     def _is_whole(self, cluster: int, part: int) -> bool:
         start = cluster * self.cluster_size

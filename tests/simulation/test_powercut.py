@@ -224,7 +224,7 @@ def test_defect_is_noticed(name: str) -> None:
     plan = PLANS.get(name, {})
     first = FIRST_SEED.get(name, 0)
     with planted(name):
-        for seed in range(first, first + 30):
+        for seed in range(first, first + 40):
             try:
                 found = run_seed(seed, 40, **plan).found
             except BaseExceptionGroup as group:  # the guest itself read wrong bytes

@@ -100,6 +100,8 @@ async def test_readers_see_the_past_and_the_guest_what_it_wrote(seed, backed):
                 if run.zero:
                     assert not any(bench.then[position:end])
                 position = end
+            for _ in range(bench.random.randrange(12)):  # of the many turns that a write takes
+                await asyncio.sleep(0)
 
     async def old_way():
         """Through the target itself, whose backing node is the disk."""
