@@ -59,8 +59,8 @@ class VirtualClock:
 def run(main: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run`` in simulated time.
 
-    The task returns nothing: where ``asyncio`` gives SIGINT back, ``signal`` writes out the task, with
-    what it has returned, twice. Of a log with tens of thousands of lines that took longer than the course.
+    The task returns nothing: where ``asyncio`` gives SIGINT back, ``signal`` writes out the task
+    with what it has returned, twice. Of a log of thousands of lines that took longer than the course.
     """
     answers: list[T] = []
 
