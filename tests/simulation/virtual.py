@@ -60,7 +60,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run`` in simulated time.
 
     The task returns nothing: where ``asyncio`` gives SIGINT back, ``signal`` writes out the task
-    with what it has returned, twice. Of a log of thousands of lines that took longer than the course.
+    with what it has returned, twice: of a log of thousands of lines that took longer than all else.
     """
     answers: list[T] = []
 
