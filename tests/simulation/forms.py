@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import random
 import uuid
-from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -80,14 +78,6 @@ def crypto_header(rng: random.Random) -> bytes:
         header = luks.new_luks(PASSPHRASE, key_bytes=len(KEY))
     material = len(KEY) * luks.STRIPES
     return header[: 4096 + -(-material // 4096) * 4096]
-
-
-_merge = functools.lru_cache(maxsize=64)(luks.merge)
-
-
-def unlocked_once() -> AbstractContextManager[object]:
-    """The many rounds of ``luks.merge`` once for each key slot, however often it is unlocked."""
-    return mock.patch.object(luks, "merge", _merge)
 
 
 def data_name(name: str) -> str:

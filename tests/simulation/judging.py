@@ -27,6 +27,7 @@ from tests.simulation.crashed import Chains, Crashed, Flat, Image, NoImageError
 from tests.simulation.history import History
 from tests.simulation.upkeep import BITMAP
 from tests.support.qcow2_images import open_qcow2
+from tests.support.unlocked import unlocked_once
 
 #: one cut in so many is looked at by the engine, by qemu-img
 ENGINE_SHARE, QEMU_SHARE = 24, 400
@@ -184,7 +185,7 @@ class DriveJudge:
         content = {name: disks[self.course.names[name]] for name in names}
         if self.random.randrange(ENGINE_SHARE) == 0:
             self.figures.by_engine += 1
-            with forms.unlocked_once():
+            with unlocked_once():
                 found.lost = virtual.run(_reopen(images, content, view))
         if self.random.randrange(QEMU_SHARE) == 0 and shutil.which("qemu-img"):
             self.figures.by_qemu += 1

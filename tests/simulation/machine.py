@@ -30,6 +30,7 @@ from tests.simulation.disks import Machine, SimulatedDisk, SimulatedWorkers
 from tests.simulation.merging import Merging
 from tests.simulation.upkeep import BITMAP, REFUSED, Upkeep
 from tests.support.qcow2_images import open_qcow2
+from tests.support.unlocked import unlocked_once
 
 KIB, MIB = 1024, 1024 * 1024
 #: what management does, each as often as it is here
@@ -499,5 +500,5 @@ async def _end(bench: Bench, machines: list[Machine]) -> None:
 def run_machine(plan: Plan) -> Course:
     """Let a machine run in simulated time."""
     # Internal snapshots have a date.
-    with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9), forms.unlocked_once():
+    with mock.patch("time.time_ns", lambda: 1_700_000_000 * 10**9), unlocked_once():
         return virtual.run(_course(plan))

@@ -38,6 +38,7 @@ from tests.support.matrix_hands import (
     read_here,
 )
 from tests.support.memory import MemoryDriver
+from tests.support.unlocked import unlocked_once
 
 
 @dataclass
@@ -278,7 +279,8 @@ def run(
     """
     directory = Path(tempfile.mkdtemp(prefix="liveblockd-matrix-"))
     try:
-        return asyncio.run(Matrix(seed, combination, directory).run(rounds))
+        with unlocked_once():
+            return asyncio.run(Matrix(seed, combination, directory).run(rounds))
     except DifferenceError as difference:
         if keep:
             say(f"images: {directory}")

@@ -93,8 +93,17 @@ def pairs(combination: Combination) -> set[Pair]:
 
 def draw(rng: random.Random) -> Combination:
     """Any one that is possible."""
+    bits = rng.getrandbits
     while True:
-        found = Combination(**{n: rng.choice(v) for n, v in DIMENSIONS.items()})  # type: ignore
+        found = object.__new__(Combination)  # there are hundreds of thousands of tries
+        members = found.__dict__
+        for name, values in DIMENSIONS.items():
+            count = len(values)  # what follows is ``rng.choice(values)``
+            width = count.bit_length()
+            number = bits(width)
+            while number >= count:
+                number = bits(width)
+            members[name] = values[number]
         if found.possible:
             return found
 

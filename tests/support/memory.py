@@ -233,8 +233,11 @@ class MemoryDriver(BlockDriver):
         while position < len(data):
             page, start = divmod(offset + position, PAGE)
             part = data[position : position + PAGE - start]
-            old = self.pages.get(page, _ZERO_PAGE)
-            self.pages[page] = old[:start] + part + old[start + len(part) :]
+            if len(part) == PAGE:
+                self.pages[page] = bytes(part)
+            else:
+                old = self.pages.get(page, _ZERO_PAGE)
+                self.pages[page] = old[:start] + part + old[start + len(part) :]
             position += len(part)
 
     def _store_zeroes(self, offset: int, length: int) -> None:

@@ -11,13 +11,15 @@ import struct
 import zlib
 from collections import Counter
 
+import numpy as np
+
 
 class Oracle:
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.errors: list[str] = []
         self.leaks: list[int] = []
-        self._blocks: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int]] = {}
         (magic, self.version, backing_offset, backing_length, self.cluster_bits, self.size,
          _, l1_size, l1_offset, table_offset, table_clusters, snapshots, snapshots_offset,
          ) = struct.unpack(">4sIQIIQIIQQIIQ", self._bytes(0, 72))  # fmt: skip
@@ -48,6 +50,7 @@ class Oracle:
         for entry in self.table:
             if entry:
                 self._use(entry, self.cluster_size)
+        self._counts = self._refcounts()
         #: (id, name, L1 table, size of the disk)
         self.snapshots: list[tuple[str, str, list[int], int]] = []
         self._snapshots(snapshots, snapshots_offset)
@@ -145,11 +148,11 @@ class Oracle:
             if active and bool(l1_entry >> 63) != (self.refcount(l2_offset) == 1):
                 self.errors.append(f"COPIED of L1 entry {l1_entry:#x}")
             words = self._entries(l2_offset, self.cluster_size // 8)
-            for number in range(0, len(words), self.words):
-                if self.extended:
-                    self._walk_bitmap(words[number], words[number + 1])
-                if not (self.extended and words[number] == 0):
-                    self._walk_entry(words[number], active=active)
+            if self.extended:
+                for entry, bitmap in zip(words[::2], words[1::2], strict=True):
+                    self._walk_bitmap(entry, bitmap)
+            for entry in filter(None, words[:: self.words]):
+                self._walk_entry(entry, active=active)
 
     def _walk_bitmap(self, entry: int, bitmap: int) -> None:
         allocated, zero = bitmap & 0xFFFFFFFF, bitmap >> 32
@@ -164,8 +167,6 @@ class Oracle:
             self.errors.append(f"bit 0 of extended entry {entry:#x}")
 
     def _walk_entry(self, entry: int, *, active: bool) -> None:
-        if not entry:
-            return
         if entry >> 62 & 1:
             offset, length = self._compressed(entry)
             self._use(offset, length)
@@ -193,39 +194,30 @@ class Oracle:
         return offset, (sectors + 1) * 512 - offset % 512
 
     def refcount(self, offset: int) -> int:
-        per_block = self.cluster_size * 8 >> self.refcount_order
-        index, within = divmod(offset >> self.cluster_bits, per_block)
-        block = self._block(index)
-        return block[within] if block else 0
+        return self._counts.get(offset >> self.cluster_bits, 0)
 
-    def _block(self, index: int) -> list[int]:
-        """The refcounts of a block; none where there is none."""
-        if index in self._blocks:
-            return self._blocks[index]
-        block: list[int] = []
-        if index < len(self.table) and self.table[index]:
-            data = self._bytes(self.table[index], self.cluster_size)
-            bits = 1 << self.refcount_order
+    def _refcounts(self) -> dict[int, int]:
+        """By cluster; those that are not 0."""
+        per_block = self.cluster_size * 8 >> self.refcount_order
+        bits, found = 1 << self.refcount_order, {}
+        for index, entry in enumerate(self.table):
+            if not entry:
+                continue
+            data = self._bytes(entry, self.cluster_size)
             if bits >= 8:
-                letter = {8: "B", 16: "H", 32: "I", 64: "Q"}[bits]
-                block = list(struct.unpack(f">{len(data) * 8 // bits}{letter}", data))
+                block = np.frombuffer(data, f">u{bits // 8}")
             else:
-                mask = (1 << bits) - 1
-                block = [byte >> shift & mask for byte in data for shift in range(0, 8, bits)]
-        self._blocks[index] = block
-        return block
+                packed = np.frombuffer(data, np.uint8)
+                block = (packed[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1).reshape(-1)
+            used = np.flatnonzero(block)
+            found.update(
+                zip((used + index * per_block).tolist(), block[used].tolist(), strict=True)
+            )
+        return found
 
     def _compare(self) -> None:
-        per_block = self.cluster_size * 8 >> self.refcount_order
-        known = {
-            index * per_block + within
-            for index, entry in enumerate(self.table)
-            if entry
-            for within, count in enumerate(self._block(index))
-            if count
-        }
-        for cluster in sorted(known | set(self.references)):
-            used, counted = self.references[cluster], self.refcount(cluster << self.cluster_bits)
+        for cluster in sorted(self._counts.keys() | self.references.keys()):
+            used, counted = self.references[cluster], self._counts.get(cluster, 0)
             if counted < used:
                 self.errors.append(f"cluster {cluster}: refcount {counted}, {used} references")
             elif counted > used:
@@ -240,8 +232,9 @@ class Oracle:
         l2_offset = l1[cluster // self.l2_entries] & 0x00FFFFFFFFFFFE00
         if not l2_offset:
             return 0
-        index = cluster % self.l2_entries * self.words + word
-        return self._entries(l2_offset + index * 8, 1)[0]
+        if l2_offset not in self._tables:
+            self._tables[l2_offset] = self._entries(l2_offset, self.cluster_size // 8)
+        return self._tables[l2_offset][cluster % self.l2_entries * self.words + word]
 
     def read_snapshot(self, number: int, below: bytes = b"") -> bytes:
         """The disk as a snapshot has kept it."""
