@@ -82,6 +82,7 @@ class CopyJob(Job):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._planned = 0  # bytes looked at
         self._to_do = 0  # bytes of those in pieces that are not done
+        self._moving = 0  # bytes of those that are in flight
         self._pieces: deque[Run] = deque()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._planning: asyncio.Task[None] | None = None
@@ -187,7 +188,7 @@ class CopyJob(Job):
         elif self.speed:
             size = LIMITED_CHUNK
         else:
-            size = self._copy_chunk if _by_worker(piece) else READ_CHUNK
+            size = self._share_of_rest() if _by_worker(piece) else READ_CHUNK
         size = max(size // self.granularity, 1) * self.granularity
         if piece.length <= size:
             return piece
@@ -195,12 +196,17 @@ class CopyJob(Job):
         self._pieces.appendleft(piece.part(middle, piece.end))
         return piece.part(piece.offset, middle)
 
+    def _share_of_rest(self) -> int:
+        """Bytes of a chunk: such that nobody is left to copy a last one alone."""
+        left = max(LEAST_CHUNK, (self._to_do - self._moving) // self.parallel)
+        return min(self._copy_chunk, left)
+
     def _next_chunks(self) -> list[Run]:
         """The next chunk, with those that follow as long as they can be moved together with it."""
         chunks = [self._next_chunk()]
         if not self.gathers(chunks[0]):
             return chunks
-        room = (LIMITED_CHUNK if self.speed else self._copy_chunk) - chunks[0].length
+        room = (LIMITED_CHUNK if self.speed else self._share_of_rest()) - chunks[0].length
         while len(chunks) < MOST_TOGETHER and self._pieces:
             piece = self._pieces[0]
             if piece.length > room or not self.gathers(piece):
@@ -213,6 +219,7 @@ class CopyJob(Job):
         for piece in pieces:
             if piece.kind is not ExtentKind.ZERO:
                 self.account(piece.length)
+        self._moving += sum(piece.length for piece in pieces)
         task = asyncio.create_task(self._carry(pieces))
         self._in_flight.add(task)
         task.add_done_callback(self._ended)
@@ -222,6 +229,12 @@ class CopyJob(Job):
         self.wake()
 
     async def _carry(self, pieces: list[Run]) -> None:
+        try:
+            await self._move_pieces(pieces)
+        finally:
+            self._moving -= sum(piece.length for piece in pieces)
+
+    async def _move_pieces(self, pieces: list[Run]) -> None:
         started = self.scheduler.clock.monotonic()
         if self.gathers(pieces[0]):
             try:

@@ -26,6 +26,7 @@ from liveblockd.storage.copy_engine import (
     CopyMethod,
     Transfer,
     Zeroes,
+    clone,
     clone_or_copy,
     copy_run,
     into_pages,
@@ -37,10 +38,15 @@ from liveblockd.storage.copy_engine import (
 from liveblockd.storage.first_words import first_words_of
 from liveblockd.storage.flags import runs_of
 from liveblockd.storage.gate import Gate, gate_of
-from liveblockd.storage.pages import Run
+from liveblockd.storage.pages import Run, takes_pages
+from liveblockd.storage.splices import LONG, splice_runs
 
 #: bytes of a piece among many that the kernel is asked to copy; the call costs as much as 4 KiB
 LEAST_SPLICED = 64 << 10
+
+
+#: an offset, bytes
+PAST_ALL = 1 << 62
 
 
 class Segment(NamedTuple):
@@ -131,13 +137,18 @@ def _splice(segments: Sequence[Segment], clones: set[int], fd: int, cluster_size
             return set(runs)
         gate.turn.acquire()
     try:
-        return _copy_in_turn(runs, fd, gate)
+        in_memory = all(segment.read_flags == 0 for _, segment in chosen)
+        return _copy_in_turn(runs, fd, gate, in_memory=in_memory and takes_pages(fd))
     finally:
         gate.turn.release()
 
 
-def _copy_in_turn(runs: dict[int, Run], fd: int, gate: Gate) -> set[int]:
+def _copy_in_turn(runs: dict[int, Run], fd: int, gate: Gate, *, in_memory: bool) -> set[int]:
     """Which ones the kernel has copied, until it copied one no further."""
+    if in_memory and all(run.length < LONG for run in runs.values()):
+        together = list(runs.values())
+        if splice_runs(together, fd, gate) == len(together):
+            return set(runs)
     done: set[int] = set()
     begin = end = 0  # what lies side by side in the target, for the disk to begin with
     for index, run in runs.items():
@@ -209,15 +220,24 @@ class _Gathering:
         self._filled = 0
 
 
+#: pairs of devices that were asked
+_asked: set[tuple[int, int]] = set()
+
+
 def _clonable(sources: set[int], fd: int) -> set[int]:
     """Which of them may share their extents with ``fd``, as far as is known."""
     target = os.fstat(fd).st_dev
-    if (
-        target in copy_engine.no_clones
-    ):  # most batches come from many files, and each look takes the GIL
+    # most batches come from many files, and each look takes the GIL
+    if target in copy_engine.no_clones:
         return set()
-    return {
-        s
-        for s in sources
-        if (os.fstat(s).st_dev, target, CopyMethod.CLONE) not in copy_engine.unsupported
-    }
+    found = set()
+    for source in sources:
+        pair = (os.fstat(source).st_dev, target)
+        if pair not in _asked:
+            # Before a batch of many is made piece by piece in vain. What lies there, past the end
+            # of any file, cannot be cloned; but it matters why.
+            clone(source, PAST_ALL, fd, 0, CLONE_ALIGNMENT)
+            _asked.add(pair)
+        if (*pair, CopyMethod.CLONE) not in copy_engine.unsupported:
+            found.add(source)
+    return found if target not in copy_engine.no_clones else set()

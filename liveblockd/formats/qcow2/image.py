@@ -49,6 +49,7 @@ from liveblockd.formats.qcow2.populate import Populator
 from liveblockd.formats.qcow2.reader import Reader
 from liveblockd.formats.qcow2.snapshot_store import SnapshotStore
 from liveblockd.formats.qcow2.subclusters import mask
+from liveblockd.formats.qcow2.survey import Surveyor
 from liveblockd.formats.qcow2.tables import DamageError, UnsettledError
 from liveblockd.formats.qcow2.zeroes import Eraser
 from liveblockd.storage.driver import (
@@ -121,6 +122,7 @@ class Qcow2(InPlace, Management, Layered, Described):
         self._committer.on_damage = self._on_damage
         self._claims = Claims()
         self._reader = Reader(metadata, self.below, environment.workers)
+        self._surveyor = Surveyor(metadata, environment.workers)
         self._writer = Writer(metadata, self._committer, self._claims, self._reader)
         self._writer.on_resize = self.restructured
         metadata.on_idle = self._committer.kick

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from liveblockd.formats.qcow2 import cells
 from liveblockd.formats.qcow2.encrypted import LegacyAesStore
 from liveblockd.formats.qcow2.metadata import read_bytes
-from liveblockd.formats.qcow2.survey import survey
 from liveblockd.storage.cells import Cells, Survey
 from liveblockd.storage.driver import BlockDriver, BlockIO, Buffer, MapWatcher, Packed
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.metadata import Metadata
     from liveblockd.formats.qcow2.reader import Reader
-    from liveblockd.storage.registry import Environment
+    from liveblockd.formats.qcow2.survey import Surveyor
 
 
 class Layered(BlockDriver):
@@ -29,8 +28,8 @@ class Layered(BlockDriver):
 
     if TYPE_CHECKING:
         _metadata: Metadata
-        _environment: Environment
         _reader: Reader
+        _surveyor: Surveyor
 
     def watch(self, watcher: MapWatcher) -> None:
         """See ``BlockDriver``."""
@@ -69,8 +68,7 @@ class Layered(BlockDriver):
         self, offset: int, length: int, bits: int, tables: int, most: int
     ) -> Survey | None:
         """See ``BlockDriver.survey``."""
-        workers = self._environment.workers
-        return await survey(self._metadata, workers, offset, length, bits, tables, most)
+        return await self._surveyor.survey(offset, length, bits, tables, most)
 
     async def packed(self, offset: int, length: int) -> Packed | None:
         """See ``BlockDriver.packed``."""

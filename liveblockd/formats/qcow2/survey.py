@@ -41,6 +41,8 @@ JOB_TABLES = 64
 FIRST_CELLS = 4096
 #: so many times more may be read after that, where there is little in them
 MOST_GROWTH = 32
+#: the same where those before had little in them
+MOST_AT_ONCE = 128
 #: entries that the loop looks at in one step
 STEP = 4096
 #: entries that are looked at together: most of such pieces are empty
@@ -107,16 +109,62 @@ def _nonzero(buffer: memoryview, l1_indices: Places, entries: int) -> Found:
     return Found(places, pieces[piece_numbers, column].byteswap())
 
 
-async def survey(
-    metadata: Metadata,
-    workers: WorkerPool,
-    offset: int,
-    length: int,
-    bits: int,
-    tables: int,
-    most: int,
-) -> Survey | None:
-    """See ``BlockDriver.survey``."""
+class Surveyor:
+    """Of one image; it remembers how full the tables were that it has seen."""
+
+    def __init__(self, metadata: Metadata, workers: WorkerPool) -> None:
+        self._metadata = metadata
+        self._workers = workers
+        #: cells of a table, as it was last seen
+        self._fullness: float | None = None
+
+    async def survey(
+        self, offset: int, length: int, bits: int, tables: int, most: int
+    ) -> Survey | None:
+        """See ``BlockDriver.survey``."""
+        metadata, workers = self._metadata, self._workers
+        indices = _tables_of(metadata, offset, length, bits)
+        if indices is None:
+            return None
+        geometry = metadata.geometry
+        end = offset + length
+        if len(indices) > tables:
+            end = min(end, int(indices[tables]) * geometry.span)
+            indices = indices[:tables]
+        if metadata.bad_l1[indices[indices < len(metadata.bad_l1)]].any():
+            return None
+        answers: list[Survey] = []
+        count = cells = 0
+        while count < len(indices) and cells < most:
+            part = indices[count : count + self._next_tables(count, cells, most)]
+            count += len(part)
+            stop = end if count == len(indices) else int(indices[count]) * geometry.span
+            found = await _find(metadata, workers, part.tolist())
+            if found is None:
+                return None
+            answer = await _answer(metadata, workers.demand, found, (offset, stop), most - cells)
+            if answer is None:
+                return None
+            answers.append(answer)
+            self._fullness = sum(len(some.places) for some in found) / len(part)
+            cells += len(answer.places)
+            if answer.end < stop:
+                break
+        return _joined(answers, answers[-1].end if answers else end)
+
+    def _next_tables(self, count: int, cells: int, most: int) -> int:
+        """How many tables to read, after ``count`` that had so many of ``most`` cells."""
+        if count:
+            wanted = (most - cells) * count // max(cells, 1)
+            return max(1, min(wanted, count * MOST_GROWTH))
+        if self._fullness is None:
+            return max(1, most // FIRST_CELLS)
+        # What follows may be fuller.
+        return max(1, min(int(most / max(self._fullness, 1)), MOST_AT_ONCE))
+
+
+def _tables_of(metadata: Metadata, offset: int, length: int, bits: int) -> Places | None:
+    """The L1 indices of the tables there are for a range; None: this is not for such an image."""
     geometry = metadata.geometry
     host = metadata.file.host_file()
     if bits != geometry.cluster_bits or geometry.extended_l2 or metadata.has_data_file:
@@ -127,38 +175,7 @@ async def survey(
         return None
     first = offset // geometry.span
     last = min(-(-(offset + length) // geometry.span), len(metadata.l1))
-    indices = first + np.flatnonzero(metadata.l1[first:last])
-    end = offset + length
-    if len(indices) > tables:
-        end = min(end, int(indices[tables]) * geometry.span)
-        indices = indices[:tables]
-    if metadata.bad_l1[indices[indices < len(metadata.bad_l1)]].any():
-        return None
-    answers: list[Survey] = []
-    count = cells = 0
-    while count < len(indices) and cells < most:
-        part = indices[count : count + _next_tables(count, cells, most)]
-        count += len(part)
-        stop = end if count == len(indices) else int(indices[count]) * geometry.span
-        found = await _find(metadata, workers, part.tolist())
-        if found is None:
-            return None
-        answer = await _answer(metadata, workers.demand, found, (offset, stop), most - cells)
-        if answer is None:
-            return None
-        answers.append(answer)
-        cells += len(answer.places)
-        if answer.end < stop:
-            break
-    return _joined(answers, answers[-1].end if answers else end)
-
-
-def _next_tables(count: int, cells: int, most: int) -> int:
-    """How many tables to read, after ``count`` that had so many of ``most`` cells."""
-    if not count:
-        return max(1, most // FIRST_CELLS)
-    wanted = (most - cells) * count // max(cells, 1)
-    return max(1, min(wanted, count * MOST_GROWTH))
+    return first + np.flatnonzero(metadata.l1[first:last])
 
 
 def _joined(answers: list[Survey], end: int) -> Survey:
