@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from errno import EIO
+from itertools import islice
 from typing import ClassVar, Final, NamedTuple
 
 from liveblockd.jobs.job import ErrorAction, Job
@@ -37,6 +39,8 @@ READ_CHUNK: Final = 2 * MIB
 FIRST_CHUNK: Final = 2 * MIB
 LEAST_CHUNK: Final = MIB
 MOST_CHUNK: Final = 64 * MIB
+#: bytes that one worker may be left with while others have nothing
+FAIR_CHUNK: Final = 8 * MIB
 SOON: Final = 0.012  # seconds
 LATE: Final = 0.025
 #: so many times longer may it take where many jobs copy
@@ -105,10 +109,10 @@ class CopyJob(Job):
         """Do one piece; raises PieceFailedError."""
         raise NotImplementedError
 
-    def gathers(self, piece: Run) -> bool:
-        """Whether ``move_together`` is worth it for ``piece``."""
-        del piece
-        return False
+    def gathers(self, pieces: Sequence[Run]) -> int:
+        """For how many of ``pieces``, from the first on, ``move_together`` is worth it."""
+        del pieces
+        return 0
 
     async def move_together(self, pieces: list[Run]) -> None:
         """Do several at once; raises OSError, and then each is moved by itself."""
@@ -198,28 +202,30 @@ class CopyJob(Job):
 
     def _share_of_rest(self) -> int:
         """Bytes of a chunk: such that nobody is left to copy a last one alone."""
-        left = max(LEAST_CHUNK, (self._to_do - self._moving) // self.parallel)
+        left = max(FAIR_CHUNK, (self._to_do - self._moving) // self.parallel)
         return min(self._copy_chunk, left)
 
     def _next_chunks(self) -> list[Run]:
         """The next chunk, with those that follow as long as they can be moved together with it."""
         chunks = [self._next_chunk()]
-        if not self.gathers(chunks[0]):
+        if not self.gathers(chunks):
             return chunks
         room = (LIMITED_CHUNK if self.speed else self._share_of_rest()) - chunks[0].length
-        while len(chunks) < MOST_TOGETHER and self._pieces:
-            piece = self._pieces[0]
-            if piece.length > room or not self.gathers(piece):
-                break
+        for piece in islice(self._pieces, MOST_TOGETHER - 1):
             room -= piece.length
-            chunks.append(self._pieces.popleft())
-        return chunks
+            if room < 0:
+                break
+            chunks.append(piece)
+        together = self.gathers(chunks)
+        for _ in range(together - 1):
+            self._pieces.popleft()
+        return chunks[:together]
 
     def _begin(self, pieces: list[Run]) -> None:
-        for piece in pieces:
-            if piece.kind is not ExtentKind.ZERO:
-                self.account(piece.length)
-        self._moving += sum(piece.length for piece in pieces)
+        length = sum(piece.length for piece in pieces)
+        self._moving += length
+        if pieces[0].kind is not ExtentKind.ZERO:  # none of several is
+            self.account(length)
         task = asyncio.create_task(self._carry(pieces))
         self._in_flight.add(task)
         task.add_done_callback(self._ended)
@@ -236,7 +242,7 @@ class CopyJob(Job):
 
     async def _move_pieces(self, pieces: list[Run]) -> None:
         started = self.scheduler.clock.monotonic()
-        if self.gathers(pieces[0]):
+        if self.gathers(pieces[:1]):
             try:
                 await self.move_together(pieces)
             except OSError:
@@ -276,7 +282,7 @@ class CopyJob(Job):
         crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
         if seconds > LATE * crowding:
             self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
-        elif seconds < SOON * crowding and length >= self._copy_chunk:
+        elif seconds < SOON * crowding and length * 2 > self._copy_chunk:
             # What took a quarter of the time, or less, may well be four times as much.
             times = 2 if seconds > SOON * crowding / 4 else 4
             self._copy_chunk = min(MOST_CHUNK, self._copy_chunk * times)

@@ -25,11 +25,11 @@ DIRECT_ALIGNMENT: Final = 4096
 #: runs that are looked at before the first of them is copied
 LOOK_AHEAD: Final = 512
 #: the same where they come out of one array
-SURVEY_RUNS: Final = 4096
+SURVEY_RUNS: Final = 16384
 #: of these the loop takes so many in one step
 STEP_RUNS: Final = 64
 #: (tables of all layers together, cells of each) of a survey
-SURVEY: Final = (512, 16384)
+SURVEY: Final = (512, 65536)
 #: the same of the first one
 FIRST_SURVEY: Final = (64, 1024)
 
@@ -87,7 +87,8 @@ async def survey_stretch(
     """``plan_stretch`` of any length in one go, where all layers can say what they hold of it.
 
     ``first``: nothing is copied meanwhile, a short plan will do. None: the layers cannot. Any DATA,
-    however short, is a piece to be copied. Nobody is kept waiting for all of it.
+    however short, is a piece to be copied. Nobody is kept waiting for all of it. ``kind_of`` must
+    look at kind and layer only.
     """
     offset, length = stretch
     bits = granularity.bit_length() - 1
@@ -98,23 +99,30 @@ async def survey_stretch(
         return None  # such a layer is not read past the filter
     tables, cells = FIRST_SURVEY if first else SURVEY
     tables = max(1, tables // len(layers))
+    if any(layer.driver.length < length for layer in layers):
+        return None  # zeros follow, which nobody holds
     end = length
     surveys: list[Survey] = []
-    for layer in layers:
-        if layer.driver.length < end:
-            return None  # zeros follow, which nobody holds
+    # The last one mostly is the fullest: the others need to look no further.
+    for layer in reversed(layers):
         found = await layer.driver.survey(offset, end - offset, bits, tables, cells)
         if found is None:
             return None
         surveys.append(found)
         end = found.end
+    surveys.reverse()
     runs, end = survey_runs(overlaid(surveys, bits), bits, SURVEY_RUNS)
     pieces: list[Run] = []
+    kinds: dict[tuple[int, int], ExtentKind] = {}
     for number, (start, run) in enumerate(runs, 1):
         if not number % STEP_RUNS:
             await demand.give_turn()
-        layer, kind = layers[run.layer], ExtentKind(run.kind)
-        kind = kind_of(chain.Run(run.length, kind, layer, run.host_offset, run.layer + 1))
+        layer = layers[run.layer]
+        kind = kinds.get((run.layer, run.kind))
+        if kind is None:
+            kind = ExtentKind(run.kind)
+            kind = kind_of(chain.Run(run.length, kind, layer, run.host_offset, run.layer + 1))
+            kinds[run.layer, run.kind] = kind
         if kind is ExtentKind.UNALLOCATED:
             continue
         if kind is ExtentKind.DATA:
@@ -126,9 +134,20 @@ async def survey_stretch(
 
 def copyable(piece: Run) -> HostFile | None:
     """The host file that a worker can copy a piece of DATA from, if it can."""
-    source = chain.host_file(piece.layer)
-    if source is None:
-        return None
-    if source.direct and piece.host_offset % DIRECT_ALIGNMENT:
-        return None
-    return source
+    return copyables()(piece)
+
+
+def copyables() -> Callable[[Run], HostFile | None]:
+    """``copyable`` for many pieces, good in this step of the loop: a layer is asked once."""
+    files: dict[Node, HostFile | None] = {}
+
+    def find(piece: Run) -> HostFile | None:
+        layer = piece.layer
+        if layer not in files:
+            files[layer] = chain.host_file(layer)
+        source = files[layer]
+        if source is None or (source.direct and piece.host_offset % DIRECT_ALIGNMENT):
+            return None
+        return source
+
+    return find

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from errno import ENOTSUP
@@ -36,7 +37,7 @@ from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
 from liveblockd.jobs.pieces import Run, split
-from liveblockd.jobs.planning import copyable, plan_stretch, survey_stretch
+from liveblockd.jobs.planning import copyable, copyables, plan_stretch, survey_stretch
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import ExtentKind, Source
 
@@ -133,11 +134,15 @@ class Stream(CopyJob):
         assert self.user is not None
         await self.user.run(lambda: self._move(piece))
 
-    def gathers(self, piece: Run) -> bool:
+    def gathers(self, pieces: Sequence[Run]) -> int:
         """Pieces that a worker can copy, where the driver takes many at a time."""
-        if piece.kind is not ExtentKind.DATA or not self.top.driver.gathers:
-            return False
-        return copyable(piece) is not None
+        if not self.top.driver.gathers:
+            return 0
+        file_of = copyables()
+        for number, piece in enumerate(pieces):
+            if piece.kind is not ExtentKind.DATA or file_of(piece) is None:
+                return number
+        return len(pieces)
 
     async def move_together(self, pieces: list[Run]) -> None:
         """Copy several pieces from wherever they are."""
@@ -146,8 +151,9 @@ class Stream(CopyJob):
 
     async def _move_together(self, pieces: list[Run]) -> None:
         sources = []
+        file_of = copyables()
         for piece in pieces:
-            file = copyable(piece)
+            file = file_of(piece)
             if file is None:  # the graph has changed
                 raise OSError(ENOTSUP, os.strerror(ENOTSUP))
             sources.append(Source(piece.offset, piece.length, file, piece.host_offset))

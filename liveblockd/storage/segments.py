@@ -220,8 +220,8 @@ class _Gathering:
         self._filled = 0
 
 
-#: pairs of devices that were asked
-_asked: set[tuple[int, int]] = set()
+#: pairs of devices between which clones may be possible, as far as the kernel says
+_may_clone: set[tuple[int, int]] = set()
 
 
 def _clonable(sources: set[int], fd: int) -> set[int]:
@@ -233,11 +233,16 @@ def _clonable(sources: set[int], fd: int) -> set[int]:
     found = set()
     for source in sources:
         pair = (os.fstat(source).st_dev, target)
-        if pair not in _asked:
+        never = (*pair, CopyMethod.CLONE) in copy_engine.unsupported
+        if not never and pair not in _may_clone:
             # Before a batch of many is made piece by piece in vain. What lies there, past the end
             # of any file, cannot be cloned; but it matters why.
             clone(source, PAST_ALL, fd, 0, CLONE_ALIGNMENT)
-            _asked.add(pair)
-        if (*pair, CopyMethod.CLONE) not in copy_engine.unsupported:
+            if target in copy_engine.no_clones:
+                return set()
+            never = (*pair, CopyMethod.CLONE) in copy_engine.unsupported
+            if not never:
+                _may_clone.add(pair)
+        if not never:
             found.add(source)
-    return found if target not in copy_engine.no_clones else set()
+    return found

@@ -11,6 +11,7 @@ Invariants: none of clusters that ``remove`` named is known afterwards. Errors: 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +36,11 @@ class GuardedClusters:
     def add(self, first: int, count: int) -> None:
         """``count`` clusters from ``first`` on."""
         self.added.update(range(first, first + count))
+        self._added_array = None
+
+    def add_each(self, clusters: Iterable[int]) -> None:
+        """Some clusters, in any order."""
+        self.added.update(clusters)
         self._added_array = None
 
     def add_many(self, clusters: Entries) -> None:

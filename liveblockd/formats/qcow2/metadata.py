@@ -368,8 +368,8 @@ class Metadata:
         assert self.watch is None and not self.l1[l1_indices].any()
         self.l1[l1_indices] = host_offsets | np.uint64(COPIED)
         self.l1_dirty.add(int(l1_indices.min()), int(l1_indices.max()) + 1)
-        for host_offset in host_offsets.tolist():
-            self.refcounts.add_metadata(host_offset, 1)
+        clusters = host_offsets >> np.uint64(self.geometry.cluster_bits)
+        self.refcounts.metadata.add_each(clusters.tolist())
         self.on_dirty()
         if self.on_remap is not None:
             for l1_index in l1_indices.tolist():
