@@ -353,3 +353,33 @@ async def test_a_full_image_is_surveyed_in_parts(tmp_path: Path, host: Host) -> 
         offset, parts = found.end, parts + 1
     assert parts == 6 * SPAN // CLUSTER // MOST
     assert (np.concatenate(places) == np.arange(6 * SPAN // CLUSTER)).all()
+
+
+async def test_a_survey_knows_how_full_tables_were(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads with care at first; after that no more than it can use, and all of that at once."""
+    scattered = Scattered(host, tmp_path, 8)
+    await scattered.make()
+    below = scattered.below
+    read: list[int] = []
+    real = survey._find
+
+    async def counting(*arguments: object) -> object:
+        read.append(len(arguments[2]))  # type: ignore[arg-type]
+        return await real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(survey, "_find", counting)
+    first = await below.survey(0, DISK, 16, 1000, 4096)
+    assert read[0] == 1 and len(read) > 1, "nobody knows how full they are"
+    there = sum(read)
+    read.clear()
+    again = await below.survey(0, DISK, 16, 1000, 4096)
+    assert read == [min(there, survey.MOST_AT_ONCE)]
+    assert first is not None and again is not None
+    assert (first.places == again.places).all() and (first.cells == again.cells).all()
+    # Full ones are not read by the hundred for a few cells.
+    below._surveyor._fullness = 8192.0
+    read.clear()
+    await below.survey(0, DISK, 16, 1000, 4096)
+    assert read[0] == 1
