@@ -24,12 +24,15 @@ import numpy as np
 
 from benchmarks.images import KIB, MIB, run
 from benchmarks.registry import CannotRun
+from liveblockd.storage import many_requests
 
 #: bytes that a thread copies before it asks for more
 UNIT = 8 * MIB
 BUFFERED_PIECE = MIB
 DIRECT_PIECE = 2 * MIB
 PAGE = 4 * KIB
+#: requests of a thread under way at once
+DEPTH = 4
 
 _libc = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
@@ -106,6 +109,7 @@ def in_kernel(source: int, piece: Piece, target: int) -> None:
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.bytes = mmap.mmap(-1, DIRECT_PIECE)  # aligned for O_DIRECT
+        self.deep = mmap.mmap(-1, DEPTH * BUFFERED_PIECE)
 
 
 _buffers = _Buffers()
@@ -131,6 +135,29 @@ def through_memory(source: int, piece: Piece, target: int) -> None:
 def direct(source: int, piece: Piece, target: int) -> None:
     """The same with O_DIRECT."""
     _through_memory(source, piece, target, DIRECT_PIECE)
+
+
+def direct_halves(source: int, piece: Piece, target: int) -> None:
+    """The same in smaller pieces."""
+    _through_memory(source, piece, target, DIRECT_PIECE // 2)
+
+
+def direct_at_once(source: int, piece: Piece, target: int) -> None:
+    """Linux AIO: as many reads under way as are room for, then as many writes."""
+    own = many_requests.context()
+    if own is None:
+        raise OSError("no AIO")
+    for done in range(0, piece.length, DEPTH * BUFFERED_PIECE):
+        starts = np.arange(done, min(piece.length, done + DEPTH * BUFFERED_PIECE), BUFFERED_PIECE)
+        lengths = np.minimum(piece.length - starts, BUFFERED_PIECE)
+        first = many_requests.address_of(np.frombuffer(_buffers.deep, np.uint8))
+        places = (first + starts - done).astype(np.uint64)
+        read = own.read(source, piece.offset + starts, places, lengths, 0)
+        if read is None or (read != lengths).any():
+            raise OSError("read less")
+        wrote = own.write(target, piece.to + starts, places, lengths)
+        if wrote is None or (wrote != lengths).any():
+            raise OSError("wrote less")
 
 
 def into_pages(source: int, piece: Piece, target: int) -> None:
@@ -165,7 +192,12 @@ WAYS: dict[str, dict[str, tuple[Way, ...]]] = {
         "pread and pwrite, two threads": (through_memory, through_memory),
     },
     "direct": {
-        f"pread and pwrite with O_DIRECT, {count} threads": (direct,) * count for count in (2, 4, 8)
+        "pread and pwrite with O_DIRECT, 2 threads": (direct,) * 2,
+        "pread and pwrite with O_DIRECT, 4 threads": (direct,) * 4,
+        "pread and pwrite with O_DIRECT, 4 threads, 1 MiB": (direct_halves,) * 4,
+        "pread and pwrite with O_DIRECT, 8 threads, 1 MiB": (direct_halves,) * 8,
+        "io_submit with O_DIRECT, four of 1 MiB": (direct_at_once,),
+        "io_submit with O_DIRECT, four of 1 MiB, 2 threads": (direct_at_once,) * 2,
     },
 }
 
