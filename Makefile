@@ -16,7 +16,8 @@ WORKERS ?= $(shell n=$$((2 * $$(nproc))); echo $$((n < 16 ? n : 16)))
 # What the tests compare with; each is optional, its tests are skipped without it.
 PEERS := qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd fio socat
 
-.PHONY: all bench chaos demo guest test test-all stress powercut matrix check lint coverage peers clean
+.PHONY: all bench chaos demo guest test test-all stress powercut matrix mutants-guards check lint \
+	coverage peers clean
 
 all: $(VENV)/.run
 

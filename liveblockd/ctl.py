@@ -318,7 +318,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="liveblockctl", description="Control a running liveblockd.")
     default = os.environ.get("LIVEBLOCKD_SOCKET", DEFAULT_SOCKET)
     top.add_argument(
-        "-s", "--socket", default=default, help="QMP socket: a path or HOST:PORT (%(default)s)"
+        "-s",
+        "--socket",
+        default=default,
+        help="QMP socket: a path or HOST:PORT; default: $LIVEBLOCKD_SOCKET (%(default)s)",
     )
     top.add_argument("--json", action="store_true", help="print what the daemon says as JSON")
     top.add_argument("--version", action="version", version=f"liveblockctl {__version__}")
