@@ -4,7 +4,7 @@ A driver is one layer of a backing chain or one protocol below it. Callers hold 
 graph, which offers the same methods (``BlockIO``) and hands them to its driver, so a qcow2 image
 does not know whether its ``file`` child is a host file, a raw window or a filter.
 
-Rules that all drivers keep (DESIGN, section 3):
+Rules that all drivers keep:
 
 * ``x_nowait()`` answers now or returns None/False and has then done nothing; ``x()`` is its
   coroutine twin and the only one that may wait. A None is never an error: the caller calls the

@@ -1,6 +1,6 @@
 """One map of a whole backing chain, so that its depth costs nothing: what lies below one image.
 
-DESIGN: a chain is read through one flat map (guest cell -> layer, host offset). It is made span by
+A chain is read through one flat map (guest cell -> layer, host offset). It is made span by
 span, when somebody reads there, from the tables of all layers (``BlockDriver.cells``): one array in
 the finest allocation unit of the chain. A read is then one lookup and one read of the file of
 the layer that has the bytes. Where a layer's bytes are not simply those of its file (compressed,

@@ -49,6 +49,21 @@ def test_package_has_a_readme_of_a_screen(package):
     assert len(readme.read_text().splitlines()) <= MAX_README_LINES
 
 
+def test_what_is_referred_to_is_there():
+    """Links of pages, and pages that code names: a reader has nothing but this tree."""
+    missing = []
+    for path in [path for pattern in PUBLISHED for path in ROOT.glob(pattern) if path.is_file()]:
+        if path.suffix not in (".md", ".py", ".toml", ".service"):
+            continue
+        text = path.read_text()
+        links = re.findall(r"\]\(([^)#:]+)\)", text) if path.suffix == ".md" else []
+        wanted = [(path.parent, link) for link in links]
+        wanted += [(ROOT, link) for link in re.findall(r"\bdocs/[\w-]+\.md\b", text)]
+        missing += [f"{name(path)}: {link}" for base, link in wanted if not (base / link).exists()]
+        missing += [f"{name(path)}: {word}" for word in re.findall(r"\bDE" r"SIGN\b", text)]
+    assert not missing
+
+
 def test_no_path_of_a_machine():
     needles = ("/wo" + "rk/", "../sha" + "red", "/ro" + "ot/", "/ho" + "me/")
     found = [

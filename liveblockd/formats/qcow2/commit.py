@@ -3,7 +3,7 @@
 Runs on: the event loop; one commit at a time. Callers of ``flush`` that arrive during a commit
 share the next one.
 
-The order (DESIGN, section 4); ``|`` is a flush of the file child, that is fdatasync:
+The order (README.md, invariant 2); ``|`` is a flush of the file child, that is fdatasync:
 
     1. refcount blocks that the table on disk does not name yet      |   only if there are any
     2. refcount table, refcount blocks, L2 tables that nothing on disk names, a moved L1 table  |

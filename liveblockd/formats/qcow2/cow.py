@@ -1,6 +1,6 @@
 """Guest writes that cannot go to a cluster in place: allocation and copy on write.
 
-Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, section 4.
+Specification: docs/interop/qcow2, "Cluster mapping"; README.md, invariant 1.
 
 Runs on: the event loop, in tasks of the engine (``image`` shields them: a request whose caller is
 gone runs to its end, because a worker may still be writing).

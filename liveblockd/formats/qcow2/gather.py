@@ -1,6 +1,6 @@
 """A job's copy of many pieces at once: one allocation, one worker job, one step that publishes.
 
-Specification: DESIGN, section 4, rule 2; ``storage.driver.BlockDriver.populate_many``.
+Specification: README.md, invariant 1; ``storage.driver.BlockDriver.populate_many``.
 
 A chain of many snapshots holds its data in many short runs: a task, a hop to a worker and an
 allocation for each cost more than the copy. Here they are collected first, get clusters that lie

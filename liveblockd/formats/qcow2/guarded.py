@@ -1,6 +1,6 @@
 """The host clusters that hold metadata: never handed out, never data of a guest.
 
-Specification: docs/interop/qcow2, "Host cluster management"; DESIGN, section 4, rule 7.
+Specification: docs/interop/qcow2, "Host cluster management"; README.md, invariant 8.
 
 Runs on: pure. An image of a stranger may name four million L2 tables: what was there at the open is
 a sorted array (8 bytes each, a set takes 70); what has come since is a set, which for that reason

@@ -1,6 +1,6 @@
 """The driver ``qcow2``.
 
-Specification: docs/interop/qcow2; DESIGN, sections 3 and 4.
+Specification: docs/interop/qcow2; the invariants of README.md.
 
 Runs on: the event loop. ``read_nowait`` and ``write_nowait`` answer from tables in memory with one
 lookup and one call below. What changes entries runs in tasks of this image, which go on when

@@ -1,6 +1,6 @@
 """Guest writes that need no coroutine.
 
-Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, sections 3 and 4.
+Specification: docs/interop/qcow2, "Cluster mapping"; README.md, invariant 1.
 
 Runs on: the event loop, on the request path: one lookup and one call below, nothing waits.
 

@@ -1,6 +1,6 @@
 """A job's copy into a part of the disk for which the image has no L2 tables yet.
 
-Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, section 4, rule 2;
+Specification: docs/interop/qcow2, "Cluster mapping"; README.md, invariant 1;
 ``storage.driver.BlockDriver.populate_many``.
 
 Data that is scattered over an immense disk wants thousands of L2 tables with next to nothing in

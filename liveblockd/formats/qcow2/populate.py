@@ -1,6 +1,6 @@
 """A job's copy into the image, below every guest write: streamed data.
 
-Specification: DESIGN, section 4, rule 2; ``storage.driver.BlockDriver.populate``.
+Specification: README.md, invariant 1; ``storage.driver.BlockDriver.populate``.
 
 Runs on: the event loop, in tasks of the engine; ``populate_from`` copies on workers.
 Invariants: clusters are published by compare-and-set: an entry that is no longer unallocated, or
