@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,21 @@ def test_resize(images: Path, tmp_path: Path) -> None:
         assert run("resize", *SECRET, "--image-opts", opened, "3M") == (0, "Image resized.\n", "")
         sizes.append(json.loads(qemu("info", "--output=json", path)[1])["virtual-size"])
     assert sizes == [3 << 20, 3 << 20]
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_what_an_encrypted_image_grows_by_reads_as_zeros(
+    images: Path, tmp_path: Path, mode: str
+) -> None:
+    path = tmp_path / "e.qcow2"
+    path.write_bytes((images / "e.qcow2").read_bytes())
+    opened = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
+    words = ("resize", f"--preallocation={mode}", *SECRET, "--image-opts", opened, "3M")
+    before = path.stat().st_size
+    assert ours(*words) == (0, "Image resized.\n", "")
+    assert path.stat().st_size >= before + (1 << 20), "clusters are there"
+    read = ["qemu-io", *SECRET, "--image-opts", opened, "-c", "read -P 0 2M 1M"]
+    done = subprocess.run(read, capture_output=True, text=True, timeout=30, check=True)
+    assert "read 1048576" in done.stdout and "Pattern" not in done.stdout
+    check = subprocess.run(["qemu-img", "check", *SECRET, "--image-opts", opened], timeout=30)
+    assert check.returncode == 0
