@@ -88,8 +88,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 coverage: $(VENV)/.dev peers
-	$(BIN)/coverage run -m pytest -m 'not slow'
-	$(BIN)/coverage report --skip-covered
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' \
+		--cov --cov-report=term:skip-covered
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* .import_linter_cache
