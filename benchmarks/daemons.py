@@ -89,6 +89,11 @@ class Qmp:
         while not any(e["event"] == name and e["data"]["device"] == job for e in self.events):
             self.events.append(self._receive())
 
+    def await_event(self) -> dict[str, Any]:
+        """The next one that comes; it stays among the ``events``."""
+        self.events.append(self._receive())
+        return self.events[-1]
+
     def stream(self, node: str, job: str = "job0", **arguments: Any) -> float:
         """Stream into ``node`` and wait for the end; seconds from the command to the event."""
         start = time.perf_counter()

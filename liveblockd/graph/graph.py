@@ -56,6 +56,8 @@ class Graph:
         #: the named backends by their id
         self.drives: dict[str, Backend] = {}
         self.lock = SurgeryLock()
+        #: nodes that a job has left writable, which become read-only soon; the call prevents that
+        self.going_read_only: dict[Node, Callable[[], None]] = {}
         #: asked when requests are about to go on after a drain; what it returns is awaited first
         self.on_drained: Callable[[], Coroutine[Any, Any, None] | None] = lambda: None
         self._generated = 0

@@ -224,17 +224,26 @@ class Commit(CopyJob):
 
     async def clean(self) -> None:
         """Give back what the work needed, whichever way it ended."""
-        if self.hold.made_writable:
-            await surgery.flush_ahead([self.base])
         async with self.graph.lock:
-            await self.release()
+            if self.error is not None:  # else the base has nothing to flush
+                self.hold.leave_base()
+            await self._release()
+            if self.error is None:
+                await self.hold.close_base()
+
+    async def wind_up(self) -> None:
+        """Nobody was promised anything of a base that did not get everything."""
+        await self.hold.close_base_left()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
+        await self._release()
+        await self.hold.close_base()
+
+    async def _release(self) -> None:
         self.reader = self.writer = None
         await self.hold.let_go()
         await self.hold.uncover()
-        await self.hold.close_base()
 
     async def free(self) -> None:
         """Let go of the nodes."""

@@ -112,12 +112,23 @@ class CommitActive(MirrorCore):
     async def clean(self) -> None:
         """Take the filter out and leave the nodes, whichever way it ended."""
         async with self.graph.lock:
-            await self.release()
+            self.hold.leave_base()
+            await self._release()
             await self.hold.unblock()
+
+    async def wind_up(self) -> None:
+        """Without a switch nobody was promised anything of the base."""
+        await self.hold.close_base_left()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
+        await self._release()
+        await self.hold.close_base()
+
+    async def _release(self) -> None:
         self.untrack()
         await self.hold.let_go(switched=self.switched)
         await self.hold.uncover()
-        await self.hold.close_base()
+
+    async def make_durable(self) -> None:
+        """As ``wind_up`` says."""

@@ -51,7 +51,10 @@ class CommitHold(HeldNodes):
         self._users: list[JobUser] = []
 
     async def open_base(self) -> None:
-        """Make the base writable, if it is not."""
+        """Make the base writable, if it is not, or is so only until the end of another job."""
+        if (keep := self.graph.going_read_only.pop(self.base, None)) is not None:
+            keep()
+            self.made_writable = True
         if self.base.read_only:
             await self.graph.set_read_only(self.base, False)
             self.made_writable = True
@@ -135,6 +138,29 @@ class CommitHold(HeldNodes):
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
             self.filter = None
+
+    def leave_base(self) -> None:
+        """The base becomes read-only by ``close_base`` soon, unless another job wants it before."""
+
+        def keep() -> None:
+            self.made_writable = False
+
+        if self.made_writable:
+            self.graph.going_read_only[self.base] = keep
+
+    async def close_base_left(self) -> None:
+        """``close_base`` after ``leave_base``, by who does not hold the lock.
+
+        Before it takes that the base is made durable: while other jobs write that takes long.
+        """
+        if self.made_writable:
+            await surgery.flush_ahead([self.base], for_good=True)
+            async with self.graph.lock:
+                if self.made_writable:
+                    del self.graph.going_read_only[self.base]
+                    if self.graph.nodes.get(self.base.name) is self.base:
+                        await self.close_base()
+                    self.made_writable = False
 
     async def close_base(self) -> None:
         """Undo ``open_base``; a base that cannot be flushed stays as it is."""

@@ -24,6 +24,7 @@ from typing import ClassVar, Final, NamedTuple
 
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.pieces import Run
+from liveblockd.runtime.halting import Halt, HaltedError
 from liveblockd.storage.driver import ExtentKind
 
 KIB: Final = 1024
@@ -226,7 +227,7 @@ class CopyJob(Job):
         self._moving += length
         if pieces[0].kind is not ExtentKind.ZERO:  # none of several is
             self.account(length)
-        task = asyncio.create_task(self._carry(pieces))
+        task = asyncio.create_task(self._carry(pieces, self.new_halt()))
         self._in_flight.add(task)
         task.add_done_callback(self._ended)
 
@@ -234,19 +235,30 @@ class CopyJob(Job):
         self._in_flight.discard(task)
         self.wake()
 
-    async def _carry(self, pieces: list[Run]) -> None:
+    async def _carry(self, pieces: list[Run], halt: Halt) -> None:
+        """Move them; those of which a ``halt`` leaves something undone are there again."""
+        left = deque(pieces)
         try:
-            await self._move_pieces(pieces)
+            with halt.over():
+                await self._move_pieces(left)
+        except HaltedError:
+            self._pieces.extendleft(reversed(left))
+            if pieces[0].kind is not ExtentKind.ZERO:
+                self.limit.give_back(sum(piece.length for piece in left))
         finally:
             self._moving -= sum(piece.length for piece in pieces)
 
-    async def _move_pieces(self, pieces: list[Run]) -> None:
+    async def _move_pieces(self, left: deque[Run]) -> None:
+        """Take from ``left`` what is moved, or has failed; raises HaltedError."""
+        pieces = list(left)
         started = self.scheduler.clock.monotonic()
         if self.gathers(pieces[:1]):
             try:
                 await self.move_together(pieces)
             except OSError:
                 pass  # which of them, and what failed, comes out one by one
+            except HaltedError:
+                raise
             except Exception as error:
                 self._defect(pieces, error)
                 return
@@ -259,10 +271,13 @@ class CopyJob(Job):
                 await self.move(piece)
             except PieceFailedError as failure:
                 self._failures.append(_Failure(piece, failure.operation, failure.error))
+            except HaltedError:
+                raise
             except Exception as error:
                 self._defect([piece], error)
             else:
                 self._carried([piece], started)
+            left.popleft()
 
     def _defect(self, pieces: list[Run], error: Exception) -> None:
         """The pieces were not moved, so the job must not succeed."""

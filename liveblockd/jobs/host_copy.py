@@ -9,7 +9,7 @@ never the job's. Requests that a node's options want looked at (detect-zeroes, w
 not made here. The source may be in use: bytes of a cluster that a guest rewrites, or gives up,
 meanwhile are any bytes, and whoever copies a disk in use copies that range again.
 
-Errors: OSError of either side, and then some of it may have been copied.
+Errors: OSError of either side, HaltedError, and then some of it may have been copied.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.planning import LEAST_COPY
+from liveblockd.runtime import halting
 from liveblockd.storage.copy_engine import Transfer
 from liveblockd.storage.driver import BlockDriver, ExtentKind, HostFile
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
@@ -168,7 +169,7 @@ async def _copy_to_file(
         raise
     transfer = Transfer(fds[0], source_offset, fds[1], offset, length, unit)
     try:
-        copied = await graph.environment.workers.copies.run(clone_or_copy, transfer)
+        copied = await halting.run(graph.environment.workers.copies, clone_or_copy, transfer)
     finally:
         target.record(offset, length)
     first = last = -1

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from liveblockd.errors import BlockError
 from liveblockd.jobs.ratelimit import RateLimit
 from liveblockd.jobs.transitions import JobStatus
+from liveblockd.runtime.halting import Halt
 
 if TYPE_CHECKING:
     from liveblockd.graph.node import Node
@@ -132,7 +133,11 @@ class Job:
         self.cancelled = False  # ended because of that
         self.started = False
         self.dismissing = False
+        #: set when ``wind_up`` has ended
+        self.wound_up = asyncio.Event()
         self.limit = RateLimit(speed)
+        #: of the copies that begin now, asked for by pause and cancel
+        self.halt = Halt()
         # Set by the scheduler.
         self.scheduler: Scheduler = None  # type: ignore[assignment]
         self.transaction: Transaction = None  # type: ignore[assignment]
@@ -156,6 +161,12 @@ class Job:
 
     async def clean(self) -> None:
         """After ``commit`` or ``abort``: give back what the work needed."""
+
+    async def wind_up(self) -> None:
+        """Its end is announced: what no client has to wait for, a sync of what nobody was promised.
+
+        The job is not dismissed before the end of this.
+        """
 
     async def free(self) -> None:
         """The job is dismissed: give back the nodes that it was allowed to hold until now."""
@@ -279,6 +290,12 @@ class Job:
     def account(self, count: int) -> None:
         """``count`` bytes start to move."""
         self.limit.account(self.scheduler.clock.monotonic(), count)
+
+    def new_halt(self) -> Halt:
+        """What copies that begin now are under; the job is at work, whatever it was before."""
+        if self.halt.asked:
+            self.halt = Halt()
+        return self.halt
 
     def action_on(
         self, operation: str, code: int, policy: BlockdevOnError | None = None

@@ -36,14 +36,15 @@ from liveblockd.jobs.copying import (
     LIMITED_CHUNK,
     MIB,
     READ_CHUNK,
-    ZERO_CHUNK,
     PieceFailedError,
 )
+from liveblockd.jobs.first_pass import look_at
 from liveblockd.jobs.host_copy import copy_runs, guest_is_served
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.mirror_options import DEFAULT_BUFFER, MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.jobs.user import JobUser
+from liveblockd.runtime.halting import Halt, HaltedError
 from liveblockd.storage.driver import Buffer
 
 MOST_CHUNK: Final = 2 * MIB
@@ -55,6 +56,8 @@ STRETCH: Final = 1024 * MIB
 SLICE: Final = 0.1
 #: seconds for which guests may have to wait for the last rest
 LAST_REST: Final = 0.05
+#: seconds for which what was flushed need not be flushed again before guests are stopped
+JUST_NOW: Final = 0.1
 #: bytes that may always be left for that
 LEAST_REST: Final = 256 * KIB
 #: bytes that may be dirty in a mirror that is called ready although guests go on writing
@@ -126,6 +129,7 @@ class MirrorCore(Job):
         self._copies: set[asyncio.Task[None]] = set()
         self._failures: list[PieceFailedError] = []
         self._retry_at = 0.0
+        self._flushed_at = float("-inf")
         self._chunk_size = ChunkSize()
         self._throughput = 0.0  # bytes per second of one copy
 
@@ -237,7 +241,7 @@ class MirrorCore(Job):
             if not self.ready and self._in_step():
                 self.scheduler.set_ready(self)
             elif self.ending and self._nearly_done() and self._retry_at <= self._now():
-                if await self._flush_early():
+                if not self.switching or await self._flush_early():
                     return
             elif len(self._copies) >= most_copies(self.scheduler.share(self), self._under_way):
                 await self.wait()
@@ -266,6 +270,7 @@ class MirrorCore(Job):
             await self.target_user.run(self.target_user.node.flush)
         except OSError as error:
             self._failures.append(PieceFailedError("write", error))
+        self._flushed_at = self._now()
         return not self._failures
 
     def _now(self) -> float:
@@ -298,7 +303,7 @@ class MirrorCore(Job):
             await self.checkpoint()
             stretch = min(STRETCH, end - position)
             try:
-                await self._look_at(position, stretch, base)
+                await look_at(self, position, stretch, base)
             except PieceFailedError as failure:
                 self._failures.append(failure)
                 await self._judge()
@@ -307,54 +312,13 @@ class MirrorCore(Job):
             position += stretch
             self._progress()
 
-    async def _look_at(self, offset: int, length: int, base: Node | None) -> None:
-        holes: list[tuple[int, int]] = []
-        position = offset
-
-        async def ask() -> None:
-            nonlocal position
-            async with aclosing(chain.resolve(self.source, base, offset, length)) as found:
-                async for run in found:
-                    if run.layer is not None:
-                        self.bitmap.set_blocks(position, run.length)
-                    elif base is None and not self.target_is_zero:
-                        holes.append((position, run.length))
-                    position += run.length
-
-        try:
-            with self.reading():
-                await self.source_user.run(ask)
-        except OSError as error:
-            raise PieceFailedError("read", error) from error
-        for first, count in holes:
-            # In pieces, for there are targets that can only write zeros.
-            for start in range(first, first + count, ZERO_CHUNK):
-                await self.checkpoint()
-                length = min(ZERO_CHUNK, first + count - start)
-                try:
-                    await self.target_user.run(lambda s=start, n=length: self._clear(s, n))  # type: ignore[misc]
-                except OSError as error:
-                    raise PieceFailedError("write", error) from error
-
-    async def _clear(self, offset: int, length: int) -> None:
-        """Zeros where the target has or will have none. No copy or mirrored write is under way."""
-        position = offset
-        todo: list[tuple[int, int]] = []
-        async with aclosing(chain.resolve(self.target, None, offset, length)) as found:
-            async for run in found:
-                if self.backing_to_come or self.whole_units or not run.zero:
-                    todo.append((position, run.length))
-                position += run.length
-        for start, count in todo:
-            await self.target_user.store_zeroes(start, count, may_unmap=self.options.unmap)
-
     # -- copies
 
     def _begin(self, claim: Claim) -> None:
         length = claim.end - claim.start
         self._under_way += length
         self.account(length)
-        task = asyncio.create_task(self._carry(claim))
+        task = asyncio.create_task(self._carry(claim, self.new_halt()))
         self._copies.add(task)
         task.add_done_callback(self._ended)
 
@@ -365,7 +329,7 @@ class MirrorCore(Job):
     def _quiesced(self) -> bool:
         return self.source_user.quiesced or self.target_user.quiesced
 
-    async def _carry(self, claim: Claim) -> None:
+    async def _carry(self, claim: Claim, halt: Halt) -> None:
         """Copy a chunk, unless it would have to wait for the end of a drain.
 
         For the drain may wait for a guest's write, and that for this claim.
@@ -378,9 +342,13 @@ class MirrorCore(Job):
             return
         began = self._now()
         try:
-            await JobUser.run_on_both(
-                self.source_user, self.target_user, lambda: self._transfer(claim.start, length)
-            )
+            with halt.over():
+                await JobUser.run_on_both(
+                    self.source_user, self.target_user, lambda: self._transfer(claim.start, length)
+                )
+        except HaltedError:
+            self.bitmap.set(claim.start, length)
+            self.limit.give_back(length)
         except PieceFailedError as failure:
             self._failed(claim, failure)
         except Exception as error:
@@ -545,15 +513,21 @@ class MirrorCore(Job):
             self.graph.drained(self.source, self.target),
         ):
             await self._copy_rest()
-            await self.target.flush()
-            if self.nothing_yet:
-                # The target stands on it: flushes of the guest do not come here any more.
-                await self.source.flush()
             self._progress()
             if self.switching:
+                await self.target.flush()
+                if self.nothing_yet:
+                    # The target stands on it: flushes of the guest do not come here any more.
+                    await self.source.flush()
                 self.needed = True
                 await self.pivot()
             self._over = True
+        if not self.switching:
+            await self.make_durable()
+
+    async def make_durable(self) -> None:
+        """The target, which is what the source was a moment ago; guests have gone on."""
+        await self.target_user.run(self.target_user.node.flush)
 
     async def _catch_up(self) -> None:
         """A job that waited for its client for long may have much to do: the guests go on with it.
@@ -572,7 +546,8 @@ class MirrorCore(Job):
         await self.settle()
         if self._failures:
             raise self._failures[0].error
-        await self.target_user.run(self.target_user.node.flush)
+        if self.switching and self._now() - self._flushed_at > JUST_NOW:
+            await self.target_user.run(self.target_user.node.flush)
 
     async def _copy_rest(self) -> None:
         """Nobody else is there: no user of the nodes has anything in flight."""

@@ -53,6 +53,10 @@ class RateLimit:
             self._dispatched = 0
         self._dispatched += count
 
+    def give_back(self, count: int) -> None:
+        """``count`` bytes of what started did not move, and start again later."""
+        self._dispatched = max(0, self._dispatched - count)
+
     def delay(self, now: float) -> float:
         """Seconds until the next chunk may start; 0 or less: now."""
         if not self._speed or not self._dispatched:

@@ -155,6 +155,7 @@ class Scheduler:
             raise BlockError("Job is already paused")
         job.user_paused = True
         job.pause_count += 1
+        job.halt.ask()
         job.wake()
 
     def resume(self, job: Job) -> None:
@@ -189,6 +190,7 @@ class Scheduler:
             return  # it is being finalized: what it does now is true whatever we say
         if forced:
             job.cancel_requested = True
+            job.halt.ask()
             job.let_go()
         else:
             job.end_gently()
@@ -358,6 +360,7 @@ class Scheduler:
         for other in transaction.jobs:
             if other is not job:
                 other.cancel_requested = True
+                other.halt.ask()
                 other.let_go()
                 self._hurry(other)
                 if other.user_paused:
@@ -387,6 +390,8 @@ class Scheduler:
             self._announce_end(job)
         self._move(job, JobStatus.CONCLUDED)
         self._notify(job)
+        await self._guarded(job, job.wind_up)
+        job.wound_up.set()
         if job.auto_dismiss or not job.started:
             await self._dismiss(job)
 
@@ -401,6 +406,7 @@ class Scheduler:
         if job.dismissing:
             return
         job.dismissing = True
+        await job.wound_up.wait()
         # The nodes are given back first: who hears "null" may use them at once.
         await self._guarded(job, job.free)
         self.jobs.pop(job.id, None)

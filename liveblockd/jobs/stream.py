@@ -264,13 +264,24 @@ class Stream(CopyJob):
 
     async def clean(self) -> None:
         """Take the filter out and let go of the links, whichever way it ended."""
-        if self.made_writable:
-            await surgery.flush_ahead([self.top])
         async with self.graph.lock:
-            await self.release()
+            await self._release()
+            if self.error is None:  # there is nothing to flush
+                await self._close_top()
+
+    async def wind_up(self) -> None:
+        """Nobody was promised anything of a top that did not get everything."""
+        if self.made_writable:
+            await surgery.flush_ahead([self.top], for_good=True)
+            async with self.graph.lock:
+                await self._close_top()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
+        await self._release()
+        await self._close_top()
+
+    async def _release(self) -> None:
         chain.unfreeze(self.frozen)
         if self.user is not None:
             await self.graph.detach(self.user)
@@ -278,6 +289,8 @@ class Stream(CopyJob):
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
             self.filter = None
+
+    async def _close_top(self) -> None:
         if self.made_writable:
             self.made_writable = False
             await self.graph.set_read_only(self.top, True)

@@ -42,6 +42,7 @@ class Command:
     returns: Any
     query: bool
     features: tuple[str, ...]
+    ahead: Callable[[Context, Any], Awaitable[None]] | None = None
 
 
 _commands: dict[str, Command] = {}
@@ -56,11 +57,13 @@ def command(
     aliases: tuple[str, ...] = (),
     query: bool = False,
     features: tuple[str, ...] = (),
+    ahead: Callable[[Context, Any], Awaitable[None]] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register ``async def f(context, arguments)`` as QMP command ``name`` and ``aliases``.
 
     ``query`` lets it run beside other commands: it may change nothing and await nothing slow.
-    ``features`` are QAPI features (``deprecated``, ``unstable``). Raises ValueError for a name
+    ``ahead`` is what takes long and can be done before it is the turn of this command, beside those
+    of other clients: it changes nothing, and says nothing of what is wrong. ``features`` are QAPI features (``deprecated``, ``unstable``). Raises ValueError for a name
     that is taken.
     """
 
@@ -69,7 +72,7 @@ def command(
             if spelling in _commands:
                 raise ValueError(f"QMP command {spelling} is registered twice")
             _commands[spelling] = Command(
-                spelling, function, args or NoArguments, returns, query, features
+                spelling, function, args or NoArguments, returns, query, features, ahead
             )
         return function
 
@@ -105,6 +108,8 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
     if found.query:
         returned = await found.function(context, parsed)
     else:
+        if found.ahead is not None:
+            await found.ahead(context, parsed)
         async with context.command_lock:
             if context.quitting:
                 raise BlockError("The daemon is shutting down")

@@ -37,6 +37,9 @@ Ts = TypeVarTuple("Ts")
 DEFAULT_THREADS = 4
 #: for copies of jobs, however many jobs there are
 COPY_THREADS = 3
+#: for what waits for a disk and uses no processor: a file system makes many such calls wait for one
+#: write of its journal, which they share if they are there in time
+SYNC_THREADS = 8
 
 
 class JobFuture(asyncio.Future[T]):
@@ -82,12 +85,17 @@ class WorkerPool:
         self._outstanding = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._copies: WorkerPool | None = None
+        self._syncs: WorkerPool | None = None
         self._in_memory: Lane | None = None
 
     @property
     def outstanding(self) -> int:
-        """Jobs submitted and not yet delivered, copies included."""
-        return self._outstanding + (0 if self._copies is None else self._copies.outstanding)
+        """Jobs submitted and not yet delivered, copies and syncs included."""
+        return self._outstanding + sum(pool.outstanding for pool in self._lanes)
+
+    @property
+    def _lanes(self) -> list[WorkerPool]:
+        return [pool for pool in (self._copies, self._syncs) if pool is not None]
 
     @property
     def copies(self) -> WorkerPool:
@@ -100,6 +108,18 @@ class WorkerPool:
                 raise RuntimeError("the worker pool is closed")
             self._copies = WorkerPool(COPY_THREADS, demand=self.demand, time_slice=COPY_SLICE)
         return self._copies
+
+    @property
+    def syncs(self) -> WorkerPool:
+        """As ``copies``, for fdatasync(2): while other jobs write it takes tenths of seconds.
+
+        Four at a time would leave no thread to a guest's write.
+        """
+        if self._syncs is None:
+            if self._closed:
+                raise RuntimeError("the worker pool is closed")
+            self._syncs = WorkerPool(SYNC_THREADS, demand=self.demand)
+        return self._syncs
 
     def lane(self, *, waits: bool = True) -> Lane:
         """A lane among the ``copies``, for those to one file.
@@ -129,8 +149,8 @@ class WorkerPool:
     async def idle(self) -> None:
         """Return when no job is queued or running, whoever waits for it or no longer does."""
         while self.outstanding:
-            if self._copies is not None:
-                await self._copies.idle()
+            for pool in self._lanes:
+                await pool.idle()
             if self._outstanding:
                 waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._idle_waiters.append(waiter)
@@ -142,8 +162,8 @@ class WorkerPool:
         Blocks for as long as the jobs take: ``await idle()`` first. Twice is harmless.
         """
         self._closed = True
-        if self._copies is not None:
-            self._copies.close()
+        for pool in self._lanes:
+            pool.close()
         for _ in self._threads:
             self._queue.put(None)
         for ended in self._threads:
@@ -322,6 +342,12 @@ class JobGroup:
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """As ``WorkerPool.submit``; the job counts until it has ended, waited for or not."""
         future = self._pool._submit(fn, args, self)
+        self._count += 1
+        return future
+
+    def submit_sync(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
+        """The same by one of the ``syncs``."""
+        future = self._pool.syncs._submit(fn, args, self)
         self._count += 1
         return future
 

@@ -8,7 +8,7 @@ buffer a thread. Source and destination ranges are whole blocks where a file has
 Invariants: on return all of the range was stored (not made durable: that is a flush); on an error
 some of it may have been. The source past its end counts as zeros.
 
-Errors: ``OSError``.
+Errors: ``OSError``; ``HaltedError`` where nobody wants the copy any more.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import struct
 import threading
 from collections.abc import Sequence
 from errno import EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, EXDEV
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from liveblockd.runtime import halting
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Buffer
 from liveblockd.storage.first_words import first_words
@@ -118,6 +120,7 @@ def clone_or_copy(transfer: Transfer) -> Copied:
     What is shared takes no space, so nobody looks whether it is zeros. The last cluster may be
     short.
     """
+    halting.check()
     cloned = _clone_clusters(transfer)
     zero = np.zeros(-(-transfer.length // transfer.cluster_size), np.bool_)
     if cloned < transfer.length:
@@ -200,9 +203,11 @@ def _copy_file_range(
     """Bytes copied until it went no further, for the plain copy to go on; -1: never again."""
     done = 0
     while done < length:
+        halting.check()
         part = length - done
         if gate is not None:
             part = min(part, gate.piece())
+        begun = monotonic()
         try:
             count = os.copy_file_range(src_fd, dst_fd, part, src_offset + done, dst_offset + done)
         except OSError as error:
@@ -212,6 +217,8 @@ def _copy_file_range(
             return -1 if never and not done else done - done % CLONE_ALIGNMENT
         if count == 0:  # the end of the source, or a file system that only says so
             return done - done % CLONE_ALIGNMENT
+        if gate is not None:
+            gate.took(monotonic() - begun)
         done += count
     return done
 
@@ -375,6 +382,7 @@ def _copy_through_memory(
     answers = []
     begun = 0  # what the disk was told to begin with
     for start in range(0, length, piece):
+        halting.check()
         part = min(piece, length - start)
         clusters = -(-part // cluster_size)
         buffer = piece_buffer(clusters * cluster_size)

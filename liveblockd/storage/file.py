@@ -296,7 +296,7 @@ class FileDriver(AtOnce, BlockDriver):
         await self._flush_next
 
     def _start_flush(self) -> JobFuture[None]:
-        job = self._jobs.submit(os.fdatasync, self._fd)
+        job = self._jobs.submit_sync(os.fdatasync, self._fd)
         self._flush_job = job
         job.add_done_callback(self._flush_ended)
         return job
@@ -353,7 +353,7 @@ class FileDriver(AtOnce, BlockDriver):
 
     async def _sync_size(self) -> None:
         try:
-            await self._jobs.run(os.fsync, self._fd)
+            await self._jobs.submit_sync(os.fsync, self._fd)
         except OSError as error:
             # The kernel tells of lost pages once: those of a guest's writes may be among them.
             if not self._direct:

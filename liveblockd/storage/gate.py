@@ -36,6 +36,9 @@ Ts = TypeVarTuple("Ts")
 PIECE: Final = 256 << 10
 #: bytes of one otherwise: large enough that what is between two does not count
 LARGE_PIECE: Final = 8 << 20
+#: seconds that a system call of a copy may take: a slow disk gets smaller pieces, so that a copy
+#: that nobody wants any more ends soon
+SLOW: Final = 0.01
 #: seconds for which a guest's write is a sign that others will come
 WINDOW: Final = 0.05
 #: seconds
@@ -48,6 +51,7 @@ class Gate:
     __slots__ = (
         "_courtesy",
         "_guest",
+        "_large",
         "_quiet_from",
         "_seen",
         "enter",
@@ -66,6 +70,7 @@ class Gate:
         #: guests' writes so far; whoever makes one adds to it
         self.writes = 0
         self._seen = 0
+        self._large = LARGE_PIECE
         self._quiet_from = float("-inf")
         self._courtesy = Courtesy()
 
@@ -91,13 +96,20 @@ class Gate:
             self._seen = self.writes
             self._quiet_from = now + WINDOW
         elif now >= self._quiet_from:
-            return LARGE_PIECE
+            return self._large
         self._courtesy.give_way(now)
         # A lock that nobody holds is left alone: a guest that comes now must find it free, or its
         # write would not be seen by the copy.
         if self._guest.locked() and self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
         return PIECE
+
+    def took(self, seconds: float) -> None:
+        """A system call of a copy took that long. With ``turn``."""
+        if seconds > SLOW:
+            self._large = max(PIECE, self._large // 2)
+        elif self._large < LARGE_PIECE and seconds < SLOW / 4:
+            self._large *= 2
 
 
 #: few are enough: a file has one of these, which it may share with others

@@ -7,7 +7,7 @@ Runs on: workers. Source and destination ranges are whole blocks where a file ha
 
 Invariants: those of ``copy_engine``.
 
-Errors: ``OSError``.
+Errors: ``OSError``; ``HaltedError`` where nobody wants the copies any more.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from liveblockd.runtime import halting
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import (
     CLONE_ALIGNMENT,
@@ -69,6 +70,7 @@ def copy_segments(
     Small ones are read one by one and written together where they lie side by side. O_DIRECT as in
     ``Transfer``.
     """
+    halting.check()
     total = sum(segment.length for segment in segments) // cluster_size
     gathering = _Gathering(fd, cluster_size, direct, np.zeros(total, np.bool_))
     clones = _clonable({segment.source_fd for segment in segments}, fd)
@@ -77,6 +79,7 @@ def copy_segments(
         return Copied(0, gathering.zero)
     cloned = number = 0
     for index, segment in enumerate(segments):
+        halting.check()
         count = segment.length // cluster_size
         if index in copied_already:
             pass

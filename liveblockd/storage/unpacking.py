@@ -4,7 +4,7 @@ Runs on: workers. What is unpacked stays in a buffer that fits into the cache of
 written; clusters of zeros are not.
 
 Invariants: as of ``copy_engine``; on return the whole range was stored, not made durable.
-Errors: ``OSError``, of either file or of data that cannot be unpacked.
+Errors: ``OSError``, of either file or of data that cannot be unpacked; ``HaltedError``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from liveblockd.runtime import halting
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import CLONE_ALIGNMENT, PIECE, Zeroes
 from liveblockd.storage.driver import Buffer
@@ -60,6 +61,7 @@ def unpack_clusters(work: Unpacking) -> Zeroes:
 
 
 def _unpack_piece(work: Unpacking, first: int, places: Sequence[tuple[int, int]]) -> Zeroes:
+    halting.check()
     size = work.cluster_size
     length = len(places) * size
     if _local.clusters is None or len(_local.clusters) < length:

@@ -26,6 +26,8 @@ class JitterPool(WorkerPool):
         """The same workers: copies are late as well."""
         return self
 
+    syncs = copies
+
     def _submit(
         self,
         fn: Callable[..., T],

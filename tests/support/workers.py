@@ -33,6 +33,8 @@ class InlineWorkers(WorkerPool):
         """The same workers: one order of all jobs."""
         return self
 
+    syncs = copies
+
     def _submit(
         self,
         fn: Callable[..., T],
@@ -62,6 +64,8 @@ class SeededWorkers(WorkerPool):
     def copies(self) -> WorkerPool:
         """The same workers: one order of all jobs."""
         return self
+
+    syncs = copies
 
     def _submit(
         self,

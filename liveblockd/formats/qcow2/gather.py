@@ -10,7 +10,7 @@ Runs on: the event loop, in tasks of the engine; ``copy_segments`` on workers.
 Invariants: those of ``populate``: clusters are published by compare-and-set; what a guest write has
 won or claimed meanwhile, and what is not simply unallocated to begin with, is left to
 ``populate_from``, which looks again.
-Errors: OSError; ``DamageError``. Clusters that were published before it stay.
+Errors: OSError; ``DamageError``; ``HaltedError``. Clusters that were published before it stay.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.new_tables import TableMaker
 from liveblockd.formats.qcow2.populate import Populator
+from liveblockd.runtime import halting
 from liveblockd.storage import copy_engine, segments
 from liveblockd.storage.copy_engine import Copied
 from liveblockd.storage.driver import HostFile, Source
@@ -213,7 +214,7 @@ class Gatherer:
             with self._descriptors.borrow() as duplicate:
                 batch = _segments(parts, duplicate, size)
                 fd = duplicate(target)
-                copied = await copies.run(copy_segments, batch, fd, size, target.direct)
+                copied = await halting.run(copies, copy_segments, batch, fd, size, target.direct)
         except BaseException:
             for host_offset, count in places:
                 metadata.free_data(host_offset, count)

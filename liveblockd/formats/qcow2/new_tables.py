@@ -13,7 +13,7 @@ the disk gets after a flush that makes both durable (``commit``): tables and dat
 before a crash, an error or a lost race are leaked clusters at worst. An L1 entry is set only if it
 is still 0 (compare and set): where a guest write has made a table meanwhile, that one stays.
 Where an L1 entry is 0 nobody has a claim on a cluster of its span, for claims come after tables.
-Errors: OSError; then nothing has changed.
+Errors: OSError, ``HaltedError``; then nothing has changed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from liveblockd.formats.qcow2.l2table import PAGE
 from liveblockd.formats.qcow2.layout import COPIED, ENTRY_BYTES, ZERO
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.tables import Entries
+from liveblockd.runtime import halting
 from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Zeroes
@@ -146,9 +147,10 @@ class TableMaker:
             with self._descriptors.borrow() as duplicate:
                 segments = _segments(sources, tables.hosts, duplicate, size)
                 fd = duplicate(target)
-                copied = await self._copying(target).run(
-                    copy_with_tables, segments, fd, size, target.direct, tables
-                )
+                copied = await halting.run(
+                    self._copying(target),
+                    copy_with_tables, segments, fd, size, target.direct, tables,
+                )  # fmt: skip
         except BaseException:
             for host_offset, clusters in taken:
                 metadata.quarantine.free(host_offset, clusters, unmap=False)

@@ -7,7 +7,7 @@ Invariants: clusters are published by compare-and-set: an entry that is no longe
 a cluster that a guest write has claimed, wins over the copy, whose cluster is freed. No claim
 is taken, so a guest write never waits (but see ``_complete``). On return every cluster of the range
 is held by this image: where a guest write failed, its cluster has been copied again.
-Errors: OSError; ``DamageError``. Clusters that were published before it stay.
+Errors: OSError; ``DamageError``; ``HaltedError``. Clusters that were published before it stay.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from liveblockd.formats.qcow2.layout import COMPRESSED, COPIED, MIXED, OFFSET_MA
 from liveblockd.formats.qcow2.metadata import Metadata
 from liveblockd.formats.qcow2.subclusters import SUBCLUSTERS, lowest_run, mask
 from liveblockd.formats.qcow2.zeroes import Eraser
+from liveblockd.runtime import halting
+from liveblockd.runtime.halting import HaltedError
 from liveblockd.runtime.workers import Lane, WorkerPool
 from liveblockd.storage import copy_engine, hostcalls
 from liveblockd.storage.copy_engine import Copied, Transfer, Zeroes
@@ -206,7 +208,7 @@ class Populator:
                 packed.file.direct,
                 direct,
             )
-            zero = await self._workers.copies.run(unpack_clusters, work)
+            zero = await halting.run(self._workers.copies, unpack_clusters, work)
             self.unpacked += clusters
             return zero if zero.any() else None
 
@@ -235,7 +237,7 @@ class Populator:
             source.direct,
             target.direct,
         )
-        copied = await self.copying(target).run(clone_or_copy, transfer)
+        copied = await halting.run(self.copying(target), clone_or_copy, transfer)
         self.cloned += copied.cloned
         self.copied += length - copied.cloned
         return copied.zero
@@ -353,7 +355,7 @@ class Populator:
             host_offset, count, _ = await metadata.allocate_data(cluster, count)
             try:
                 zero = await fill(start, count, host_offset)
-            except OSError:
+            except (OSError, HaltedError):
                 metadata.free_data(host_offset, count)
                 raise
             # From here on no await: compare and set.

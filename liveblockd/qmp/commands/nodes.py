@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import chain, info
+from liveblockd.graph import chain, info, surgery
 from liveblockd.graph.activation import set_active
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.children import add_child, remove_child
@@ -98,7 +98,13 @@ async def blockdev_add(context: Context, arguments: BlockdevOptions) -> None:
     await context.graph.open(arguments)
 
 
-@command("blockdev-del", args=NodeName)
+async def _flush_ahead(context: Context, arguments: NodeName) -> None:
+    node = context.graph.nodes.get(arguments.node_name)
+    if node is not None and node.monitor_owned and not node.parents:
+        await surgery.flush_ahead([node], for_good=True)
+
+
+@command("blockdev-del", args=NodeName, ahead=_flush_ahead)
 async def blockdev_del(context: Context, arguments: NodeName) -> None:
     """Close a node that nobody uses."""
     await context.graph.delete(arguments.node_name)

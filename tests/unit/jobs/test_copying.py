@@ -1,6 +1,7 @@
 """Many pieces in flight: bounds, progress, pauses, errors and speeds, without any disk."""
 
 import asyncio
+import itertools
 import random
 from errno import EIO, ENOSPC
 
@@ -18,6 +19,7 @@ from liveblockd.jobs.copying import (
 from liveblockd.jobs.job import BlockdevOnError, JobType
 from liveblockd.jobs.pieces import Run
 from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.runtime.halting import HaltedError
 from liveblockd.storage.driver import ExtentKind
 from tests.support.clock import ManualClock
 
@@ -316,3 +318,53 @@ async def test_a_defect_in_a_piece_fails_the_job():
     await bench.start(job)
     await bench.end(job)
     assert "ZeroDivisionError" in job.error.message
+
+
+async def test_pieces_that_are_halted_are_moved_later():
+    """A pause ends them at once; nothing is moved twice, left out or counted as an error."""
+    bench = Bench()
+    job = Moves([(MIB, DATA), (5 * MIB, READ), (20 * MIB, DATA)], speed=0)
+    move, halted = job.move, []
+
+    async def moves(piece):
+        halt = job.halt
+        for _ in range(4):
+            await asyncio.sleep(0)
+            if halt.asked:
+                halted.append(piece)
+                raise HaltedError
+        await move(piece)
+
+    job.move = moves
+    await bench.start(job)
+    for turns in itertools.count():
+        await bench.turn(turns % 9)
+        if job.status != "running":
+            break
+        bench.scheduler.pause(job)
+        await bench.turn()
+        assert job.status == "paused" and job.now == 0
+        assert job.offset == sum(piece.length for piece in job.moved)
+        bench.scheduler.resume(job)
+    await bench.end(job)
+    assert len(halted) > 5 and not bench.errors()
+    assert covered(job) == [[0, MIB, DATA], [MIB, 6 * MIB, READ], [6 * MIB, 26 * MIB, DATA]]
+
+
+async def test_a_halted_piece_owes_nothing():
+    bench = Bench()
+    job = Moves([(4 * LIMITED_CHUNK, DATA)], speed=1024)
+    job.gate.clear()
+    errors = [HaltedError()]
+    job.errors = errors
+    await bench.start(job)
+    await bench.turn()
+    bench.scheduler.pause(job)
+    job.gate.set()
+    await bench.turn()
+    assert (job.status, job.offset, errors) == ("paused", 0, [])
+    bench.scheduler.resume(job)
+    await bench.turn()
+    assert job.offset == LIMITED_CHUNK, "one chunk moves at once, however slow it is to be"
+    bench.scheduler.cancel(job)
+    await bench.end(job)

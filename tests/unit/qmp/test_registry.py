@@ -114,3 +114,26 @@ def test_quit_is_called_once(context: Context) -> None:
     context.quit("b")
     assert reasons == ["a"]
     assert context.quitting
+
+
+async def test_what_takes_long_is_done_beside_other_commands(context: Context) -> None:
+    flushed, order = asyncio.Event(), []
+
+    async def flush(context: Context, arguments: Number) -> None:
+        order.append(f"flush {arguments.number}")
+        await flushed.wait()
+
+    @registry.command("close", args=Number, ahead=flush)
+    async def close(context: Context, arguments: Number) -> None:
+        order.append("close")
+
+    @registry.command("other")
+    async def other(context: Context, arguments: NoArguments) -> None:
+        order.append("other")
+
+    closing = asyncio.create_task(registry.execute(context, "close", {"number": 1}))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(registry.execute(context, "other", {}), 10)
+    flushed.set()
+    await closing
+    assert order == ["flush 1", "other", "close"]
