@@ -213,9 +213,9 @@ def seconds(qmp: Qmp, job: str, verb: str, gently: list[str]) -> float | None:
                     return float(event["clock"]) - start
                 if data["status"] in ("concluded", "null"):
                     return None
-            if verb == "cancel" and data.get("device") == job:
-                if event["event"] in ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"):
-                    return float(event["clock"]) - start
+            ended = event["event"] in ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED")
+            if verb == "cancel" and ended and data["device"] == job:
+                return float(event["clock"]) - start
         qmp.await_event()
 
 

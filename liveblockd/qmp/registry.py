@@ -63,8 +63,8 @@ def command(
 
     ``query`` lets it run beside other commands: it may change nothing and await nothing slow.
     ``ahead`` is what takes long and can be done before it is the turn of this command, beside those
-    of other clients: it changes nothing, and says nothing of what is wrong. ``features`` are QAPI features (``deprecated``, ``unstable``). Raises ValueError for a name
-    that is taken.
+    of other clients: it changes nothing, and says nothing of what is wrong. ``features`` are QAPI
+    features (``deprecated``, ``unstable``). Raises ValueError for a name that is taken.
     """
 
     def register(function: _Function) -> _Function:
