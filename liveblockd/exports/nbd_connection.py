@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from liveblockd.errors import BlockError
 from liveblockd.exports.backend import Buffer
+from liveblockd.exports.nbd_alike import Alike, frame
 from liveblockd.exports.nbd_commands import HANDLERS, HOLE_MINIMUM, Session, read_reply
 from liveblockd.exports.nbd_line import Line, SecureLine
 from liveblockd.exports.nbd_looking import Looking
@@ -81,7 +82,7 @@ _DISC: Final = int(Command.DISC)
 _WITH_DATA: Final = frozenset((_READ, _WRITE))
 
 
-class NbdConnection(Looking, asyncio.BufferedProtocol):
+class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
     """The protocol object of one connection."""
 
     def __init__(self, server: NbdServer, connected: socket.socket) -> None:
@@ -341,13 +342,22 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
         served = self._served_in_round
         half = left - (served + 1 >> 1) if served in HALVED else -1
         self._round_bytes = ROUND_BYTES
+        self._expect_runs(served)
         while end - position >= REQUEST_SIZE:
             magic, flags, command, cookie, offset, length = unpack(buffer, position)
             if magic != REQUEST_MAGIC:
                 self._broken(f"request magic {magic:#x}")
                 return True
             inside = not flags and length and offset + length <= size
-            if command == _READ and inside and length <= INLINE_READ:
+            count = 1
+            if (
+                self._runs
+                and inside
+                and (length <= inline_write or command == _READ)
+                and (done := self._done_alike(command, position, length, left - max(0, half)))
+            ):
+                count, used = done, done * frame(command, length)
+            elif command == _READ and inside and length <= INLINE_READ:
                 self._read(session, cookie, offset, length)
                 used = REQUEST_SIZE
             elif (
@@ -375,9 +385,10 @@ class NbdConnection(Looking, asyncio.BufferedProtocol):
                 if self._closing:
                     return True
             position += used
-            left -= 1
+            left -= count
             if left == half:
                 self._flush()
+                half = 0
             if left <= 0 or self._round_bytes <= 0 or self._full():
                 self._start = position
                 return self._payload is not None

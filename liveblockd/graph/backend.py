@@ -21,7 +21,7 @@ without the permission) and those of the driver.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from errno import EINVAL, EIO, ENOMEDIUM, ENOSPC, EPERM, ESHUTDOWN
 from functools import partial
@@ -184,6 +184,8 @@ class Backend:
         self._read = node.read_nowait
         self._write = node.write_nowait
         self._begin = node.begin_write
+        self._read_many = node.read_many_nowait
+        self._write_many = node.write_many_nowait
         plain = not (
             self.writethrough
             or node.probed
@@ -229,6 +231,33 @@ class Backend:
                 statistics.wr_highest_offset = end
             return True
         return False
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
+        """Ranges of one length: those that are at hand, from the first one on, see above."""
+        if not offsets or min(offsets) < 0 or max(offsets) + length > self._read_end:
+            return []
+        found = self._read_many(offsets, length)
+        statistics = self.statistics
+        statistics.rd_operations += len(found)
+        statistics.rd_bytes += len(found) * length
+        return found
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
+        """Parts of one length: how many, from the first one on, are stored; see above."""
+        if not offsets or min(offsets) < 0:
+            return 0
+        length, last = len(parts[0]), max(offsets)
+        if last + length > self._write_end:
+            return 0
+        done = self._write_many(offsets, parts)
+        statistics = self.statistics
+        statistics.wr_operations += done
+        statistics.wr_bytes += done * length
+        if last + length > statistics.wr_highest_offset and done:
+            if done < len(offsets):
+                last = max(offsets[:done])
+            statistics.wr_highest_offset = max(statistics.wr_highest_offset, last + length)
+        return done
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """See ``BlockDriver``; False while quiesced, out of bounds or not simple."""

@@ -15,6 +15,7 @@ Errors: BlockError from ``check_operation``; OSError from the I/O.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from liveblockd.errors import BlockError
@@ -68,6 +69,8 @@ _ALLOWED_ON_BACKING = frozenset(
 _HANDED_ON = (
     "read_nowait",
     "write_nowait",
+    "read_many_nowait",
+    "write_many_nowait",
     "copy_nowait",
     "begin_write",
     "read",
@@ -193,7 +196,7 @@ class Node:
             self.write_nowait = self._record_write_nowait  # type: ignore[method-assign]
             self.begin_write = self._record_begun  # type: ignore[method-assign]
             self.write = self._record_write  # type: ignore[method-assign]
-            del self.__dict__["copy_nowait"]
+            del self.__dict__["copy_nowait"], self.__dict__["write_many_nowait"]
 
     # -- dirty bitmaps
 
@@ -261,6 +264,14 @@ class Node:
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As the driver's."""
         return self.driver.write_nowait(offset, data)
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
+        """As the driver's."""
+        return self.driver.read_many_nowait(offsets, length)
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:  # noqa: ARG002
+        """As the driver's, unless bitmaps record what is written."""
+        return 0
 
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:  # noqa: ARG002
         """As the driver's, unless bitmaps record what is written."""

@@ -101,6 +101,8 @@ class BlockIO(Protocol):
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None: ...
     def write_nowait(self, offset: int, data: Buffer) -> bool: ...
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]: ...
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int: ...
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool: ...
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool: ...
     async def read(self, offset: int, length: int) -> Buffer: ...
@@ -243,6 +245,14 @@ class BlockDriver(abc.ABC):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Write if that needs no wait; whether it was done, whole."""
         return False
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:  # noqa: ARG002
+        """``read_nowait`` of ranges of one length: of the first ones, as far as it is simple."""
+        return []
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:  # noqa: ARG002
+        """``write_nowait`` of parts of one length, in their order: how many are done, whole."""
+        return 0
 
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:
         """``source`` to ``offset``, with ``data`` at ``inside``; whether it was done, whole."""

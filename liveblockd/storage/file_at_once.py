@@ -13,6 +13,7 @@ Errors: none escape; the coroutine tells.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from errno import EINVAL, EOPNOTSUPP, EXDEV
 from time import perf_counter_ns
 
@@ -48,6 +49,8 @@ class AtOnce:
     _copies = hostcalls.can_copy
     #: writes that were made on the loop without RWF_NOWAIT
     inline_writes = 0
+    #: writes that were made with others by one call
+    many_writes = 0
     #: copies that the kernel made on the loop
     inline_copies = 0
 
@@ -89,6 +92,62 @@ class AtOnce:
         finally:
             if entered:
                 gate.leave()
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
+        """The same of several, in a loop that has nothing else to do."""
+        flags, found = self._read_flags, list[Buffer]()
+        if flags is None or length > NOWAIT_LIMIT:
+            return found
+        fd = self._fd
+        try:
+            if not flags:
+                read = os.pread
+                for offset in offsets:
+                    data = read(fd, length, offset)
+                    if len(data) != length:
+                        break
+                    found.append(data)
+            else:
+                into = os.preadv
+                for offset in offsets:
+                    buffer = bytearray(length)
+                    if into(fd, (buffer,), offset, flags) != length:
+                        break
+                    found.append(buffer)
+        except OSError:  # not in the cache; of any other error tells who asks for this one alone
+            pass
+        return found
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
+        """The same of several, in a loop that has nothing else to do."""
+        flags, done = self._write_flags, 0
+        if flags is None or self.read_only:
+            return 0
+        fd, gate, length = self._fd, self._gate, len(parts[0])
+        if length > NOWAIT_LIMIT:
+            return 0
+        gate.writes += len(parts)
+        entered = gate.enter()
+        try:
+            if not flags:
+                write = os.pwrite
+                for offset, data in zip(offsets, parts, strict=True):
+                    if write(fd, data, offset) != length:
+                        break
+                    done += 1
+            else:
+                vector = os.pwritev
+                for offset, data in zip(offsets, parts, strict=True):
+                    if vector(fd, (data,), offset, flags) != length:
+                        break
+                    done += 1
+        except OSError:  # who writes this one alone tells
+            pass
+        finally:
+            if entered:
+                gate.leave()
+        self.many_writes += done
+        return done
 
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:
         """From memory to memory: by the kernel, which has a third less to do than by a buffer."""

@@ -41,6 +41,7 @@ from liveblockd.formats.qcow2.l2table import L2Table
 from liveblockd.formats.qcow2.layered import Layered
 from liveblockd.formats.qcow2.layout import COMPRESSED, MIXED, OFFSET_MASK, ZERO, Autoclear, Crypt
 from liveblockd.formats.qcow2.management import Management
+from liveblockd.formats.qcow2.many import Many
 from liveblockd.formats.qcow2.mapping import runs
 from liveblockd.formats.qcow2.opening import Opened, open_image, read_header
 from liveblockd.formats.qcow2.options import Qcow2Options
@@ -72,7 +73,7 @@ _SPECIAL = COMPRESSED | ZERO | MIXED
 
 
 @register_driver
-class Qcow2(InPlace, Management, Layered, Described):
+class Qcow2(Many, InPlace, Management, Layered, Described):
     """One qcow2 image; ``open`` makes it."""
 
     driver_name = "qcow2"
