@@ -56,6 +56,12 @@ class ExportBackend(Protocol):
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Whether the bytes are stored; False where ``write`` would wait."""
 
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> Sequence[Buffer]:
+        """``read_nowait`` of ranges of one length: those at hand, from the first one on."""
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
+        """``write_nowait`` of parts of one length: how many, from the first one on, are stored."""
+
     def begin_write(
         self, offset: int, data: Buffer, done: Callable[[OSError | None], None]
     ) -> bool:

@@ -8,6 +8,7 @@ to the child as they are. Errors: those of the child; ``BlockError`` from ``open
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from errno import ENOSPC, ENOTSUP, EPERM
 from typing import ClassVar, Self
 
@@ -81,6 +82,21 @@ class Raw(BlockDriver):
         if self.read_only or (self._size is not None and offset + len(data) > self._size):
             return False
         return self.children["file"].write_nowait(self._offset + offset, data)
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
+        """The child's."""
+        start = self._offset
+        places = [start + offset for offset in offsets] if start else offsets
+        return self.children["file"].read_many_nowait(places, length)
+
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
+        """The child's."""
+        end = max(offsets) + len(parts[0])
+        if self.read_only or (self._size is not None and end > self._size):
+            return 0
+        start = self._offset
+        places = [start + offset for offset in offsets] if start else offsets
+        return self.children["file"].write_many_nowait(places, parts)
 
     def begin_write(self, offset: int, data: Buffer, done: Done) -> bool:
         """The child's."""

@@ -246,11 +246,11 @@ class BlockDriver(abc.ABC):
         """Write if that needs no wait; whether it was done, whole."""
         return False
 
-    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:  # noqa: ARG002
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
         """``read_nowait`` of ranges of one length: of the first ones, as far as it is simple."""
         return []
 
-    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:  # noqa: ARG002
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
         """``write_nowait`` of parts of one length, in their order: how many are done, whole."""
         return 0
 

@@ -243,6 +243,22 @@ class SimulatedDisk(BlockDriver):
         medium.end("end", number)
         return True
 
+    def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
+        """One after the other, until one is not made."""
+        for number, (offset, data) in enumerate(zip(offsets, parts, strict=True)):
+            if not self.write_nowait(offset, data):
+                return number
+        return len(parts)
+
+    def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
+        found = list[Buffer]()
+        for offset in offsets:
+            data = self.read_nowait(offset, length)
+            if data is None:
+                break
+            found.append(data)
+        return found
+
     def copy_nowait(self, offset: int, source: Source, inside: int, data: Buffer) -> bool:
         """Two writes, of which the second is not always made."""
         medium, machine = self.medium, self.medium.machine

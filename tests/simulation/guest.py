@@ -85,7 +85,9 @@ class Guest:
         data = bytes(length) if kind < 0.1 else self.rng.randbytes(length)
         try:
             if self.rng.random() < 0.7:
-                await write_as_export(self.backend, offset, data)
+                done = self._halves(offset, data)
+                if done < length:
+                    await write_as_export(self.backend, offset + done, data[done:])
             else:
                 await self.backend.write(offset, data)
         except OSError as error:
@@ -93,6 +95,14 @@ class Guest:
         else:
             self.model[offset : offset + length] = data
         self._give(offset, length, True)
+
+    def _halves(self, offset: int, data: bytes) -> int:
+        """Some writes as two that came together; bytes that are stored."""
+        half = len(data) // 2
+        if len(data) % 2 or not half or offset // 512 % 2:
+            return 0
+        parts = (data[:half], data[half:])
+        return half * self.backend.write_many_nowait((offset, offset + half), parts)
 
     async def _failed(self, offset: int, data: bytes, error: OSError) -> None:
         """See what has come of a write."""
