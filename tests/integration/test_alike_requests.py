@@ -99,6 +99,8 @@ async def test_who_has_to_know_of_each_write_does(world):
     offsets, parts = [0, BLOCK, 2 * BLOCK], [b"x" * BLOCK] * 3
     able = user.write_many_nowait(offsets, parts)
     assert able == (3 if file_of(world, "image")._write_flags is not None else 0)
+    assert user.write_many_nowait([0, SIZE - BLOCK], parts[:2]) in (0, 1)
+    assert user.statistics.wr_highest_offset == SIZE // 2, "the second one was not made"
     bitmap = DirtyBitmap(SIZE, 65536, name="b")
     user.node.add_bitmap(bitmap)
     world.graph.rebind_above(user.node)
@@ -213,7 +215,7 @@ async def test_over_the_wire(tmp_path, monkeypatch, structured, most):
                 flags = CommandFlag.FUA if source.random() < 0.02 else 0
                 if source.random() < 0.04:
                     length = source.choice([512, BLOCK, 8192])
-                if source.random() < 0.5 and asked and asked[-1][1] is None or not asked:
+                if (source.random() < 0.5 and asked and asked[-1][1] is None) or not asked:
                     data = source.randbytes(length)[: len(model) - offset]
                     cookie = client.send(Command.WRITE, offset, len(data), flags, data)
                     model[offset : offset + len(data)] = data
