@@ -338,8 +338,7 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
         unpack, write_now = REQUEST.unpack_from, export.backend.write_nowait
         position = self._start
         left = ROUND_REQUESTS
-        # As many as the last time, mostly
-        served = self._served_in_round
+        served = self._served_in_round  # as many as the last time, mostly
         half = left - (served + 1 >> 1) if served in HALVED else -1
         self._round_bytes = ROUND_BYTES
         self._expect_runs(served)
@@ -349,14 +348,10 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
                 self._broken(f"request magic {magic:#x}")
                 return True
             inside = not flags and length and offset + length <= size
-            count = 1
-            if (
-                self._runs
-                and inside
-                and (length <= inline_write or command == _READ)
-                and (done := self._done_alike(command, position, length, left - max(0, half)))
-            ):
-                count, used = done, done * frame(command, length)
+            runs = self._runs and inside and (length <= inline_write or command == _READ)
+            count = runs and self._done_alike(command, position, length, left - max(0, half))
+            if count:
+                used = count * frame(command, length)
             elif command == _READ and inside and length <= INLINE_READ:
                 self._read(session, cookie, offset, length)
                 used = REQUEST_SIZE
@@ -385,7 +380,7 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
                 if self._closing:
                     return True
             position += used
-            left -= count
+            left -= count or 1
             if left == half:
                 self._flush()
                 half = 0
