@@ -1,6 +1,6 @@
 """Requests of one length that came together: looked up in one loop, done by one call below.
 
-Specification: docs/interop/qcow2, "Cluster mapping"; DESIGN, sections 3 and 4.
+Specification: docs/interop/qcow2, "Cluster mapping".
 
 Runs on: the event loop, on the request path; nothing waits.
 
