@@ -31,7 +31,7 @@ STEP_RUNS: Final = 64
 #: (tables of all layers together, cells of each) of a survey
 SURVEY: Final = (512, 65536)
 #: the same of the first one
-FIRST_SURVEY: Final = (64, 1024)
+FIRST_SURVEY: Final = (128, 1024)
 
 
 async def plan_stretch(

@@ -235,9 +235,20 @@ async def test_a_failed_copy_leaves_nothing(
     await scattered.judge(image)
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
-async def test_a_survey_is_what_the_cells_say(tmp_path: Path, host: Host, cached: bool) -> None:
-    """Of tables in memory and on the disk, of the whole disk and of parts of it."""
+async def test_a_survey_is_what_the_cells_say(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch, cached: bool, cut: bool
+) -> None:
+    """Of tables in memory and on the disk, of the whole disk and of parts of it.
+
+    ``cut``: tables are fuller than expected, so that each job leaves most of its own to others.
+    """
+    if cut:
+        monkeypatch.setattr(survey, "BUFFER", CLUSTER)
+        monkeypatch.setattr(survey, "JOB_ENTRIES", 3)
+        monkeypatch.setattr(survey, "FIRST_TABLES", 100)
+        monkeypatch.setattr(survey, "MOST_AT_ONCE", 100)
     scattered = Scattered(host, tmp_path, 6)
     await scattered.make()
     below = scattered.below
@@ -248,7 +259,8 @@ async def test_a_survey_is_what_the_cells_say(tmp_path: Path, host: Host, cached
     for _ in range(12):
         first = rng.randrange(DISK // CLUSTER)
         length = min(DISK - first * CLUSTER, rng.randrange(1, 9) * SPAN + 5 * CLUSTER)
-        found = await below.survey(first * CLUSTER, length, 16, 3, rng.choice((7, 1 << 20)))
+        tables = 40 if cut else 3
+        found = await below.survey(first * CLUSTER, length, 16, tables, rng.choice((7, 1 << 20)))
         assert found is not None and first * CLUSTER < found.end <= first * CLUSTER + length
         count = (found.end >> 16) - first
         cells = await below.cells(first * CLUSTER, count * CLUSTER, 16)
@@ -371,7 +383,7 @@ async def test_a_survey_knows_how_full_tables_were(
 
     monkeypatch.setattr(survey, "_find", counting)
     first = await below.survey(0, DISK, 16, 1000, 4096)
-    assert read[0] == 1 and len(read) > 1, "nobody knows how full they are"
+    assert read[0] == survey.FIRST_TABLES and len(read) > 1, "nobody knows how full they are"
     there = sum(read)
     read.clear()
     again = await below.survey(0, DISK, 16, 1000, 4096)

@@ -37,12 +37,14 @@ from liveblockd.storage.copy_engine import piece_buffer
 BUFFER = 1 << 20
 #: tables of one job: some milliseconds
 JOB_TABLES = 64
-#: cells for which a table is read at first, to see how full they are
-FIRST_CELLS = 4096
+#: entries after which a job leaves the rest of its tables to another survey
+JOB_ENTRIES = 16384
+#: tables that are read at first, to see how full they are
+FIRST_TABLES = 4
 #: so many times more may be read after that, where there is little in them
 MOST_GROWTH = 32
 #: the same where those before had little in them
-MOST_AT_ONCE = 128
+MOST_AT_ONCE = 256
 #: entries that the loop looks at in one step
 STEP = 4096
 #: entries that are looked at together: most of such pieces are empty
@@ -61,10 +63,13 @@ class Found(NamedTuple):
 
 def scan_tables(
     fd: int, tables: list[tuple[int, int]], table_size: int, direct: bool
-) -> list[Found]:
-    """On a worker: what each of (L1 index, host offset) has; closes the (duplicated) descriptor."""
+) -> tuple[list[Found], int]:
+    """On a worker: what tables, each (L1 index, host offset), have, and of how many that is.
+
+    Closes the (duplicated) descriptor.
+    """
     try:
-        found = []
+        found: list[Found] = []
         per_buffer = max(1, BUFFER // table_size)
         buffer = piece_buffer(min(per_buffer, len(tables)) * table_size)
         for start in range(0, len(tables), per_buffer):
@@ -78,7 +83,9 @@ def scan_tables(
                         hostcalls.read_into(fd, place, host_offset)
             indices = np.array([l1_index for l1_index, _ in part], np.int64)
             found.append(_nonzero(buffer[: len(part) * table_size], indices, table_size // 8))
-        return found
+            if sum(len(some.places) for some in found) > JOB_ENTRIES:
+                return found, start + len(part)
+        return found, len(tables)
     finally:
         os.close(fd)
 
@@ -139,14 +146,17 @@ class Surveyor:
             part = indices[count : count + self._next_tables(count, cells, most)]
             count += len(part)
             stop = end if count == len(indices) else int(indices[count]) * geometry.span
-            found = await _find(metadata, workers, part.tolist())
+            found, scanned = await _find(metadata, workers, part.tolist())
             if found is None:
                 return None
+            if scanned < len(part):
+                count += scanned - len(part)
+                stop = int(part[scanned]) * geometry.span
             answer = await _answer(metadata, workers.demand, found, (offset, stop), most - cells)
             if answer is None:
                 return None
             answers.append(answer)
-            self._fullness = sum(len(some.places) for some in found) / len(part)
+            self._fullness = sum(len(some.places) for some in found) / scanned
             cells += len(answer.places)
             if answer.end < stop:
                 break
@@ -158,7 +168,7 @@ class Surveyor:
             wanted = (most - cells) * count // max(cells, 1)
             return max(1, min(wanted, count * MOST_GROWTH))
         if self._fullness is None:
-            return max(1, most // FIRST_CELLS)
+            return FIRST_TABLES
         # What follows may be fuller.
         return max(1, min(int(most / max(self._fullness, 1)), MOST_AT_ONCE))
 
@@ -191,8 +201,11 @@ def _joined(answers: list[Survey], end: int) -> Survey:
 
 async def _find(
     metadata: Metadata, workers: WorkerPool, l1_indices: list[int]
-) -> list[Found] | None:
-    """What these tables have; None where one is not right. Raises OSError."""
+) -> tuple[list[Found] | None, int]:
+    """What these tables have, or at least so many of the first; None where one is not right.
+
+    Raises OSError.
+    """
     found: list[Found] = []
     wanted: list[tuple[int, int]] = []
     for l1_index in l1_indices:
@@ -200,20 +213,24 @@ async def _find(
         if table is None:
             wanted.append((l1_index, metadata.l1_view[l1_index] & OFFSET_MASK))
         elif table.bad:
-            return None
+            return None, 0
         else:
             places = np.flatnonzero(table.entries)
             entries = table.entries[places]
             found.append(Found(places + l1_index * metadata.geometry.l2_entries, entries))
+    scanned = len(l1_indices)
     if wanted:
-        found += await _read(metadata, workers, wanted)
-    return found
+        more, end = await _read(metadata, workers, wanted)
+        found += more
+        if end is not None:
+            scanned = l1_indices.index(end)
+    return found, scanned
 
 
 async def _read(
     metadata: Metadata, workers: WorkerPool, tables: list[tuple[int, int]]
-) -> list[Found]:
-    """Tables that are not in memory; raises OSError."""
+) -> tuple[list[Found], int | None]:
+    """Tables that are not in memory, and the L1 index of the first one that was left; OSError."""
     host = metadata.file.host_file()
     assert host is not None
     size = metadata.geometry.cluster_size
@@ -221,21 +238,22 @@ async def _read(
     lane = workers.lane(waits=host.read_flags != 0)
     epoch = metadata.quarantine.enter()
     try:
+        parts = [tables[start : start + JOB_TABLES] for start in range(0, len(tables), JOB_TABLES)]
         jobs = [
-            lane.submit(
-                scan_tables, os.dup(host.fd), tables[start : start + JOB_TABLES], size, host.direct
-            )
-            for start in range(0, len(tables), JOB_TABLES)
+            lane.submit(scan_tables, os.dup(host.fd), part, size, host.direct) for part in parts
         ]
         answers = await asyncio.gather(*jobs, return_exceptions=True)
     finally:
         metadata.leave(epoch)
     found: list[Found] = []
-    for answer in answers:
+    left: int | None = None
+    for part, answer in zip(parts, answers, strict=True):
         if isinstance(answer, BaseException):
             raise answer
-        found += answer
-    return found
+        found += answer[0]
+        if left is None and answer[1] < len(part):
+            left = part[answer[1]][0]
+    return found, left
 
 
 async def _answer(
