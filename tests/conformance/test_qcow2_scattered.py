@@ -246,6 +246,7 @@ async def test_a_survey_is_what_the_cells_say(
     """
     if cut:
         monkeypatch.setattr(survey, "BUFFER", CLUSTER)
+        monkeypatch.setattr(survey, "JOB_TABLES", 2)
         monkeypatch.setattr(survey, "JOB_ENTRIES", 3)
         monkeypatch.setattr(survey, "FIRST_TABLES", 100)
         monkeypatch.setattr(survey, "MOST_AT_ONCE", 100)
