@@ -69,8 +69,12 @@ class Demand:
             return max(1, min(wanted, self.processors))
         return wanted
 
+    def is_served(self) -> bool:
+        """Whether a guest is served now, which long steps would keep waiting."""
+        return self.guests.is_recent(asyncio.get_running_loop().time())
+
     async def give_turn(self) -> None:
         """Between two steps of long work: requests are served, and who makes them can run."""
-        if self.guests.is_recent(asyncio.get_running_loop().time()):
+        if self.is_served():
             self._courtesy.give_way(monotonic())
         await asyncio.sleep(0)

@@ -55,29 +55,38 @@ _NUMBERS: Final = {
 give_way: Final[Callable[[], int]] = ctypes.CDLL(None).sched_yield
 
 
-#: seconds; who has the processor for longer after somebody gave way is no request, but would keep
-#: it for a time slice each time
-SHORT_WAY: Final = 0.0005
-#: so many times that long nobody gives way then
-STAY: Final = 10
+#: of the time so much may be given away in the end: beside somebody who computes without end each
+#: way given is a time slice
+SHARE: Final = 0.05
+#: seconds that may be given away at once, after which it is that share: a time slice or two
+MOST_AT_ONCE: Final = 0.006
+#: seconds; a way that nobody took, or that a request had, counts as nothing
+NOTHING: Final = 0.00005
 
 
 class Courtesy:
-    """Gives way again and again; a tenth of the time at most where others work without end."""
+    """Gives way again and again, as long as that costs no more than ``SHARE`` of the time.
 
-    __slots__ = ("_stay_until",)
+    One long way does not end it: it may have been the loop itself, which had something to plan, and
+    a request that comes next would wait for the tick.
+    """
+
+    __slots__ = ("_credit", "_seen")
 
     def __init__(self) -> None:
-        self._stay_until = float("-inf")
+        self._credit = MOST_AT_ONCE
+        self._seen = float("-inf")
 
     def give_way(self, now: float) -> None:
         """``now`` is that of ``time.monotonic``."""
-        if now < self._stay_until:
+        self._credit = min(MOST_AT_ONCE, self._credit + (now - self._seen) * SHARE)
+        self._seen = now
+        if self._credit <= 0:
             return
         give_way()
-        gone = monotonic()
-        if gone - now > SHORT_WAY:
-            self._stay_until = gone + (gone - now) * STAY
+        gone = monotonic() - now
+        if gone > NOTHING:
+            self._credit -= gone
 
 
 def slice_of_thread() -> int:
