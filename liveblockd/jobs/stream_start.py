@@ -42,9 +42,11 @@ async def _set_up(graph: Graph, scheduler: Scheduler, parameters: StreamParamete
         scheduler.check_id(job.id)
         if job.immediate and parameters.filter_node_name is not None:
             _check_filter_name(graph, parameters.filter_node_name)
+        demand = graph.environment.workers.demand
+        await demand.give_turn()  # each part takes half a millisecond the first time
         await _take(job)
         try:
-            await graph.environment.workers.demand.give_turn()  # each half takes 0.7 ms
+            await demand.give_turn()
             scheduler.create(job)
             try:
                 await _attach(job)

@@ -85,8 +85,8 @@ class WorkerPool:
         self._outstanding = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._copies: WorkerPool | None = None
+        self._copies_in_memory: WorkerPool | None = None
         self._syncs: WorkerPool | None = None
-        self._in_memory: Lane | None = None
 
     @property
     def outstanding(self) -> int:
@@ -95,7 +95,8 @@ class WorkerPool:
 
     @property
     def _lanes(self) -> list[WorkerPool]:
-        return [pool for pool in (self._copies, self._syncs) if pool is not None]
+        pools = (self._copies, self._copies_in_memory, self._syncs)
+        return [pool for pool in pools if pool is not None]
 
     @property
     def copies(self) -> WorkerPool:
@@ -104,10 +105,16 @@ class WorkerPool:
         Idle and closed together with this pool.
         """
         if self._copies is None:
-            if self._closed:
-                raise RuntimeError("the worker pool is closed")
-            self._copies = WorkerPool(COPY_THREADS, demand=self.demand, time_slice=COPY_SLICE)
+            self._copies = self._pool(COPY_THREADS, COPY_SLICE)
         return self._copies
+
+    @property
+    def copies_in_memory(self) -> WorkerPool:
+        """The same for copies that wait for nothing but a processor: no more than there are."""
+        if self._copies_in_memory is None:
+            threads = min(COPY_THREADS, self.demand.processors)
+            self._copies_in_memory = self._pool(threads, COPY_SLICE)
+        return self._copies_in_memory
 
     @property
     def syncs(self) -> WorkerPool:
@@ -116,23 +123,20 @@ class WorkerPool:
         Four at a time would leave no thread to a guest's write.
         """
         if self._syncs is None:
-            if self._closed:
-                raise RuntimeError("the worker pool is closed")
-            self._syncs = WorkerPool(SYNC_THREADS, demand=self.demand)
+            self._syncs = self._pool(SYNC_THREADS, 0)
         return self._syncs
+
+    def _pool(self, threads: int, time_slice: int) -> WorkerPool:
+        if self._closed:
+            raise RuntimeError("the worker pool is closed")
+        return WorkerPool(threads, demand=self.demand, time_slice=time_slice)
 
     def lane(self, *, waits: bool = True) -> Lane:
         """A lane among the ``copies``, for those to one file.
 
-        Copies none of which ``waits`` for anything but a processor are no more than those, in all
-        lanes together while nobody is served.
+        ``waits``: for more than a processor, a disk.
         """
-        if waits:
-            return Lane(self, COPY_THREADS)
-        most = min(COPY_THREADS, self.demand.processors)
-        if self._in_memory is None:
-            self._in_memory = Lane(self, most)
-        return Lane(self, most, self._in_memory)
+        return Lane(self, waits=waits)
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """Queue ``fn(*args)``; the future has its result. Raises RuntimeError after ``close``."""
@@ -283,11 +287,9 @@ class Lane:
     each other, but they keep processors from the event loop and from the clients.
     """
 
-    def __init__(self, pool: WorkerPool, most: int, common: Lane | None = None) -> None:
+    def __init__(self, pool: WorkerPool, *, waits: bool) -> None:
         self._pool = pool
-        self._most = most
-        #: where jobs go instead while nobody is served
-        self._common = common
+        self._waits = waits
         #: how many may run now
         self.width = 1
         self._running = 0
@@ -297,12 +299,9 @@ class Lane:
 
     def submit(self, fn: Callable[[*Ts], T], *args: *Ts) -> JobFuture[T]:
         """As ``WorkerPool.submit``."""
-        copies = self._pool.copies
-        now = asyncio.get_running_loop().time()
-        width = copies.demand.width(self._most, now)
-        lane = self if self._common is None or width < self._most else self._common
-        lane.width = width
-        return copies._submit(fn, args, None, lane)
+        copies = self._pool.copies if self._waits else self._pool.copies_in_memory
+        self.width = copies.demand.width(copies._limit, asyncio.get_running_loop().time())
+        return copies._submit(fn, args, None, self)
 
     async def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """As ``WorkerPool.run``."""

@@ -34,6 +34,11 @@ Ts = TypeVarTuple("Ts")
 #: bytes of one system call of a copy while a guest writes to the file: 0.1 ms. Smaller ones ask for
 #: the GIL more often than they are worth.
 PIECE: Final = 256 << 10
+#: the same where the guest writes so seldom that few of its requests would gain by that, and where
+#: there are many such guests all of them would pay for it
+SELDOM_PIECE: Final = 1 << 20
+#: writes a second; fewer are seldom
+SELDOM: Final = 300
 #: bytes of one otherwise: large enough that what is between two does not count
 LARGE_PIECE: Final = 8 << 20
 #: seconds that a system call of a copy may take: a slow disk gets smaller pieces, so that a copy
@@ -41,6 +46,8 @@ LARGE_PIECE: Final = 8 << 20
 SLOW: Final = 0.01
 #: seconds for which a guest's write is a sign that others will come
 WINDOW: Final = 0.05
+#: seconds after which a count of writes tells nothing of their rate
+LONG_AGO: Final = 1.0
 #: seconds
 PATIENCE: Final = 0.001
 
@@ -49,9 +56,12 @@ class Gate:
     """Of one file."""
 
     __slots__ = (
+        "_count_from",
+        "_counted",
         "_courtesy",
         "_guest",
         "_large",
+        "_piece",
         "_quiet_from",
         "_seen",
         "enter",
@@ -72,6 +82,10 @@ class Gate:
         self._seen = 0
         self._large = LARGE_PIECE
         self._quiet_from = float("-inf")
+        self._piece = PIECE
+        #: when ``writes`` was ``_counted`` last
+        self._count_from = float("-inf")
+        self._counted = 0
         self._courtesy = Courtesy()
 
     def first(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
@@ -102,7 +116,13 @@ class Gate:
         # write would not be seen by the copy.
         if self._guest.locked() and self._guest.acquire(timeout=PATIENCE):
             self._guest.release()
-        return PIECE
+        elapsed = now - self._count_from
+        if elapsed >= WINDOW:
+            # What was long ago tells nothing: small ones until it is known.
+            seldom = elapsed < LONG_AGO and self.writes - self._counted < SELDOM * elapsed
+            self._piece = SELDOM_PIECE if seldom else PIECE
+            self._count_from, self._counted = now, self.writes
+        return min(self._piece, self._large)
 
     def took(self, seconds: float) -> None:
         """A system call of a copy took that long. With ``turn``."""

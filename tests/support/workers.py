@@ -33,7 +33,7 @@ class InlineWorkers(WorkerPool):
         """The same workers: one order of all jobs."""
         return self
 
-    syncs = copies
+    syncs = copies_in_memory = copies
 
     def _submit(
         self,
@@ -65,7 +65,7 @@ class SeededWorkers(WorkerPool):
         """The same workers: one order of all jobs."""
         return self
 
-    syncs = copies
+    syncs = copies_in_memory = copies
 
     def _submit(
         self,

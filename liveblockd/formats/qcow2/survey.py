@@ -152,6 +152,7 @@ class Surveyor:
             if scanned < len(part):
                 count += scanned - len(part)
                 stop = int(part[scanned]) * geometry.span
+            await _turn(workers.demand)
             answer = await _answer(metadata, workers.demand, found, (offset, stop), most - cells)
             if answer is None:
                 return None
@@ -256,6 +257,12 @@ async def _read(
     return found, left
 
 
+async def _turn(demand: Demand) -> None:
+    """Between two steps that are only worth one for a guest."""
+    if demand.is_served():
+        await demand.give_turn()
+
+
 async def _answer(
     metadata: Metadata, demand: Demand, found: list[Found], stretch: tuple[int, int], most: int
 ) -> Survey | None:
@@ -271,6 +278,7 @@ async def _answer(
         high = low + most
         end = int(places[high]) << bits
     entries, places = entries[order[low:high]], places[low:high]
+    await _turn(demand)
     cells = np.zeros(len(places), np.int64)
     for start in range(0, len(places), STEP):
         if start:

@@ -33,3 +33,11 @@ def test_copies_leave_processors_to_who_is_served(processors, wanted, for_guests
 
 def test_the_processors_are_those_of_the_process():
     assert Demand().processors == len(os.sched_getaffinity(0))
+
+
+async def test_a_guest_is_served_for_a_while():
+    demand = Demand(2)
+    demand.monitors.requests += 1
+    assert not demand.is_served()
+    demand.guests.requests += 1
+    assert demand.is_served()

@@ -316,23 +316,32 @@ async def test_copies_to_other_files_go_on_beside_them(busy_pool):
     assert set(running.order[:7]) == set("abcde"), running.order
 
 
-async def test_copies_in_memory_are_no_more_than_processors(monkeypatch):
-    """Of all files together; but while somebody is served each file has its own one."""
+@pytest.mark.parametrize("served", [False, True])
+async def test_copies_in_memory_are_no_more_than_processors(monkeypatch, served):
+    """Of all files together; and while somebody is served no more than one of each on two."""
     monkeypatch.setattr(workers, "COPY_THREADS", 4)
     pool = WorkerPool(2, demand=Served(2))
-    pool.demand.served = False
+    pool.demand.served = served
     lanes = {name: pool.lane(waits=False) for name in "abcde"}
     running = Running()
-    await asyncio.gather(*(lane.run(running.job, "all") for lane in lanes.values() for _ in "1234"))
-    assert running.most == {"all": 2} and len(running.order) == 20
-    pool.demand.served = True
-    running = Running()
-    running.pair = threading.Barrier(4)
-    jobs = (lane.run(running.beside, name) for name, lane in lanes.items() if name != "e")
+    jobs = (lane.run(running.job, "all") for lane in lanes.values() for _ in "1234")
     await asyncio.gather(*jobs)
-    assert running.most == dict.fromkeys("abcd", 1)
+    assert running.most["all"] <= 2 and len(running.order) == 20
+    running = Running()  # two are beside each other, of one file only if nobody is served
+    jobs = (lanes[name].run(running.beside, name) for name in ("ab" if served else "aa") * 3)
+    await asyncio.gather(*jobs)
+    running = Running()
+    await asyncio.gather(*(lanes["a"].run(running.job, "a") for _ in range(6)))
+    assert not served or running.most == {"a": 1}
+    # others wait for no copy in memory, and the pool is idle when all are
+    assert pool.copies is not pool.copies_in_memory
+    pending = lanes["a"].submit(running.job, "a")
+    assert pool.outstanding == 1
     await pool.idle()
+    assert pending.done() and not pool.outstanding
     pool.close()
+    with pytest.raises(RuntimeError):
+        lanes["a"].submit(running.job, "a")
 
 
 async def test_what_waits_in_a_lane_ends_with_the_pool(busy_pool):

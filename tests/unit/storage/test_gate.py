@@ -8,7 +8,16 @@ import pytest
 
 from liveblockd.runtime import slices
 from liveblockd.storage import gate as gate_module
-from liveblockd.storage.gate import LARGE_PIECE, PATIENCE, PIECE, WINDOW, Gate, gate_of
+from liveblockd.storage.gate import (
+    LARGE_PIECE,
+    LONG_AGO,
+    PATIENCE,
+    PIECE,
+    SELDOM_PIECE,
+    WINDOW,
+    Gate,
+    gate_of,
+)
 
 
 @pytest.fixture
@@ -29,7 +38,7 @@ def test_pieces_are_small_while_a_guest_writes_and_for_a_while_after(clock):
     gate.writes += 1
     assert gate.piece() == PIECE, "it begins anew"
     clock[0] += WINDOW * 0.9
-    assert gate.piece() == PIECE
+    assert gate.piece() < LARGE_PIECE
     clock[0] += WINDOW * 0.2
     assert gate.piece() == LARGE_PIECE
 
@@ -128,4 +137,53 @@ def test_a_copy_does_not_give_way_for_ever(clock, monkeypatch):
         gate.piece()
         clock[0] += 0.0001  # a copy
     given = len(ways) * 0.003
-    assert 0.05 < given / (clock[0] - begun) < 0.12
+    # what it may give at once, and a twentieth of the time after that
+    assert 0.02 < given / (clock[0] - begun) < 0.12
+    ways.clear()
+    begun = clock[0]
+    for _ in range(20000):
+        gate.writes += 1
+        gate.piece()
+        clock[0] += 0.0001
+    assert 0.04 < len(ways) * 0.003 / (clock[0] - begun) < 0.055
+
+
+def test_one_long_way_does_not_end_it(clock, monkeypatch):
+    """It may have been the loop, with something to plan: the next request would wait for a tick."""
+    ways = []
+
+    def give_way():
+        ways.append(clock[0])
+        clock[0] += 0.002 if len(ways) == 50 else 0.00001
+
+    monkeypatch.setattr(slices, "give_way", give_way)
+    gate = Gate()
+    for _ in range(200):
+        gate.writes += 1
+        gate.piece()
+        clock[0] += 0.0001
+    assert len(ways) == 200
+
+
+def copies(gate, clock, seconds, *, every):
+    """The sizes of its pieces while a guest writes ``every`` so many seconds."""
+    sizes, end, write_at = [], clock[0] + seconds, clock[0]
+    while clock[0] < end:
+        if clock[0] >= write_at:
+            gate.writes += 1
+            write_at += every
+        sizes.append(gate.piece())
+        clock[0] += 0.0002
+    return sizes
+
+
+def test_pieces_are_larger_for_a_guest_that_writes_seldom(clock):
+    gate = Gate()
+    sizes = copies(gate, clock, 0.2, every=0.01)
+    assert sizes[0] == PIECE, "nobody knows yet"
+    assert sizes[-1] == SELDOM_PIECE
+    assert copies(gate, clock, 0.2, every=0.001)[-1] == PIECE
+    assert copies(gate, clock, 0.2, every=0.01)[-1] == SELDOM_PIECE
+    clock[0] += LONG_AGO
+    gate.writes += 3
+    assert gate.piece() == PIECE, "what was long ago tells nothing"
