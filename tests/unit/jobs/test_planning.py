@@ -48,3 +48,30 @@ async def test_a_plan_of_many_runs_is_made_in_many_turns(monkeypatch: pytest.Mon
         (number * 2 << BITS, 1 << BITS, (RUNS - 1 - number) << BITS) for number in range(RUNS)
     ]
     assert turns >= RUNS // planning.STEP_RUNS
+
+
+@pytest.mark.parametrize("served", [False, True])
+async def test_plans_are_short_while_a_guest_is_served(
+    monkeypatch: pytest.MonkeyPatch, served: bool
+) -> None:
+    asked = []
+
+    async def survey(*arguments: int) -> None:
+        asked.append(arguments[3:])
+
+    class Layer:
+        driver = SimpleNamespace(length=2 * RUNS << BITS, survey=survey)
+
+    node: Any = Layer()
+    monkeypatch.setattr(planning.chain, "skip_filters", lambda base: base)
+    monkeypatch.setattr(planning.chain, "chain", lambda top: [top])
+    monkeypatch.setattr(planning.chain, "behind_filters", lambda _: frozenset())
+    demand = Demand()
+    for first in (True, False):
+        demand.guests.requests += served
+        stretch = (0, 2 * RUNS << BITS)
+        assert not await planning.survey_stretch(
+            node, None, stretch, 1 << BITS, lambda found: found.kind, demand, first=first
+        )
+    later = planning.SERVED_SURVEY if served else planning.SURVEY
+    assert asked == [planning.FIRST_SURVEY, later]
