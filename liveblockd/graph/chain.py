@@ -183,7 +183,7 @@ def host_file(layer: Node) -> HostFile | None:
     """The file to which the host offsets in the map of ``layer`` refer, for a worker's copy."""
     if layer.driver_class.is_format:
         return layer.driver.data_host_file()
-    return layer.host_file()
+    return layer.driver.host_file()  # to read: nothing is written past a bitmap of the node
 
 
 class Run(NamedTuple):

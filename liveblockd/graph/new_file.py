@@ -78,7 +78,7 @@ async def remove_file(graph: Graph, path: str) -> None:
 
 def _open_files(graph: Graph) -> list[tuple[Node, int]]:
     protocols = [n for n in graph.nodes.values() if n.opened and not n.driver_class.is_format]
-    return [(node, host.fd) for node in protocols if (host := node.host_file()) is not None]
+    return [(node, host.fd) for node in protocols if (host := node.driver.host_file()) is not None]
 
 
 def _check_alone(shown: str, new: Node, files: list[tuple[Node, int]]) -> None:

@@ -196,7 +196,8 @@ class Node:
             self.write_nowait = self._record_write_nowait  # type: ignore[method-assign]
             self.begin_write = self._record_begun  # type: ignore[method-assign]
             self.write = self._record_write  # type: ignore[method-assign]
-            del self.__dict__["copy_nowait"], self.__dict__["write_many_nowait"]
+            for name in ("copy_nowait", "write_many_nowait", "host_file"):
+                del self.__dict__[name]
 
     # -- dirty bitmaps
 
@@ -217,6 +218,9 @@ class Node:
     def record(self, offset: int, length: int) -> None:
         """A write has ended, well or not."""
         for bitmap in self.bitmaps:
+            if offset + length > bitmap.size and bitmap.name:
+                # A format makes its file longer by writing past the end.
+                bitmap.resize(max(bitmap.size, self.driver.length))
             bitmap.record(offset, length)
 
     def _bitmaps_to_store(self) -> list[StoredBitmap]:
@@ -304,7 +308,12 @@ class Node:
             bitmap.resize(self.driver.length)
 
     def host_file(self) -> HostFile | None:
-        """As the driver's."""
+        """As the driver's; None where clients have asked which parts of the file are written to.
+
+        A format on it, or a job, would write by the descriptor, past this node.
+        """
+        if not self.driver_class.is_format and any(bitmap.name for bitmap in self.bitmaps):
+            return None
         return self.driver.host_file()
 
     def layer(self) -> tuple[BlockIO, BlockDriver] | None:

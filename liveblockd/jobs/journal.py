@@ -279,7 +279,7 @@ def image_of(layer: Node) -> Image:
     inode = 0
     if node.driver_class.driver_name in ("file", "host_device"):
         name = os.path.realpath(name)
-        if (host := node.host_file()) is not None:
+        if (host := node.driver.host_file()) is not None:
             inode = os.fstat(host.fd).st_ino
     return Image(name, layer.driver_class.driver_name, inode)
 
