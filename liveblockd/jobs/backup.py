@@ -303,11 +303,28 @@ class Backup(CopyJob):
     async def _move(self, piece: Run) -> None:
         async with self.core.claim(piece.offset, piece.end) as runs:
             for offset, length in runs:
-                await self._copy(piece.part(offset, offset + length))
-                self.core.done(offset, length)
+                await self._copy_or_parts(piece.part(offset, offset + length))
                 if self.parameters.discard_source:
                     with suppress(OSError):
                         await self.disk.discard(offset, length)
+
+    async def _copy_or_parts(self, piece: Run) -> None:
+        """Where it fails, and the bitmap is to tell what was copied, all but the clusters that do.
+
+        Raises the first error also where it goes well then: clients are to hear of it.
+        """
+        try:
+            await self._copy(piece)
+        except PieceFailedError:
+            told = self.parameters.bitmap_mode is BitmapSyncMode.ALWAYS
+            if told and piece.length > self.granularity and not self.cancel_requested:
+                clusters = -(-piece.length // self.granularity)
+                middle = piece.offset + clusters // 2 * self.granularity
+                for half in (piece.part(piece.offset, middle), piece.part(middle, piece.end)):
+                    with suppress(PieceFailedError):
+                        await self._copy_or_parts(half)
+            raise
+        self.core.done(piece.offset, piece.length)
 
     async def _copy(self, piece: Run) -> None:
         if piece.kind is ExtentKind.ZERO:

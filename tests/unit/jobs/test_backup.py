@@ -241,6 +241,40 @@ async def test_or_the_backup_does():
     await bench.close()
 
 
+@pytest.mark.parametrize("side", ["disk", "target"])
+@pytest.mark.parametrize("bad", [0, 5, 16])
+async def test_a_bitmap_that_is_always_synced_keeps_the_cluster_that_failed(side, bad):
+    """The others of the piece are on the target, and are told so."""
+    bench = await Disks().make()
+    for cluster in range(SIZE // (4 * KIB)):
+        bench.graph.nodes["disk"].driver.clusters[cluster] = b"data" * KIB
+    bitmap = await bitmap_of(bench)
+    bitmap.set(0, SIZE)
+    driver = bench.graph.nodes[side].driver
+    name = "read" if side == "disk" else "write"
+    call = getattr(driver, name)
+
+    async def fails(offset, what):
+        length = what if side == "disk" else len(what)
+        if offset <= bad * CLUSTER < offset + length:
+            raise OSError(EIO, "Input/output error")
+        return await call(offset, what)
+
+    node = bench.graph.nodes[side]
+    setattr(driver, name, fails)
+    setattr(node, name, fails)
+    for nowait in ("read_nowait", "write_nowait"):
+        setattr(node, nowait, lambda *_: None)
+        setattr(driver, nowait, lambda *_: None)
+    job = await bench.backup(
+        sync=MirrorSyncMode.BITMAP, bitmap="b0", bitmap_mode=BitmapSyncMode.ALWAYS
+    )
+    await bench.end(job)
+    assert bench.completion("b")["error"] == "Input/output error"
+    assert list(bitmap.runs()) == [(bad * CLUSTER, min(CLUSTER, SIZE - bad * CLUSTER))]
+    await bench.close()
+
+
 @pytest.mark.parametrize(("side", "fault"), [("disk", "read"), ("target", "write")])
 async def test_an_error_stops_it_and_it_goes_on(side, fault):
     bench = await Disks().make()
