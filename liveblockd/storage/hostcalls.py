@@ -2,7 +2,8 @@
 
 Specification: preadv2(2), fallocate(2), lseek(2) SEEK_DATA, open(2) O_DIRECT.
 
-Runs on: workers; ``copy_with`` on the loop, between files in memory. All state is in the arguments.
+Runs on: workers; ``copy_with`` on the loop, between files in memory, and ``duplicate``. All state
+is in the arguments.
 ``probe_*`` run when a file is opened.
 
 Invariants: a read gives every byte asked for (zeros past the end), a write stores all or raises;
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import stat
@@ -57,6 +59,20 @@ if _sync_file_range is not None:
     _sync_file_range.restype = ctypes.c_int
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.fstatfs.restype = ctypes.c_int
+
+
+#: keeps the GIL: ``os.dup`` gives it away, and waits for it longer than it works
+_fcntl = ctypes.PyDLL(None, use_errno=True).fcntl
+_fcntl.argtypes = (ctypes.c_int, ctypes.c_int)
+
+
+def duplicate(fd: int) -> int:
+    """A duplicate that no child process inherits; on the loop, too. Raises OSError."""
+    found = int(_fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ctypes.c_int(0)))
+    if found < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return found
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

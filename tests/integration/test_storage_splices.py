@@ -1,11 +1,12 @@
 """Copies of many small pieces by way of a pipe: taken, the same bytes, nothing left in it."""
 
+import errno
 import os
 import random
 
 import pytest
 
-from liveblockd.storage import copy_engine, many_requests, segments, splices
+from liveblockd.storage import copy_engine, hostcalls, many_requests, segments, splices
 from liveblockd.storage.gate import gate_of
 from liveblockd.storage.pages import Run
 from liveblockd.storage.segments import Segment, copy_segments
@@ -176,3 +177,17 @@ def test_whether_files_can_be_cloned_is_asked_once_before_a_batch(memory, monkey
     assert len(asked) == 1
     assert not alone
     assert len(content(target)) == 8 * CLUSTER
+
+
+def test_duplicates_are_not_for_child_processes(memory):
+    fd = memory(b"x")
+    other = hostcalls.duplicate(fd)
+    try:
+        assert other != fd
+        assert os.pread(other, 1, 0) == b"x"
+        assert not os.get_inheritable(other)
+    finally:
+        os.close(other)
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
+        hostcalls.duplicate(other)
+    assert raised.value.errno == errno.EBADF

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from liveblockd.storage.driver import HostFile
+from liveblockd.storage.hostcalls import duplicate
 
 
 class Descriptors:
@@ -45,5 +46,5 @@ class Descriptors:
     def _duplicate(self, file: HostFile) -> int:
         found = self._duplicates.get(id(file))
         if found is None:
-            found = self._duplicates[id(file)] = (file, os.dup(file.fd))
+            found = self._duplicates[id(file)] = (file, duplicate(file.fd))
         return found[1]

@@ -241,7 +241,8 @@ async def _read(
     try:
         parts = [tables[start : start + JOB_TABLES] for start in range(0, len(tables), JOB_TABLES)]
         jobs = [
-            lane.submit(scan_tables, os.dup(host.fd), part, size, host.direct) for part in parts
+            lane.submit(scan_tables, hostcalls.duplicate(host.fd), part, size, host.direct)
+            for part in parts
         ]
         answers = await asyncio.gather(*jobs, return_exceptions=True)
     finally:
