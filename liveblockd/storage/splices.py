@@ -14,7 +14,8 @@ nobody may wait for a disk.
 Invariants: source and target ranges are whole pages. Nothing is left in the pipe on return: one
 that may not be empty is closed.
 
-Errors: none; who asks is told how many were copied, and finds out what is wrong with the next one.
+Errors: ``HaltedError`` where nobody wants it any more; else none: who asks is told how many were
+copied, and finds out what is wrong with the next one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
+from liveblockd.runtime import halting
 from liveblockd.storage.gate import Gate
 from liveblockd.storage.hostcalls import PAGE
 from liveblockd.storage.pages import Run
@@ -117,6 +119,7 @@ class _Pipe:
         """All that is in the pipe."""
         place = ctypes.c_int64(begin)
         while place.value < end:
+            halting.check()
             if _drain(self._out, None, fd, ctypes.addressof(place), end - place.value, 0) <= 0:
                 return False
         return True

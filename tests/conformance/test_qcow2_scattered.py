@@ -218,7 +218,7 @@ async def test_a_failed_copy_leaves_nothing(
     before = descriptors()
     with monkeypatch.context() as patch:
         if fails == "dup":
-            patch.setattr(duplicates.os, "dup", broken)
+            patch.setattr(duplicates, "duplicate", broken)
         elif fails == "table":
             patch.setattr(new_tables, "table_writes", broken)
         else:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from liveblockd.runtime.halting import HaltedError
 from liveblockd.storage import copy_engine, hostcalls, many_requests, segments, splices
 from liveblockd.storage.gate import gate_of
 from liveblockd.storage.pages import Run
@@ -191,3 +192,26 @@ def test_duplicates_are_not_for_child_processes(memory):
     with pytest.raises(OSError, match="Bad file descriptor") as raised:
         hostcalls.duplicate(other)
     assert raised.value.errno == errno.EBADF
+
+
+def test_a_halt_ends_it_between_two_writes(memory, monkeypatch):
+    """The turn is given back, the pipe is not used again, and what comes next is right."""
+    source, target = memory(os.urandom(40 * CLUSTER)), memory()
+    asked = []
+
+    def check():
+        asked.append(None)
+        if len(asked) == 2:
+            raise HaltedError
+
+    runs = [Run(source, n * CLUSTER, n * CLUSTER, CLUSTER) for n in range(40)]
+    with monkeypatch.context() as patch:
+        patch.setattr(splices.halting, "check", check)
+        with pytest.raises(HaltedError):
+            splice_runs(runs, target, gate_of(target))
+    assert splices._local.pipe is None
+    assert os.fstat(target).st_size < 40 * CLUSTER
+    copy_segments(segments_of(source, 40), target, CLUSTER)
+    expected = content(source)
+    clusters = [expected[at : at + CLUSTER] for at in range(0, len(expected), CLUSTER)]
+    assert content(target) == b"".join(reversed(clusters))
