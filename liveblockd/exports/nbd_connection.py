@@ -70,8 +70,9 @@ MAX_BYTES: Final = 64 << 20
 #: of one wake-up, so that one client does not keep the loop from the others
 ROUND_REQUESTS: Final = 128
 ROUND_BYTES: Final = 2 << 20
-#: rounds of so many requests are answered in two halves: the client goes on with the first while
-#: the second is done, or one of the two would always wait. Larger rounds overlap by themselves.
+#: rounds of so many requests, where each is done alone, are answered in two halves: the client goes
+#: on with the first while the second is done, or one of the two would always wait. Larger rounds
+#: overlap by themselves; those that are done together are over before the client is awake.
 HALVED: Final = range(8, 33)
 #: replies that wait for the client before nothing more is done for it; bytes
 WRITE_HIGH: Final = 1 << 20
@@ -349,7 +350,7 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
                 return True
             inside = not flags and length and offset + length <= size
             runs = self._runs and inside and (length <= inline_write or command == _READ)
-            count = runs and self._done_alike(command, position, length, left - max(0, half))
+            count = runs and self._done_alike(command, position, length, left)
             if count:
                 used = count * frame(command, length)
             elif command == _READ and inside and length <= INLINE_READ:
@@ -383,7 +384,6 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
             left -= count or 1
             if left == half:
                 self._flush()
-                half = 0
             if left <= 0 or self._round_bytes <= 0 or self._full():
                 self._start = position
                 return self._payload is not None
