@@ -36,9 +36,9 @@ COMMANDS = [
     "-o size=2M n", "-o size=2M n 1M", "-o cluster_size=foo n 1M", "-o refcount_bits=foo n 1M",
     "-o nocow=on n 1M", "-o extent_size_hint=1M n 1M", "-o lazy_refcounts=on n 1M",
     # Few, for qemu-img takes seconds to measure the processor.
-    f"{SECRET}-o {LUKS},encrypt.cipher-alg=aes-128,extended_l2=on n 1M",
     f"{SECRET}-o {LUKS},encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,data_file=d n 1M",
-    f"{SECRET}-o {LUKS},encrypt.ivgen-alg=plain,encrypt.hash-alg=sha1 n 1M",
+    f"{SECRET}-o {LUKS},encrypt.cipher-alg=aes-128,encrypt.ivgen-alg=plain,"
+    "encrypt.hash-alg=sha1,extended_l2=on n 1M",
     f"{SECRET}-o {LUKS},encrypt.cipher-alg=blah n 1M",
     f"{SECRET}-o {LUKS},encrypt.key-secret=other n 1M", f"{SECRET}-o encrypt.key-secret=s n 1M",
     f"{SECRET}-o encrypt.foo=s n 1M", f"{SECRET}-o encrypt.format=blah,encrypt.key-secret=s n 1M",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.warm import begin
+
 SESSION = Path(__file__).parents[1] / "unit/exports/libnbd_session.py"
 SIZE = 64 << 20
 
@@ -38,7 +40,7 @@ def nbd(tmp_path, request):
     """The path of a socket that serves ``disk``, ``ram`` and ``ro``."""
     path = tmp_path / "nbd.sock"
     delay = ["--delay", "0.0005"] if request.param == "slow" else []
-    process = subprocess.Popen(
+    process = begin(
         [sys.executable, "-m", "tests.unit.exports.memory_export", path, *delay],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import DaemonProcess
+from tests.support.warm import begin, run
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -54,13 +55,10 @@ def environment(bin_dir):
 
 
 def ctl(daemon, *words, status=0):
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", *words],
         cwd=daemon.directory,
-        capture_output=True,
-        text=True,
         timeout=30,
-        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == status, done.stderr + done.stdout
@@ -147,7 +145,7 @@ def test_full_and_incremental_backup(daemon):
 
 
 def test_waiting_for_a_job_that_is_cancelled(daemon):
-    with subprocess.Popen(
+    with begin(
         [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "stream", "virtio0", "--speed",
          "64k", "--wait"], cwd=daemon.directory, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -187,7 +185,7 @@ def test_exit_statuses(daemon):
 
 
 def test_events(daemon):
-    with subprocess.Popen(
+    with begin(
         [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "events", "BLOCK_JOB_COMPLETED",
          "--count", "1"], cwd=daemon.directory, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -247,7 +245,7 @@ def test_image_after_options_of_the_client(tmp_path):
     for words in (["image"], ["-s", "nowhere.sock", "image"], ["--json", "image"]):
         command = [sys.executable, "-m", "liveblockd.ctl", *words]
         for rest in (["create", "-q", "-f", "qcow2", "x.qcow2", "1M"], ["check", "-q", "x.qcow2"]):
-            subprocess.run([*command, *rest], cwd=tmp_path, timeout=60, check=True)
-        told = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+            assert not run([*command, *rest], cwd=tmp_path, timeout=60).returncode
+        told = run([*command, "--help"], timeout=60)
         assert told.stdout.startswith("usage: liveblockctl image"), told
         assert "rebase" in told.stdout

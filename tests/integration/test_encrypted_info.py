@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from liveblockd.qapi import parse
 from liveblockd.qmp.block_info import BlockDeviceInfo
+from tests.support import warm
 from tests.support.daemon import DaemonProcess, QmpError
 from tests.support.imagetool import ours, qemu
 from tests.support.qcow2_images import needs, run
@@ -31,8 +31,7 @@ def create(path: Path, form: str, options: str, size: str = "3M") -> None:
 
 
 def info(program: list[str], path: Path) -> dict:
-    done = subprocess.run([*program, "info", "-U", "--output=json", str(path)], capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = warm.run([*program, "info", "-U", "--output=json", str(path)], timeout=60)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     details = found["format-specific"]["data"]

@@ -30,22 +30,24 @@ K = 1024
 SECRET = "secret,id=s,data=swordfish"
 CIPHERS = [
     ("aes-256", "xts", "plain64", "sha512"),
-    ("aes-256", "cbc", "essiv", "sha1"),
+    ("aes-128", "cbc", "essiv", "sha1"),
     ("aes-128", "cbc", "plain", "sha256"),
 ]
+#: qemu-img measures the processor for seconds before it makes one: two of them each time
+MADE_BY_QEMU = [0, 1, pytest.param(2, marks=pytest.mark.slow)]
 
 
 def spec(path: Path) -> str:
     return f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
 
 
-def create(path: Path, size: int, *more: str, cluster: int = 64, **cipher: str) -> None:
+def create(path: Path, size: int, *, cluster: int = 64, **cipher: str) -> None:
     names = {k.replace("_", "-"): v for k, v in cipher.items()}
     options = ["encrypt.format=luks", "encrypt.key-secret=s", "encrypt.iter-time=10"]
     options += [f"encrypt.{name}={value}" for name, value in names.items()]
     options.append(f"cluster_size={cluster}k")
     command = ["qemu-img", "create", "-q", "--object", SECRET, "-f", "qcow2", "-o",
-               ",".join(options), *more, str(path), str(size)]  # fmt: skip
+               ",".join(options), str(path), str(size)]  # fmt: skip
     for _ in range(8):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         if "accurate CPU usage" not in done.stderr:  # of its clock, on a busy machine
@@ -108,7 +110,7 @@ async def use(image: Qcow2, disk: bytearray, rng: random.Random, count: int = 40
         assert bytes(found) == disk[offset : offset + length]
 
 
-@pytest.mark.parametrize("seed", range(len(CIPHERS)))
+@pytest.mark.parametrize("seed", MADE_BY_QEMU)
 async def test_images_of_qemu(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     alg, mode, ivgen, hash_alg = CIPHERS[seed]
@@ -182,11 +184,15 @@ def stream(qmp, node: str) -> None:
     qmp("job-dismiss", id="job")
 
 
-def test_stream_into_and_out_of_an_encrypted_image(tmp_path: Path) -> None:
+async def test_stream_into_and_out_of_an_encrypted_image(tmp_path: Path) -> None:
     expected = random.Random(1).randbytes(3 << 20)
     (tmp_path / "base.raw").write_bytes(expected)
     mid, top = tmp_path / "mid.qcow2", tmp_path / "top.qcow2"
-    create(mid, 3 << 20, "-b", str(tmp_path / "base.raw"), "-F", "raw")
+    file = await new_qcow2(
+        size=3 << 20, crypto_header=new_luks(b"swordfish", iter_time=10),
+        backing_file=str(tmp_path / "base.raw"), backing_format="raw",
+    )  # fmt: skip
+    mid.write_bytes(file.content())
     subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "mid.qcow2", "-F",
                     "qcow2", "top.qcow2", "3M"], cwd=tmp_path, check=True, timeout=60)  # fmt: skip
     encrypt = {"format": "luks", "key-secret": "s"}

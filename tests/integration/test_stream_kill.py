@@ -22,6 +22,7 @@ import pytest
 from tests.simulation import images
 from tests.simulation.bench import Bench
 from tests.simulation.victim import SECTOR, pattern
+from tests.support.warm import begin
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def check_sectors(before, after, lines):
 def kill_once(seed, directory, mode):
     rng = random.Random(seed)
     paths, contents = asyncio.run(build(seed, directory))
-    child = subprocess.Popen(
+    child = begin(
         [sys.executable, "-m", "tests.simulation.victim", paths[-1], str(seed), mode],
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -148,9 +148,10 @@ class Victim:
                 await self.bench.graph.delete("top")  # what is left over of a pivot
 
 
-def main(path: str, seed: int, mode: str) -> None:
+def main() -> None:
     """Until killed."""
-    rng = random.Random(seed)
+    path, seed, mode = sys.argv[1:]
+    rng = random.Random(int(seed))
     pool = JitterPool(random.Random(rng.random()), rng.choice((0, 0.001, 0.005)))
     with small_chunks(rng.choice((64 * KIB, 512 * KIB)), least_copy=rng.choice((4, 128)) * KIB):
 
@@ -161,4 +162,4 @@ def main(path: str, seed: int, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main()

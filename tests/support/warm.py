@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import inspect
 import json
 import os
@@ -41,9 +42,22 @@ LIVEBLOCKD = (sys.executable, "-m", "liveblockd")
 
 
 def begin(command: Sequence[str], **more: Any) -> subprocess.Popen[Any]:
-    """``Popen(command, ...)``, warm where that can be: ``python -m`` one of ``PROGRAMS``."""
-    known = tuple(command[:2]) == LIVEBLOCKD[:2] and command[2] in PROGRAMS
+    """``Popen(command, ...)``, warm where that can be: ``python -m`` what is known here."""
+    known = tuple(command[:2]) == LIVEBLOCKD[:2] and command[2] in {**PROGRAMS, **BESIDE}
     return (WarmPopen if known and "pass_fds" not in more else subprocess.Popen)(command, **more)
+
+
+def run(command: Sequence[str], *, timeout: float, **more: Any) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` with ``capture_output`` and ``text``, of what ``begin`` begins."""
+    with begin(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 class WarmPopen(subprocess.Popen[Any]):
@@ -52,14 +66,16 @@ class WarmPopen(subprocess.Popen[Any]):
     def _execute_child(self, *more: Any) -> None:
         call = _execute_child.bind(self, *more).arguments
         pipes = [call[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        program = call["args"][2]
         request = {
-            "words": call["args"][3:],
+            "program": program,
+            "words": [os.fspath(word) for word in call["args"][3:]],
             "directory": os.fspath(call["cwd"] or os.getcwd()),
             "environment": dict(os.environ if call["env"] is None else call["env"]),
         }
         standard = [own if theirs == -1 else theirs for own, theirs in enumerate(pipes)]
         with _one_at_a_time, _reaping_orphans():
-            starter = _starter(call["args"][2])
+            starter = _starter("liveblockd" if program in BESIDE else program)
             socket.send_fds(starter, [json.dumps(request).encode()], standard)
             answer = starter.recv(100)
         if not answer:
@@ -130,6 +146,13 @@ PROGRAMS = {
     "tests.support.qmp_daemon": ("tests/support/qmp_daemon.py", import_monitors),
 }
 
+#: those that the starter of ``liveblockd`` forks, too: each imports little more than that has
+BESIDE = {
+    "liveblockd.ctl": "liveblockd/ctl.py",
+    "tests.simulation.victim": "tests/simulation/victim.py",
+    "tests.unit.exports.memory_export": "tests/unit/exports/memory_export.py",
+}
+
 
 def next_daemon(control: socket.socket) -> dict[str, Any] | None:
     """Fork for every request; returns it in each child, and None where there are no more."""
@@ -177,6 +200,8 @@ def main() -> int:
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if (name := request["program"]) in BESIDE:
+        file, program = BESIDE[name], importlib.import_module(name).main
     sys.argv = [str(ROOT / file), *request["words"]]
     return program()
 
