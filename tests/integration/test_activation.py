@@ -14,14 +14,12 @@ import pytest
 from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
 from liveblockd.graph import activation, dirty
-from liveblockd.graph.graph import Graph
 from liveblockd.qapi import parse
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment
 from tests.support.daemon import DaemonProcess, QmpError
 from tests.support.qsd import QsdProcess
+from tests.support.world import graph_in
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
@@ -90,12 +88,8 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 async def graph(place):
     load_all_drivers()
-    workers = WorkerPool()
-    graph = Graph(Environment(workers=workers))
-    yield graph
-    await graph.close()
-    await workers.idle()
-    workers.close()
+    async with graph_in(place) as graph:
+        yield graph
 
 
 async def add(graph, **options):

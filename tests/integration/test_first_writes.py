@@ -14,20 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from liveblockd.events import Publisher
 from liveblockd.formats import raw  # noqa: F401 - registers its driver
 from liveblockd.formats.qcow2 import image as qcow2  # noqa: F401
-from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph.bitmaps import DirtyBitmap
-from liveblockd.graph.graph import Graph
-from liveblockd.qapi import parse
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage import hostcalls
 from liveblockd.storage.driver import Permission, Source
-from liveblockd.storage.file import FileDriver
-from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment
 from tests.support.begun import write_as_export
+from tests.support.world import World
 
 CLUSTER = 65536
 SIZE = 24 * CLUSTER
@@ -35,45 +28,25 @@ WRITER = Permission.CONSISTENT_READ | Permission.WRITE
 SHM = Path("/dev/shm")
 
 
-class World:
+class Chains(World):
     """Chains of images in memory."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.workers = WorkerPool()
-        self.environment = Environment(self.workers, publisher=Publisher())
-        self.graph = Graph(self.environment)
-
-    def path(self, name: str) -> Path:
-        return self.directory / name
-
-    async def create(self, name: str, size: int = SIZE) -> None:
-        self.path(name).touch()
-        members = {"driver": "file", "filename": str(self.path(name))}
-        file = await FileDriver.open(parse(FileDriver.Options, members), {}, self.environment)
-        await create_qcow2(file, size=size)
-        await file.close()
-
-    async def open(self, name, driver="qcow2", *, file="file", backing=None):
+    async def add(self, name, driver="qcow2", *, file="file", backing=None):
         below = {"driver": "file", "filename": str(self.path(name)), "node-name": f"{name}-file"}
         if file != "file":
             below = {"driver": file, "file": below}
         members = {"driver": driver, "node-name": name, "file": below, "discard": "unmap"}
         if backing is not None:
             members["backing"] = backing
-        return await self.graph.open(parse(BlockdevOptions, members))
+        return await self.open(members)
 
     async def overlay(self, name, base, *, size=SIZE, **options):
-        await self.create(name, size)
-        node = await self.open(name, backing=base, **options)
+        await self.create(name, size=size)
+        node = await self.add(name, backing=base, **options)
         return await self.graph.attach(node, WRITER, Permission.ALL)
 
     def copies(self, name: str) -> int:
         return self.graph.find(f"{name}-file").driver.inline_copies
-
-    async def end(self) -> None:
-        await self.graph.close()
-        self.workers.close()
 
 
 @pytest.fixture
@@ -86,7 +59,7 @@ async def world():
         os.close(fd)
         if not suits:
             pytest.skip("/dev/shm is no tmpfs, or there is no copy_file_range")
-        world = World(Path(directory))
+        world = Chains(Path(directory))
         yield world
         await world.end()
 
@@ -112,10 +85,10 @@ async def base_of(world, driver, length=SIZE):
     data = content(7, length)
     if driver == "raw":
         world.path("base").write_bytes(data)
-        await world.open("base", "raw")
+        await world.add("base", "raw")
         return data
-    await world.create("base", length)
-    node = await world.open("base")
+    await world.create("base", size=length)
+    node = await world.add("base")
     backend = await world.graph.attach(node, WRITER, Permission.ALL)
     for start in range(0, length, CLUSTER):
         if any(data[start : start + CLUSTER]):

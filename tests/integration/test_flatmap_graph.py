@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 
 from liveblockd.daemon.drivers import load_all_drivers
-from liveblockd.events import Publisher
-from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph import chain, surgery
 from liveblockd.graph.backend import Backend
-from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
-from liveblockd.qapi import parse
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import Permission
-from liveblockd.storage.file import FileDriver
 from liveblockd.storage.flatmap import FlatMap
-from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment
+from tests.support.world import World
 
 load_all_drivers()
 
@@ -37,29 +30,15 @@ GEOMETRIES = (
 )
 
 
-class World:
-    """A graph, and images in a directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.workers = WorkerPool()
-        self.environment = Environment(self.workers, publisher=Publisher())
-        self.graph = Graph(self.environment)
-
-    async def create(self, name: str, **options: object) -> None:
-        path = self.directory / name
-        path.touch()
-        members = {"driver": "file", "filename": str(path)}
-        file = await FileDriver.open(parse(FileDriver.Options, members), {}, self.environment)
-        await create_qcow2(file, **options)  # type: ignore[arg-type]
-        await file.close()
+class Chains(World):
+    """Chains of many layers."""
 
     async def add(self, name: str, backing: str | None, **more: object) -> Node:
         members = {
             "driver": "qcow2", "node-name": name, "backing": backing, "discard": "unmap",
             "file": {"driver": "file", "filename": str(self.directory / name)}, **more,
         }  # fmt: skip
-        return await self.graph.open(parse(BlockdevOptions, members))
+        return await self.open(members)
 
     def sparse_file(self, name: str, rng: random.Random) -> None:
         with open(self.directory / name, "wb") as raw:
@@ -73,7 +52,7 @@ class World:
         self.sparse_file("raw", rng)
         file = {"driver": "file", "filename": str(self.directory / "raw")}
         members = {"driver": "raw", "node-name": "a0", "file": file, "read-only": True}
-        node = await self.graph.open(parse(BlockdevOptions, members))
+        node = await self.open(members)
         for number in range(1, depth):
             size = SIZE - rng.choice((0, 0, 512, 70 * 512, 300 * 512))
             await self.create(f"a{number}", size=size, **rng.choice(GEOMETRIES))
@@ -98,11 +77,10 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = World(tmp_path)
+async def world(tmp_path: Path) -> AsyncIterator[Chains]:
+    world = Chains(tmp_path)
     yield world
-    await world.graph.close()
-    world.workers.close()
+    await world.end()
 
 
 async def resolved(top: Node, base: Node | None, offset: int, length: int) -> list[chain.Run]:
@@ -111,7 +89,7 @@ async def resolved(top: Node, base: Node | None, offset: int, length: int) -> li
 
 @pytest.mark.parametrize("seed", range(8))
 async def test_resolve_says_the_same_with_and_without_the_map(
-    world: World, seed: int, monkeypatch: pytest.MonkeyPatch
+    world: Chains, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
     top = await world.random_chain(rng, 7)
@@ -136,7 +114,7 @@ async def test_resolve_says_the_same_with_and_without_the_map(
         assert sum(run.length for run in found) == question[3]
 
 
-async def test_surgery_is_seen_at_once(world: World) -> None:
+async def test_surgery_is_seen_at_once(world: Chains) -> None:
     top = None
     for number in range(6):  # each has a piece of its own
         await world.create(f"a{number}", size=SIZE, cluster_size=4096)
@@ -193,7 +171,7 @@ class Guest:
             await asyncio.sleep(0)
 
 
-async def test_snapshots_under_load(world: World) -> None:
+async def test_snapshots_under_load(world: Chains) -> None:
     await world.create("a0", size=SIZE, cluster_size=65536)
     node = await world.add("a0", None)
     permissions = Permission.CONSISTENT_READ | Permission.WRITE

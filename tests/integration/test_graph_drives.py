@@ -13,12 +13,11 @@ from liveblockd.errors import BlockError
 from liveblockd.formats import load_formats
 from liveblockd.graph import info, snapshot
 from liveblockd.graph.drives import DriveOptions, delete_drive, open_drive
-from liveblockd.graph.graph import Graph
 from liveblockd.graph.opening import MAX_DEPTH
 from liveblockd.qapi import parse
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import load_drivers
+from tests.support.world import graph_in
 
 load_drivers()
 load_formats()
@@ -45,12 +44,8 @@ def create(name, size=MIB, backing=None, **options):
 @pytest.fixture
 async def graph(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    workers = WorkerPool()
-    graph = Graph(Environment(workers=workers))
-    yield graph
-    await graph.close()
-    await workers.idle()
-    workers.close()
+    async with graph_in(tmp_path) as graph:
+        yield graph
 
 
 async def drive(graph, **members):

@@ -13,13 +13,12 @@ import pytest
 from liveblockd.errors import BlockError
 from liveblockd.formats import load_formats
 from liveblockd.graph import snapshot
-from liveblockd.graph.graph import Graph
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.qapi import parse
-from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import load_drivers
+from tests.support.world import graph_in
 
 load_drivers()
 load_formats()
@@ -62,12 +61,8 @@ def image_info(name):
 @pytest.fixture
 async def graph(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    workers = WorkerPool()
-    graph = Graph(Environment(workers=workers))
-    yield graph
-    await graph.close()
-    await workers.idle()
-    workers.close()
+    async with graph_in(tmp_path) as graph:
+        yield graph
 
 
 async def add(graph, name, **members):

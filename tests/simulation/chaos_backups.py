@@ -55,16 +55,14 @@ class Backups:
         target, path = await self._target(self._backup, faulty=faulty)
         with self._guest_may_fail(faulty):
             with Moment(self.guest) as moment:
-                job = await self._begin(
-                    "blockdev-backup",
-                    give_up=target,
-                    device=self.name,
-                    target=target,
-                    sync="incremental",
-                    bitmap="backup",
-                    **self._policies(),
-                )
+                job = await self._begin_backup(target, "incremental", bitmap="backup")
             await self._end_backup(job, target, path, moment, "an increment")
+
+    async def _begin_backup(self, target: str, sync: str, **more: str) -> Job:
+        more |= self._policies()
+        return await self._begin(
+            "blockdev-backup", give_up=target, device=self.name, target=target, sync=sync, **more
+        )
 
     def _policies(self) -> dict[str, str]:
         rng = self.rng

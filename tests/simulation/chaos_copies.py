@@ -59,6 +59,7 @@ class Copies:
         async def _begin(
             self, command: str, /, *, give_up: str | None = None, **arguments: Any
         ) -> Job: ...
+        async def _begin_backup(self, target: str, sync: str, **more: str) -> Job: ...
         async def _steer(self, job: Job, at_end: Any = None, **how: bool) -> None: ...
         async def _content(self, path: str) -> bytes: ...
         def _format(self, path: str) -> str: ...
@@ -199,14 +200,7 @@ class Copies:
         target, path = await self._target(path_of(layers[1]), layers[1].name, faulty=faulty)
         with self._guest_may_fail(faulty):
             with Moment(self.guest) as moment:
-                job = await self._begin(
-                    "blockdev-backup",
-                    give_up=target,
-                    device=self.name,
-                    target=target,
-                    sync="top",
-                    **self._policies(),
-                )
+                job = await self._begin_backup(target, "top")
                 source = chain.skip_filters(job.source)  # type: ignore[attr-defined]
             await self._steer(job, hopeless=path in self.unflushable)
         same = source is layers[0] and commits == self.commits
