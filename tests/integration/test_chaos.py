@@ -1,11 +1,10 @@
 """Seeds of ``tests/simulation/chaos``: fifty every time, a thousand when there is time."""
 
-import asyncio
 import shutil
 
 import pytest
 
-from tests.simulation.chaos import run_seed
+from tests.simulation import chaos
 from tests.simulation.mutants import planted
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
@@ -15,7 +14,7 @@ def run(seeds, directory):
     for seed in seeds:
         place = directory / str(seed)
         place.mkdir()
-        asyncio.run(run_seed(seed, str(place)))
+        chaos.run(seed, str(place))
         shutil.rmtree(place)
 
 
@@ -24,11 +23,12 @@ def test_fifty_seeds(first, tmp_path):
     run(range(first, first + 5), tmp_path)
 
 
-#: a defect, and what shows it; those of ``mutants``
+#: a defect, and what shows it; those of ``mutants``. What few runs show is slow, and power cuts
+#: see each of those every time.
 DEFECTS = [
     ("mirror-without-the-rest", "mirror"),
     ("mirror-without-the-rest", "drive_mirror"),
-    ("mirror-clean-after-copy", "mirror"),
+    pytest.param("mirror-clean-after-copy", "mirror", marks=pytest.mark.slow),
     ("mirror-one-side-only", "mirror"),
     ("errors-unseen", "mirror"),
     ("write-before-backup", "backup"),
@@ -47,9 +47,10 @@ DEFECTS = [
 #: alone, whether they do again.
 LIKELY = {
     "bitmap-of-a-cancelled-backup": (38, 2),
-    "bitmap-without-successor": (10,),
+    "bitmap-without-successor": (10, 2, 16),
     "backup-not-flushed": (10,),
-    "mirror-clean-after-copy": (9,),
+    "mirror-clean-after-copy": (10, 27),
+    "errors-unseen": (10, 13, 14, 30, 38, 5),
 }
 
 
@@ -60,7 +61,7 @@ def test_defect_is_noticed(name, step, tmp_path):
             place = tmp_path / str(seed)
             place.mkdir()
             try:
-                asyncio.run(run_seed(seed, str(place), (step,)))
+                chaos.run(seed, str(place), (step,))
             except AssertionError:
                 return
             except BaseExceptionGroup as group:
