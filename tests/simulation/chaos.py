@@ -422,6 +422,9 @@ class Drive(Backups, Copies):
         looks = 0
         while job.status != "null":
             await asyncio.sleep(rng.choice((0, 0.001, 0.01)))
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                return  # something went wrong elsewhere: whatever comes of this job
             looks += 1
             if looks > PATIENCE:
                 raise AssertionError(f"{job.id} does not end\n{stuck(job)}")
