@@ -57,7 +57,7 @@ give_way: Final[Callable[[], int]] = ctypes.CDLL(None).sched_yield
 
 #: of the time so much may be given away in the end: beside somebody who computes without end each
 #: way given is a time slice
-SHARE: Final = 0.05
+SHARE: Final = 0.1
 #: seconds that may be given away at once, after which it is that share: a time slice or two
 MOST_AT_ONCE: Final = 0.006
 #: seconds; a way that nobody took, or that a request had, counts as nothing

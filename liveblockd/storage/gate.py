@@ -14,7 +14,7 @@ a worker that makes one: they never wait; the rest on the workers that copy.
 Invariants: nothing here decides what is written or in which order: a gate that two files share, or
 a guest that is not seen, costs time only. Who copies waits for ``PATIENCE`` at most before a piece,
 so a guest that writes without a pause slows a copy down and does not stop it; and where others have
-endless work for this processor it gives way a twentieth of the time. No errors escape.
+endless work for this processor it gives way a tenth of the time. No errors escape.
 """
 
 from __future__ import annotations

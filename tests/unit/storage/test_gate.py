@@ -137,15 +137,15 @@ def test_a_copy_does_not_give_way_for_ever(clock, monkeypatch):
         gate.piece()
         clock[0] += 0.0001  # a copy
     given = len(ways) * 0.003
-    # what it may give at once, and a twentieth of the time after that
-    assert 0.02 < given / (clock[0] - begun) < 0.12
+    # what it may give at once, and a tenth of the time after that
+    assert 0.05 < given / (clock[0] - begun) < 0.2
     ways.clear()
     begun = clock[0]
     for _ in range(20000):
         gate.writes += 1
         gate.piece()
         clock[0] += 0.0001
-    assert 0.04 < len(ways) * 0.003 / (clock[0] - begun) < 0.055
+    assert 0.08 < len(ways) * 0.003 / (clock[0] - begun) < 0.11
 
 
 def test_one_long_way_does_not_end_it(clock, monkeypatch):
