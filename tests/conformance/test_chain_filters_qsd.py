@@ -113,3 +113,29 @@ def test_the_filter_of_another_stream_is_not_passed_by(above_first, directories)
         for job in ("u", "l"):
             both.do("job-finalize", id=job)
             both.look()
+
+
+def test_internal_snapshots_are_shown_through_what_stands_on_one_node(directories):
+    """Not through a copy-before-write filter, be it a job's: that stands on its target, too."""
+    options = ["--object", "throttle-group,id=g"]
+    for name in ("d0", "d1", "t0", "t1"):
+        file = f"file.driver=file,file.filename={name}.qcow2"
+        options += ["--blockdev", f"driver=qcow2,node-name={name},{file}"]
+    with InStep(*directories, *options) as both:
+        for name in ("d0", "d1"):
+            both.do("blockdev-snapshot-internal-sync", device=name, name=f"of {name}")
+        for driver in (
+            {"driver": "throttle", "throttle-group": "g", "file": "d0"},
+            {"driver": "blkdebug", "image": "d0"},
+            {"driver": "raw", "file": "d0"},
+            {"driver": "raw", "file": "d0", "size": 65536},
+            {"driver": "copy-before-write", "file": "d0", "target": "t0"},
+        ):
+            both.do("blockdev-add", node_name="above", **driver)
+            both.look()
+            both.do("blockdev-del", node_name="above")
+        both.do("blockdev-mirror", job_id="m", device="d1", target="t1", sync="full",
+                filter_node_name="top")  # fmt: skip
+        both.do("blockdev-backup", job_id="b", device="d0", target="t0", sync="full",
+                filter_node_name="cbw", auto_finalize=False)  # fmt: skip
+        both.look()

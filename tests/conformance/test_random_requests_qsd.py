@@ -47,7 +47,16 @@ def graph():
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("WALKS", "4"))))
 def test_walk(seed, directories):
-    draw = Draw(random.Random(seed))
+    walk(Draw(random.Random(seed)), directories)
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("WALKS", "2"))))
+def test_walk_of_transactions(seed, directories):
+    """Every third request is one."""
+    walk(Draw(random.Random(f"transactions {seed}"), transaction=50), directories)
+
+
+def walk(draw, directories):
     with InStep(*directories, *graph()) as both, suppress(PeerEndedError, PartedWaysError):
         both.do("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
         both.do("block-export-add", type="nbd", id="x", node_name="top", writable=True)

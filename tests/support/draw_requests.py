@@ -31,15 +31,17 @@ JOBS = ("j0", "j1", "j2")
 class Draw:
     """Requests by a seed; ``made`` counts names of new images."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, **more: float) -> None:
         self.random = random
+        #: of requests, by the name of what makes them
+        self.weights = [more.get(make.__name__, weight) for make, weight in MAKERS.items()]
         self.made = 0
         self.nodes = list(NODES)
 
     def request(self) -> Request:
         """The next one."""
         makers = list(MAKERS)
-        maker = self.random.choices(makers, [MAKERS[m] for m in makers])[0]
+        maker = self.random.choices(makers, self.weights)[0]
         name, given = maker(self)
         return name, {k.replace("_", "-"): v for k, v in given.items() if v is not None}
 
@@ -255,6 +257,7 @@ def transaction(d: Draw) -> Request:
             (f"block-dirty-bitmap-{verb}", bitmap_arguments(d, verb)),
             (f"block-dirty-bitmap-{verb}", bitmap_arguments(d, verb)),
             ("blockdev-backup", backup_arguments(d)),
+            ("drive-backup", drive_backup(d)[1]),
             ("blockdev-snapshot-sync", overlay_arguments(d)),
             ("blockdev-snapshot", snapshot_arguments(d)),
             ("blockdev-snapshot-internal-sync", internal(d)[1]),

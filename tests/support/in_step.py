@@ -50,6 +50,8 @@ WORDED = (
     (r"Block device .* is in use", r"Node '.*' is busy: .* block job: backup"),
     (r"Device '\(null\)' is in use", r"Node '.*' is busy: .*"),
     (r"Permission conflict on node '#block': permissions 'resize' .*", r"Permission conflict .*"),
+    (r"Image is read-only", r"Block node is read-only"),
+    (r"The overlay is already in use", r"Node '.*' is busy: .* block job: .*"),
     (r"Job ID '.*' already in use", r"Node '.*' is busy: .* block job: backup"),
 )  # fmt: skip
 
@@ -74,6 +76,8 @@ EITHER = (
     r"NBD server already has export named '.*'",
     r"No TLS credentials with id '.*'",
     r"Could not create node: .*",
+    r"Could not open 'm\.qcow2': No such file or directory",  # it leaves what it made
+    r"setting detect-zeroes to unmap is not allowed .*",
     r"offset\(.*\) exceeds maximum\(.*\)",
     r"Parameter '.*' is unexpected",
     r"description '.*' too long",
@@ -257,7 +261,8 @@ def _alike(name: str, theirs: Any, ours: Any) -> tuple[Any, Any]:
         return (ours, ours) if refused or done else (theirs, ours)
     told = any(re.fullmatch(pattern, desc) for pattern in EITHER for desc in descs)
     worded = any(re.fullmatch(a, descs[0]) and re.fullmatch(b, descs[1]) for a, b in WORDED)
-    return (ours, ours) if told or worded else (theirs, ours)
+    later = any(re.fullmatch(pattern, descs[0]) for pattern in DONE)  # another mistake comes after
+    return (ours, ours) if told or worded or later else (theirs, ours)
 
 
 def words(text: str) -> str:
