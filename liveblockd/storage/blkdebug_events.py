@@ -104,4 +104,4 @@ async def step(name: str, work: Awaitable[T]) -> T:
 def _entries(table: bytes) -> set[int]:
     usable = len(table) // 8
     values = struct.unpack(f">{usable}Q", table[: usable * 8])
-    return {value & _OFFSET_MASK for value in values if value & _OFFSET_MASK}
+    return {value & _OFFSET_MASK for value in filter(None, values)} - {0}
