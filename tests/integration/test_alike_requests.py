@@ -86,11 +86,46 @@ async def test_reads_are_of_one_call(world):
     found = user.read_many_nowait([0, 2 * CLUSTER - BLOCK, BLOCK], BLOCK)
     assert [bytes(data) for data in found] == [b"\1" * BLOCK] * 3
     assert user.statistics.rd_operations == 4
-    # a boundary between clusters, a zero cluster, what is not there, the end of the disk
-    for offset in (CLUSTER - 1, 5 * CLUSTER, SIZE - BLOCK):
+    assert bytes(user.read_many_nowait([SIZE - BLOCK], BLOCK)[0]) == bytes(BLOCK)
+    # a boundary between clusters, a zero cluster
+    for offset in (CLUSTER - 1, 5 * CLUSTER):
         assert len(user.read_many_nowait([0, offset, 0], BLOCK)) == 1, offset
     assert user.read_many_nowait([0, SIZE - BLOCK + 1], BLOCK) == []
     assert user.read_many_nowait([0, -1], BLOCK) == [] == user.read_many_nowait([], BLOCK)
+    await world.graph.detach(user)
+
+
+async def test_reads_of_what_is_below(world):
+    """Through two overlays, the upper one longer than what is below it."""
+    for name, size in (("base", SIZE - 3 * BLOCK), ("middle", SIZE), ("top", SIZE)):
+        await world.create(name, size)
+    source, model = random.Random(SEED), bytearray(SIZE)
+    below = None
+    for name in ("base", "middle", "top"):
+        node = await world.open(name, backing=below)
+        user = await world.graph.attach(node, WRITER, Permission.ALL)
+        for _ in range({"base": 40, "middle": 12, "top": 6}[name]):
+            offset = source.randrange(8, (SIZE - 3 * BLOCK) // 1024 - 8) * 1024
+            data = source.randbytes(8192)[: user.length - offset]
+            model[offset : offset + len(data)] = data
+            await user.write(offset, data)
+        if name == "top":
+            break
+        await world.graph.detach(user)
+        below = name
+    await user.read(0, SIZE)  # the map is made
+    counts = set()
+    for _ in range(200):
+        offsets = [source.randrange(SIZE // 512 - 8) * 512 for _ in range(8)]
+        found = user.read_many_nowait(offsets, BLOCK)
+        for offset, data in zip(offsets, found, strict=False):
+            assert bytes(data) == model[offset : offset + BLOCK], offset
+        counts.add(len(found))
+    assert counts > {0, 8}, "a boundary of clusters ends it, nothing else"
+    inside = [source.randrange(SIZE // BLOCK) * BLOCK for _ in range(200)]
+    found = user.read_many_nowait(inside, BLOCK)
+    assert len(found) == 200
+    assert b"".join(found) == b"".join(model[o : o + BLOCK] for o in inside)
     await world.graph.detach(user)
 
 

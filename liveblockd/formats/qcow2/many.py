@@ -4,9 +4,9 @@ Specification: docs/interop/qcow2, "Cluster mapping".
 
 Runs on: the event loop, on the request path; nothing waits.
 
-Invariants: those of ``inplace``: only clusters are read or written that this image has in its own
-file, written only those that it has alone. The first request for which that is not so, and all
-behind it, are left to ``read_nowait`` and ``write_nowait``. Errors: none; those tell.
+Invariants: those of ``inplace``: written are only clusters that this image has alone, read only
+plain ones of this image or of the chain below it. The first request for which that is not so, and
+all behind it, are left to ``read_nowait`` and ``write_nowait``. Errors: none; those tell.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from liveblockd.storage.driver import BlockIO, Buffer
 
 if TYPE_CHECKING:
     from liveblockd.formats.qcow2.metadata import Metadata
+    from liveblockd.storage.flatmap import FlatMap
 
 #: an entry of a cluster that this image has alone, with one of these, is not that
 _NOT_PLAIN: Final = ~OFFSET_MASK & (1 << 64) - 1
@@ -42,30 +43,56 @@ class Many:
     _l2_bits: int
     _l2_mask: int
     _file_end: int
+    below: FlatMap
 
     def read_many_nowait(self, offsets: Sequence[int], length: int) -> list[Buffer]:
-        """The first ones that lie in clusters of this image, if the child has them at hand."""
+        """The first ones that lie in clusters of this image or below it, if they are at hand."""
         found: list[int] = []
         bits, l2_bits, l2_mask = self._bits, self._l2_bits, self._l2_mask
         in_cluster, tables = self._in_cluster, self._tables
         room, end = in_cluster + 1 - length, self._file_end - length
-        number, view = -1, None
+        number, view, all_here = -1, None, True
         for offset in offsets:
-            cluster = offset >> bits
+            cluster, inside = offset >> bits, offset & in_cluster
             if cluster >> l2_bits != number:
                 number = cluster >> l2_bits
                 table = tables.get(number)
-                if table is None or table.bad:
+                if table is None:
+                    if self._metadata.l1_view[number]:
+                        break
+                    view = None
+                elif table.bad:
                     break
-                table.used = True
-                view = table.view
-            assert view is not None
-            entry, inside = view[cluster & l2_mask], offset & in_cluster
+                else:
+                    table.used = True
+                    view = table.view
+            if inside > room:
+                break
+            entry = 0 if view is None else view[cluster & l2_mask]
+            if not entry:
+                all_here = False
+                found.append(~offset)
+                continue
             host_offset = (entry & OFFSET_MASK) + inside
-            if not entry or entry & _SPECIAL or inside > room or host_offset > end:
+            if entry & _SPECIAL or host_offset > end:
                 break
             found.append(host_offset)
-        return self._stores[self._data_role].read_many_nowait(found, length) if found else []
+        if not found:
+            return []
+        store = self._stores[self._data_role]
+        if all_here:
+            return store.read_many_nowait(found, length)
+        return self._read_each_now(store, found, length)
+
+    def _read_each_now(self, store: BlockIO, places: list[int], length: int) -> list[Buffer]:
+        """The first ones at hand of ``places``: host offsets, or ``~`` offset of what is below."""
+        here, below, found = store.read_nowait, self.below.read_nowait, list[Buffer]()
+        for place in places:
+            data = here(place, length) if place >= 0 else below(~place, length)
+            if data is None:
+                break
+            found.append(data)
+        return found
 
     def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
         """The first ones that lie in clusters which this image has alone, if the child can."""
