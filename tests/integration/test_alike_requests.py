@@ -129,6 +129,24 @@ async def test_reads_of_what_is_below(world):
     await world.graph.detach(user)
 
 
+async def test_where_only_one_of_two_has_a_table(world):
+    far, size = 600 << 20, 1 << 30  # an L2 table is for 512 MiB
+    await world.create("base", size)
+    base = await world.graph.attach(await world.open("base"), WRITER, Permission.ALL)
+    await base.write(far, b"b" * CLUSTER)
+    await world.graph.detach(base)
+    await world.create("top", size)
+    top = await world.open("top", backing="base")
+    user = await world.graph.attach(top, WRITER, Permission.ALL)
+    await user.write(far - (512 << 20), b"t" * CLUSTER)
+    await user.read(far, CLUSTER)
+    places = [far - (512 << 20), far, far - (512 << 20), far + BLOCK]
+    found = user.read_many_nowait(places, BLOCK)
+    assert [bytes(data[:1]) for data in found] == [b"t", b"b", b"t", b"b"]
+    assert user.write_many_nowait([far, 0], [b"x" * BLOCK] * 2) == 0
+    await world.graph.detach(user)
+
+
 async def test_who_has_to_know_of_each_write_does(world):
     user = await image(world, "image")
     offsets, parts = [0, BLOCK, 2 * BLOCK], [b"x" * BLOCK] * 3
