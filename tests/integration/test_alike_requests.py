@@ -12,7 +12,7 @@ from liveblockd.exports import nbd_alike, nbd_connection
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.nbd.constants import Command, CommandFlag
 from liveblockd.storage.driver import Permission
-from tests.integration.test_first_writes import CLUSTER, SIZE, World
+from tests.integration.test_first_writes import CLUSTER, SIZE, Chains
 from tests.support.memory import MemoryDriver
 from tests.unit.exports.memory_export import MemoryBackend, options, served
 from tests.unit.exports.nbd_client import Client
@@ -30,7 +30,7 @@ async def world(request, tmp_path):
         if not SHM.is_dir():
             pytest.skip("no /dev/shm")
         directory = Path(tempfile.mkdtemp(dir=SHM))
-    world = World(directory)
+    world = Chains(directory)
     yield world
     await world.end()
     shutil.rmtree(directory)
@@ -38,8 +38,8 @@ async def world(request, tmp_path):
 
 async def image(world, name, *, backing=None):
     """A user of an image whose first half is allocated, but for what cluster 5 and 7 are."""
-    await world.create(name)
-    node = await world.open(name, backing=backing)
+    await world.create(name, size=SIZE)
+    node = await world.add(name, backing=backing)
     user = await world.graph.attach(node, WRITER, Permission.ALL)
     await user.write(0, b"\1" * (SIZE // 2))
     await user.write_zeroes(5 * CLUSTER, CLUSTER, may_unmap=True)
@@ -98,11 +98,11 @@ async def test_reads_are_of_one_call(world):
 async def test_reads_of_what_is_below(world):
     """Through two overlays, the upper one longer than what is below it."""
     for name, size in (("base", SIZE - 3 * BLOCK), ("middle", SIZE), ("top", SIZE)):
-        await world.create(name, size)
+        await world.create(name, size=size)
     source, model = random.Random(SEED), bytearray(SIZE)
     below = None
     for name in ("base", "middle", "top"):
-        node = await world.open(name, backing=below)
+        node = await world.add(name, backing=below)
         user = await world.graph.attach(node, WRITER, Permission.ALL)
         for _ in range({"base": 40, "middle": 12, "top": 6}[name]):
             offset = source.randrange(8, (SIZE - 3 * BLOCK) // 1024 - 8) * 1024
@@ -131,12 +131,12 @@ async def test_reads_of_what_is_below(world):
 
 async def test_where_only_one_of_two_has_a_table(world):
     far, size = 600 << 20, 1 << 30  # an L2 table is for 512 MiB
-    await world.create("base", size)
-    base = await world.graph.attach(await world.open("base"), WRITER, Permission.ALL)
+    await world.create("base", size=size)
+    base = await world.graph.attach(await world.add("base"), WRITER, Permission.ALL)
     await base.write(far, b"b" * CLUSTER)
     await world.graph.detach(base)
-    await world.create("top", size)
-    top = await world.open("top", backing="base")
+    await world.create("top", size=size)
+    top = await world.add("top", backing="base")
     user = await world.graph.attach(top, WRITER, Permission.ALL)
     await user.write(far - (512 << 20), b"t" * CLUSTER)
     await user.read(far, CLUSTER)
@@ -199,7 +199,7 @@ async def test_clusters_that_others_have_are_left_alone(world):
 
 async def test_a_raw_window(world):
     world.path("raw").write_bytes(b"\1" * SIZE)
-    node = await world.open("raw", "raw")
+    node = await world.add("raw", "raw")
     user = await world.graph.attach(node, WRITER, Permission.ALL)
     if user.write_many_nowait([BLOCK, 0], [b"a" * BLOCK, b"b" * BLOCK]):
         assert bytes(await user.read(0, 2 * BLOCK)) == b"b" * BLOCK + b"a" * BLOCK
