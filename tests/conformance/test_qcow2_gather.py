@@ -241,7 +241,7 @@ async def test_a_failed_copy_leaves_nothing(
     before = descriptors()
     with monkeypatch.context() as patch:
         if fails == "dup":
-            patch.setattr(duplicates.os, "dup", broken)
+            patch.setattr(duplicates, "duplicate", broken)
         else:
             name = "read_into" if fails == "read" else "write"
             patch.setattr(copy_engine.hostcalls, name, broken)
