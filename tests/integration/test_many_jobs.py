@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, QmpError
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
 
@@ -160,6 +160,35 @@ def test_only_so_many_copy_at_once(start):
     for name in ("j0", "j1", "j3"):
         qmp("block-job-set-speed", device=name, speed=0)
         qmp.wait("BLOCK_JOB_COMPLETED", device=name)
+
+
+def test_those_that_wait_for_their_turn_obey(start):
+    qmp = start("--jobs", "max-concurrent=1")
+    for number in range(5):
+        qmp.backup(number, speed=MIB)
+    until(lambda: jobs(qmp)["j0"]["offset"])
+    qmp("job-pause", id="j1")
+    qmp.wait("JOB_STATUS_CHANGE", id="j1", status="paused")
+    qmp("block-job-set-speed", device="j2", speed=0)
+    with pytest.raises(QmpError, match="in state 'running' cannot accept command verb"):
+        qmp("job-complete", id="j2")
+    for name in ("j3", "j1"):
+        qmp("job-cancel", id=name)
+        qmp.wait("BLOCK_JOB_CANCELLED", device=name)
+    qmp("transaction", properties={"completion-mode": "grouped"}, actions=[
+        {"type": "blockdev-backup",
+         "data": {"job-id": f"j{n}", "device": f"d{n}", "target": f"t{n}", "sync": "full"}}
+        for n in (5, 6)
+    ])  # fmt: skip
+    qmp("job-cancel", id="j5")
+    qmp.wait("BLOCK_JOB_CANCELLED", device="j6")
+    found = jobs(qmp)
+    assert sorted(found) == ["j0", "j2", "j4"]
+    assert found["j2"]["offset"] == found["j4"]["offset"] == 0, "it was not their turn"
+    began = time.monotonic()
+    qmp("quit")
+    qmp.wait("JOB_STATUS_CHANGE", id="j4", status="null")
+    assert time.monotonic() - began < 10, "those that wait do not hold up the end"
 
 
 @pytest.mark.parametrize(
