@@ -380,7 +380,8 @@ class Drive(Backups, Copies):
         return node["node-name"], path
 
     def _format(self, path: str) -> str:
-        return dict(self.paths)[path]
+        # One that is not there yet is the overlay of a snapshot whose command is about to return.
+        return dict(self.paths).get(path, "qcow2")
 
     async def _begin(self, command: str, /, *, give_up: str | None = None, **arguments: Any) -> Job:
         """Start a job; ``give_up`` is a node that nobody needs if it is refused."""
