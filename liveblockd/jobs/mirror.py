@@ -62,6 +62,8 @@ JUST_NOW: Final = 0.1
 LEAST_REST: Final = 256 * KIB
 #: bytes that may be dirty in a mirror that is called ready although guests go on writing
 READY_REST: Final = 4 * MIB
+#: so often it goes through what is dirty once it is to end; who writes faster then has to wait
+LAST_PASSES: Final = 3
 
 
 class MirrorCore(Job):
@@ -121,6 +123,7 @@ class MirrorCore(Job):
         self.needed = False
         #: asked to end, with or without a switch
         self.ending = False
+        self._last_pass = 0
         self.switching = False
         self._looked_through = False  # the first pass is over
         self._over = False
@@ -187,7 +190,7 @@ class MirrorCore(Job):
         if self.ending and not self.switching:
             raise BlockError(f"The active block job '{self.id}' cannot be completed")
         self.check_completion()
-        self.ending = self.switching = True
+        self._end(switching=True)
 
     def cancel_is_forced(self, force: bool) -> bool:
         """A mirror in step ends as completed, without a switch."""
@@ -195,7 +198,12 @@ class MirrorCore(Job):
 
     def end_gently(self) -> None:
         """End with a target that is what the source was at one moment."""
-        self.ending, self.switching = True, False
+        self._end(switching=False)
+
+    def _end(self, *, switching: bool) -> None:
+        if not self.ending:
+            self._last_pass = self.chunks.passes + LAST_PASSES
+        self.ending, self.switching = True, switching
 
     def change_copy_mode(self, mode: MirrorCopyMode) -> None:
         """block-job-change; only from background to write-blocking."""
@@ -240,7 +248,7 @@ class MirrorCore(Job):
             self._progress()
             if not self.ready and self._in_step():
                 self.scheduler.set_ready(self)
-            elif self.ending and self._nearly_done() and self._retry_at <= self._now():
+            elif self.ending and self._may_end() and self._retry_at <= self._now():
                 if not self.switching or await self._flush_early():
                     return
             elif len(self._copies) >= most_copies(self.scheduler.share(self), self._under_way):
@@ -262,6 +270,11 @@ class MirrorCore(Job):
     def _nearly_done(self) -> bool:
         rest = self.chunks.rest + self._under_way
         return rest <= max(LEAST_REST, self._throughput * LAST_REST)
+
+    def _may_end(self) -> bool:
+        rest = self.chunks.rest + self._under_way
+        late = self.chunks.passes >= self._last_pass
+        return self._nearly_done() or (late and rest <= READY_REST)
 
     async def _flush_early(self) -> bool:
         """What is in the target already is made durable while guests go on; whether it was."""
@@ -532,10 +545,10 @@ class MirrorCore(Job):
     async def _catch_up(self) -> None:
         """A job that waited for its client for long may have much to do: the guests go on with it.
 
-        Three passes at most; who writes faster than that is stopped for the rest.
+        A few passes at most; who writes faster than that is stopped for the rest.
         """
         self._failures.clear()
-        last = self.chunks.passes + 3
+        last = self.chunks.passes + LAST_PASSES
         while not self._nearly_done() and self.chunks.passes < last and not self._failures:
             if (claim := self.chunks.take(self._chunk())) is not None:
                 self._begin(claim)

@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 
 from liveblockd.errors import BlockError
+from liveblockd.jobs import mirror
 from liveblockd.jobs.job import BlockdevOnError
-from liveblockd.jobs.mirror import SLICE
+from liveblockd.jobs.mirror import READY_REST, SLICE
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
@@ -331,6 +332,41 @@ async def test_what_piled_up_while_pending_does_not_stop_the_guest():
     await bench.scheduler.finalize(job)
     assert await bench.content("target") == bytes(bench.model)
     assert rests and rests[0] <= MIB, "the guest stands still for this"
+    await bench.close()
+
+
+@pytest.mark.parametrize("switch", [True, False])
+async def test_a_guest_that_writes_as_fast_as_is_copied_does_not_keep_it_from_its_end(
+    switch, monkeypatch
+):
+    monkeypatch.setattr(mirror, "LAST_REST", 0)
+    bench = await Mirrors().make(size=1024 * CLUSTER)
+    job = await bench.mirror(copy_mode=MirrorCopyMode.BACKGROUND)
+    await bench.until(job, JobStatus.READY)
+    data, transfer, copy_rest, copies = b"new1" * (256 * KIB), job._transfer, job._copy_rest, []
+
+    async def chased(offset, length):
+        await transfer(offset, length)
+        copies.append(length)
+        if not job.source_user.quiesced:
+            await bench.drive.write(0, data)
+
+    async def alone():
+        assert job.chunks.rest <= READY_REST, "the guest stands still for this"
+        job._transfer = transfer
+        await copy_rest()
+
+    job._transfer, job._copy_rest = chased, alone
+    await bench.drive.write(0, data)
+    if switch:
+        bench.scheduler.complete(job)
+    else:
+        bench.scheduler.cancel(job)
+    await bench.end(job)
+    assert 3 <= len(copies) < 30
+    bench.model[: len(data)] = data
+    assert await bench.content("target") == bytes(bench.model)
+    assert (bench.drive.node.name == "target") is switch
     await bench.close()
 
 
