@@ -135,6 +135,8 @@ class Job:
         self.dismissing = False
         #: set when ``wind_up`` has ended
         self.wound_up = asyncio.Event()
+        #: set when it is null
+        self.gone = asyncio.Event()
         self.limit = RateLimit(speed)
         #: of the copies that begin now, asked for by pause and cancel
         self.halt = Halt()

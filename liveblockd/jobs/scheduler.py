@@ -19,8 +19,9 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from errno import ENOSPC
-from typing import Any
+from typing import Any, Final
 
 from liveblockd.errors import BlockError
 from liveblockd.events import (
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 _ENDED = (JobStatus.CONCLUDED, JobStatus.NULL)
+#: seconds for which a command waits for what an ended job makes durable
+LET_GO: Final = 10
 
 
 def _waits_for_client(job: Job) -> bool:
@@ -395,6 +398,20 @@ class Scheduler:
         if job.auto_dismiss or not job.started:
             await self._dismiss(job)
 
+    async def let_go_of_ended(self) -> bool:
+        """Wait until jobs that have told of their end are gone; whether there were any.
+
+        Not of those that a client has to dismiss, and not for long.
+        """
+        ended = [
+            j for j in self.jobs.values() if j.status is JobStatus.CONCLUDED and j.auto_dismiss
+        ]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LET_GO):
+                for job in ended:
+                    await job.gone.wait()
+        return bool(ended)
+
     def _announce_end(self, job: Job) -> None:
         if job.cancelled:
             self.publisher.publish(BlockJobCancelled(**self._progress(job)))
@@ -412,6 +429,7 @@ class Scheduler:
         self.jobs.pop(job.id, None)
         self._move(job, JobStatus.NULL)
         self._notify(job)
+        job.gone.set()
 
     async def _guarded(self, job: Job, hook: Callable[[], Awaitable[None]]) -> None:
         try:

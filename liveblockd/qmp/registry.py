@@ -110,8 +110,18 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
     else:
         if found.ahead is not None:
             await found.ahead(context, parsed)
-        async with context.command_lock:
-            if context.quitting:
-                raise BlockError("The daemon is shutting down")
-            returned = await found.function(context, parsed)
+        try:
+            returned = await _in_turn(context, found, parsed)
+        except BlockError:
+            # A client that was told of the end of a job may have its name and its nodes at once.
+            if not await context.scheduler.let_go_of_ended():
+                raise
+            returned = await _in_turn(context, found, parsed)
     return {} if returned is None else returned
+
+
+async def _in_turn(context: Context, found: Command, arguments: QapiModel) -> Any:
+    async with context.command_lock:
+        if context.quitting:
+            raise BlockError("The daemon is shutting down")
+        return await found.function(context, arguments)

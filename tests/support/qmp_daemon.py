@@ -14,6 +14,7 @@ import sys
 from typing import Any, Literal
 
 from liveblockd.events import JobStatusChange, Publisher
+from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qapi import QapiModel, parse
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
@@ -102,7 +103,8 @@ async def serve(arguments: list[str]) -> None:
     register_stand_ins()
     ended = asyncio.Event()
     nobody: Any = None
-    context = Context(nobody, nobody, nobody, nobody, Publisher(), on_quit=lambda _: ended.set())
+    jobs = Scheduler(Publisher())
+    context = Context(nobody, jobs, nobody, nobody, Publisher(), on_quit=lambda _: ended.set())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     chardevs: dict[str, Chardev] = {}
     monitors: list[Monitor] = []

@@ -9,6 +9,7 @@ from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
 from liveblockd.exports.export import register_export
 from liveblockd.exports.nbd_export import NbdExport
+from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.commands import exports as _commands
 from liveblockd.qmp.commands.objects import Iothread, object_registry
@@ -32,7 +33,7 @@ class Qmp:
         nodes = {"disk": self.disk, "ro": read_only}
         self.context = Context(
             graph=SimpleNamespace(lookup=lambda device, _: self.lookup(nodes, device)),
-            scheduler=None,
+            scheduler=Scheduler(publisher),
             exports=new_registry(*nodes.values(), publisher=publisher),
             workers=None,
             publisher=publisher,

@@ -4,6 +4,10 @@ import asyncio
 
 import pytest
 
+from liveblockd.errors import BlockError
+from liveblockd.jobs import scheduler
+from liveblockd.qmp import registry
+from liveblockd.qmp.context import Context
 from tests.unit.jobs.test_stream import usual
 
 
@@ -73,4 +77,55 @@ async def test_a_base_that_goes_back_to_read_only_stays_for_the_next_commit():
         await bench.end(second)
     assert base.read_only and top.backing.name == "mid"
     assert not bench.graph.going_read_only
+    await bench.close()
+
+
+async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
+    """Its base is not durable yet; an id is free, and a node nobody's, with BLOCK_JOB_CANCELLED."""
+    bench = await usual()
+    base = bench.graph.nodes["base"]
+    await bench.graph.set_read_only(base, True)
+    slow = Slow(base)
+    context = Context(
+        bench.graph, bench.scheduler, None, None, bench.publisher, on_quit=lambda reason: None
+    )
+    registry.load()
+    again = {"job-id": "j", "device": "top", "top-node": "mid", "base-node": "base", "speed": 1}
+    async with asyncio.timeout(30):
+        await registry.execute(context, "block-commit", again)
+        await asyncio.sleep(0.01)
+        await registry.execute(context, "block-job-cancel", {"device": "j", "force": True})
+        await slow.began.wait()
+        assert ("BLOCK_JOB_CANCELLED", "j") in [(n, d.get("device")) for n, d in bench.events]
+        asking = asyncio.create_task(registry.execute(context, "block-commit", again))
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        async with context.command_lock:
+            pass  # others go on
+        slow.may_end.set()
+        await asking
+        with pytest.raises(BlockError, match="Need a root block node"):
+            await registry.execute(context, "block-commit", again)
+        job = bench.scheduler.find("j")
+        bench.scheduler.cancel(job, force=True)
+        await bench.end(job)
+    assert base.read_only
+    await bench.close()
+
+
+async def test_a_flush_that_hangs_keeps_nobody_for_long(monkeypatch):
+    monkeypatch.setattr(scheduler, "LET_GO", 0.02)
+    bench = await usual()
+    await bench.graph.set_read_only(bench.graph.nodes["base"], True)
+    slow = Slow(bench.graph.nodes["base"])
+    job = await bench.commit("top", "j", top_node="mid", speed=1)
+    assert not await bench.scheduler.let_go_of_ended()
+    await asyncio.sleep(0.01)
+    bench.scheduler.cancel(job, force=True)
+    async with asyncio.timeout(10):
+        await slow.began.wait()
+        assert await bench.scheduler.let_go_of_ended()
+    assert job.status == "concluded"
+    slow.may_end.set()
+    await bench.end(job)
     await bench.close()

@@ -9,6 +9,7 @@ import pytest
 
 from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.events import Publisher
+from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qapi import QapiModel
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
@@ -23,7 +24,9 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def context() -> Context:
     nobody: Any = None
-    return Context(nobody, nobody, nobody, nobody, Publisher(), on_quit=lambda reason: None)
+    return Context(
+        nobody, Scheduler(Publisher()), nobody, nobody, Publisher(), on_quit=lambda reason: None
+    )
 
 
 class Number(QapiModel):
