@@ -38,7 +38,6 @@ DEFECTS = [
     pytest.param("backup-not-flushed", "backup", marks=pytest.mark.slow),
     ("group-of-one", "grouped"),
     pytest.param("bitmap-of-a-cancelled-backup", "backup", marks=pytest.mark.slow),
-    ("bitmap-without-successor", "backup"),
     ("commit-without-the-rest", "commit"),
 ]
 
@@ -47,7 +46,6 @@ DEFECTS = [
 #: alone, whether they do again.
 LIKELY = {
     "bitmap-of-a-cancelled-backup": (38, 2),
-    "bitmap-without-successor": (10, 2, 16),
     "backup-not-flushed": (10,),
     "mirror-clean-after-copy": (10, 27),
     "errors-unseen": (10, 13, 14, 30, 38, 5),
