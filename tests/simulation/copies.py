@@ -122,7 +122,8 @@ class Copies:
                 form = {"cluster_size": 4096}
             await self._create(name, size, form, backing)
         if self._unflushable:
-            self.machine.names[name].faults["flush"] = 1.0
+            for file in {name, forms.data_name(name)} & self.machine.names.keys():
+                self.machine.names[file].faults["flush"] = 1.0
         return await self.bench.open(
             node_name=self.mark + name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0],
             detect_zeroes=self.detect_zeroes,

@@ -26,7 +26,7 @@ from tests.simulation.disks import Machine
 REFUSED = (
     "which has snapshots", "would have more than", "No space left", "not support internal",
     "Cannot downgrade", "compat=0.10 requires", "other than 16 bits", "Operation not supported",
-    "Lazy refcounts only",
+    "Lazy refcounts only", "Internal snapshots prevent downgrade",
 )  # fmt: skip
 #: the persistent dirty bitmap that is tracked from the first request on
 BITMAP = "tracked"
