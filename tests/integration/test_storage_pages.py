@@ -31,20 +31,6 @@ def forget():
     pages.places.release()
 
 
-@pytest.fixture
-def memory():
-    fds = []
-
-    def one(content=b""):
-        fds.append(os.memfd_create("file"))
-        os.pwrite(fds[-1], content, 0)
-        return fds[-1]
-
-    yield one
-    for fd in fds:
-        os.close(fd)
-
-
 def content(fd):
     return os.pread(fd, os.fstat(fd).st_size, 0)
 

@@ -26,20 +26,6 @@ def able():
 
 
 @pytest.fixture
-def memory():
-    fds = []
-
-    def one(content=b""):
-        fds.append(os.memfd_create("file"))
-        os.pwrite(fds[-1], content, 0)
-        return fds[-1]
-
-    yield one
-    for fd in fds:
-        os.close(fd)
-
-
-@pytest.fixture
 def spliced(monkeypatch):
     """(runs asked for, runs copied) of each call."""
     done, real = [], splices.splice_runs

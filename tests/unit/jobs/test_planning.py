@@ -18,6 +18,18 @@ BITS = 16
 RUNS = 1000
 
 
+def only_layer(monkeypatch: pytest.MonkeyPatch, survey: Any) -> Any:
+    """A chain of one, which holds what ``survey`` says."""
+
+    class Layer:
+        driver = SimpleNamespace(length=2 * RUNS << BITS, survey=survey)
+
+    monkeypatch.setattr(planning.chain, "skip_filters", lambda base: base)
+    monkeypatch.setattr(planning.chain, "chain", lambda top: [top])
+    monkeypatch.setattr(planning.chain, "behind_filters", lambda _: frozenset())
+    return Layer()
+
+
 async def test_a_plan_of_many_runs_is_made_in_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     places = np.arange(RUNS, dtype=np.int64) * 2
     cells = (DATA << KIND_SHIFT) + np.arange(RUNS, dtype=np.int64)[::-1] * 128
@@ -25,13 +37,7 @@ async def test_a_plan_of_many_runs_is_made_in_many_turns(monkeypatch: pytest.Mon
     async def survey(*_: object) -> Survey:
         return Survey(2 * RUNS << BITS, places, cells)
 
-    class Layer:
-        driver = SimpleNamespace(length=2 * RUNS << BITS, survey=survey)
-
-    node: Any = Layer()
-    monkeypatch.setattr(planning.chain, "skip_filters", lambda base: base)
-    monkeypatch.setattr(planning.chain, "chain", lambda top: [top])
-    monkeypatch.setattr(planning.chain, "behind_filters", lambda _: frozenset())
+    node = only_layer(monkeypatch, survey)
 
     def kind_of(found: Any) -> ExtentKind:
         return ExtentKind(found.kind)
@@ -59,13 +65,7 @@ async def test_plans_are_short_while_a_guest_is_served(
     async def survey(*arguments: int) -> None:
         asked.append(arguments[3:])
 
-    class Layer:
-        driver = SimpleNamespace(length=2 * RUNS << BITS, survey=survey)
-
-    node: Any = Layer()
-    monkeypatch.setattr(planning.chain, "skip_filters", lambda base: base)
-    monkeypatch.setattr(planning.chain, "chain", lambda top: [top])
-    monkeypatch.setattr(planning.chain, "behind_filters", lambda _: frozenset())
+    node = only_layer(monkeypatch, survey)
     demand = Demand()
     for first in (True, False):
         demand.guests.requests += served
