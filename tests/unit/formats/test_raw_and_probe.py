@@ -39,6 +39,17 @@ async def test_raw_is_its_file() -> None:
     assert raw.cluster_size is None
 
 
+async def test_what_was_written_is_durable_once_it_is_closed() -> None:
+    disk = MemoryDriver.of(bytes(1000))
+    raw = await open_raw(disk)
+    await raw.write(2, b"cd")
+    assert disk.synced_content() != disk.content()
+    await raw.close()
+    assert disk.synced_content() == disk.content()
+    await (await open_raw(disk, read_only=True)).close()
+    assert disk.flushes == 1, "nobody writes to this one"
+
+
 async def test_a_window_keeps_within_its_bounds() -> None:
     disk = MemoryDriver.of(bytes(4096))
     raw = await open_raw(disk, offset=1024, size=1024)
