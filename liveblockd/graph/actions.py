@@ -9,9 +9,10 @@ Errors: BlockError in QEMU's words; OSError.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import dirty, internal_snapshot, surgery
+from liveblockd.graph import chain, dirty, internal_snapshot, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.graph.snapshot import NewOverlay, SnapshotRequest, check_snapshot
@@ -126,7 +127,10 @@ class InternalSnapshot(Action):
         self._made: tuple[Node, str] | None = None
 
     def names(self) -> Iterable[str]:
-        """The disk."""
+        """The disk, and the image below it that has the snapshots."""
+        with suppress(BlockError):  # found when it is its turn
+            disk = self._graph.lookup_any(self._device)
+            return (self._device, chain.snapshot_keeper(disk).name)
         return (self._device,)
 
     async def prepare(self) -> None:

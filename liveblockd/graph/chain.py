@@ -42,6 +42,14 @@ def stacked(node: Node) -> Iterator[Node]:
         found = found.file if found.is_filter else None
 
 
+def snapshot_keeper(node: Node) -> Node:
+    """Whose internal snapshots are those of ``node``: what stands on one node alone has none."""
+    while len(node.children) == 1 and (node.is_filter or node.driver_class.driver_name == "raw"):
+        (edge,) = node.children.values()
+        node = edge.child
+    return node
+
+
 def layer_below(node: Node) -> Node | None:
     """The next layer of the chain below ``node``, filters skipped on both sides."""
     layer = skip_filters(node)

@@ -106,14 +106,6 @@ def _depth(node: Node, *, for_drive: bool) -> int:
     return sum(not (for_drive and edge.child.implicit) for edge in edges)
 
 
-def _with_snapshots(node: Node) -> Node:
-    """Whose internal snapshots are shown: what stands on one node alone shows those of that."""
-    while len(node.children) == 1 and (node.is_filter or node.driver_class.driver_name == "raw"):
-        (edge,) = node.children.values()
-        node = edge.child
-    return node
-
-
 def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
     driver = node.driver
     info: dict[str, Any] = {
@@ -133,7 +125,7 @@ def _own_image_info(node: Node, names: filenames.Known) -> dict[str, Any]:
     if image.driver_class.driver_name not in _UNKNOWING:
         info["dirty-flag"] = image.driver.dirty_flag()
     with contextlib.suppress(BlockError):  # a format without internal snapshots
-        if snapshots := _with_snapshots(node).driver.list_snapshots():
+        if snapshots := chain.snapshot_keeper(node).driver.list_snapshots():
             info["snapshots"] = [snapshot.to_qmp() for snapshot in snapshots]
     specific = driver.format_specific()
     if specific is None and info["format"] in ("file", "host_device"):

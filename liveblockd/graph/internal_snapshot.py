@@ -2,8 +2,11 @@
 
 Specification: qapi/block-core.json (blockdev-snapshot-internal-sync and its opposite).
 
-Runs on the event loop. The node is drained; the driver switches at one instant. Invariant: what
-fails leaves the image and its snapshots as they were.
+A filter, or a raw node, has the snapshots of the image below it (``chain.snapshot_keeper``).
+
+Runs on the event loop. The image is drained, with all users above it, whichever node was named; the
+driver switches at one instant. Invariant: what fails leaves the image and its snapshots as they
+were.
 Errors: BlockError in QEMU's words; OSError.
 """
 
@@ -13,6 +16,7 @@ import time
 from errno import EBUSY, ENOENT, EPERM
 
 from liveblockd.errors import BlockError
+from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
@@ -23,28 +27,24 @@ async def create(graph: Graph, device: str, name: str) -> SnapshotInfo:
     """blockdev-snapshot-internal-sync; what was made."""
     async with graph.lock:
         node = graph.lookup_root(device)
-        node.check_operation(Operation.INTERNAL_SNAPSHOT)
         _check_writable(node, device)
+        image = _image(node, device)
         try:
-            known = node.driver.list_snapshots()
+            known = image.driver.list_snapshots()
         except BlockError:
-            raise BlockError(
-                f"Block format '{node.driver_class.driver_name}' used by device '{device}' "
-                "does not support internal snapshots",
-                errno=95,
-            ) from None
+            raise _unsupported(node, device) from None
         if not name:
             raise BlockError("Name is empty")
         if any(snapshot.name == name for snapshot in known):
             raise BlockError(f"Snapshot with name '{name}' already exists on device '{device}'")
-        async with graph.drained(node):
+        async with graph.drained(image):
             try:
-                await to_its_end(node.driver.create_snapshot(name, date_nsec=time.time_ns()))
+                await to_its_end(image.driver.create_snapshot(name, date_nsec=time.time_ns()))
             except OSError as error:
                 raise BlockError.from_os_error(
                     f"Failed to create snapshot '{name}' on device '{device}'", error
                 ) from error
-        return node.driver.list_snapshots()[-1]
+        return image.driver.list_snapshots()[-1]
 
 
 async def delete(
@@ -55,9 +55,9 @@ async def delete(
         node = graph.lookup_root(device)
         if snapshot_id is None and name is None:
             raise BlockError("Name or id must be provided")
-        node.check_operation(Operation.INTERNAL_SNAPSHOT)
+        image = _image(node, device)
         try:
-            known = node.driver.list_snapshots()
+            known = image.driver.list_snapshots()
         except BlockError as error:
             raise BlockError(
                 f"Failed to get a snapshot list: {error.message}", errno=error.errno
@@ -73,8 +73,8 @@ async def delete(
                 errno=ENOENT,
             )
         _check_writable(node, device)
-        async with graph.drained(node):
-            await to_its_end(node.driver.delete_snapshot(found.id))
+        async with graph.drained(image):
+            await to_its_end(image.driver.delete_snapshot(found.id))
         return found
 
 
@@ -85,18 +85,18 @@ async def apply(graph: Graph, device: str, name_or_id: str) -> SnapshotInfo:
     """
     async with graph.lock:
         node = graph.lookup_any(device)
-        node.check_operation(Operation.INTERNAL_SNAPSHOT)
         if node.parents:
             raise BlockError(f"Node '{node.name}' is in use", errno=EBUSY)
         _check_writable(node, device)
-        known = node.driver.list_snapshots()
+        image = _image(node, device)
+        known = image.driver.list_snapshots()
         found = next((s for s in known if s.id == name_or_id), None)
         found = found or next((s for s in known if s.name == name_or_id), None)
         if found is None:
             raise BlockError(f"Can't find snapshot '{name_or_id}'", errno=ENOENT)
-        for bitmap in node.bitmaps:
+        for bitmap in image.bitmaps:
             bitmap.check(allow_inconsistent=True)
-        await to_its_end(_apply(node, found.id))
+        await to_its_end(_apply(image, found.id))
         return found
 
 
@@ -105,6 +105,27 @@ async def _apply(node: Node, snapshot_id: str) -> None:
     for bitmap in node.bitmaps:
         bitmap.resize(node.length)
         bitmap.record(0, node.length)
+
+
+def _image(node: Node, device: str) -> Node:
+    """Whose snapshots ``node`` has; BlockError when anything down to it is in use by a job."""
+    image = chain.snapshot_keeper(node)
+    above: Node | None = node
+    while above is not None:
+        above.check_operation(Operation.INTERNAL_SNAPSHOT)
+        above = None if above is image else next(iter(above.children.values())).child
+    if image.read_only and not node.read_only:
+        raise _unsupported(node, device)
+    image.check_active()
+    return image
+
+
+def _unsupported(node: Node, device: str) -> BlockError:
+    return BlockError(
+        f"Block format '{node.driver_class.driver_name}' used by device '{device}' "
+        "does not support internal snapshots",
+        errno=95,
+    )
 
 
 def _check_writable(node: Node, device: str) -> None:

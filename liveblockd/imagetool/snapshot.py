@@ -12,6 +12,7 @@ from errno import ENOENT
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import internal_snapshot
+from liveblockd.graph.chain import snapshot_keeper
 from liveblockd.graph.node import Node
 from liveblockd.imagetool.images import Images, ToolError, reason
 from liveblockd.imagetool.output import say
@@ -30,7 +31,9 @@ async def run(args: argparse.Namespace) -> int:
         try:
             if args.create:
                 # As qemu-img: a second one of that name is welcome.
-                await node.driver.create_snapshot(args.create, date_nsec=time.time_ns())
+                await snapshot_keeper(node).driver.create_snapshot(
+                    args.create, date_nsec=time.time_ns()
+                )
             elif args.apply:
                 await internal_snapshot.apply(images.graph, node.name, args.apply)
             elif args.delete:
@@ -47,7 +50,7 @@ async def run(args: argparse.Namespace) -> int:
 
 async def _delete(images: Images, node: Node, name: str) -> None:
     # As qemu-img: never by the id, which may be the name of another one.
-    found = [s for s in node.driver.list_snapshots() if s.name == name]
+    found = [s for s in snapshot_keeper(node).driver.list_snapshots() if s.name == name]
     if not found:
         raise BlockError("snapshot not found", errno=ENOENT)
     await internal_snapshot.delete(images.graph, node.name, found[0].id, None)
@@ -55,7 +58,7 @@ async def _delete(images: Images, node: Node, name: str) -> None:
 
 def _list(node: Node) -> None:
     try:
-        snapshots = node.driver.list_snapshots()
+        snapshots = snapshot_keeper(node).driver.list_snapshots()
     except BlockError:  # a format that has none
         return
     if snapshots:
