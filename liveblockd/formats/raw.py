@@ -138,10 +138,6 @@ class Raw(BlockDriver):
         if not self.read_only:
             await self.children["file"].flush()
 
-    async def close(self) -> None:
-        """What was written is durable then, as where any other format is closed; raises OSError."""
-        await self.flush()
-
     async def map(self, offset: int, length: int) -> list[Extent]:
         """The child's; host offsets are those of the child."""
         return await self.children["file"].map(self._offset + offset, length)

@@ -204,8 +204,9 @@ class CopyBeforeWrite(FilterDriver):
         return None
 
     async def close(self) -> None:
-        """Copies that nobody waits for end first."""
+        """Copies that nobody waits for end first; what the disk was given is durable then."""
         await self.core.idle()
+        await super().close()
 
     # -- the disk as it was
 

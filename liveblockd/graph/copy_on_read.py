@@ -86,8 +86,11 @@ class CopyingOnRead(FilterDriver):
         return used | Permission.WRITE_UNCHANGED, shared
 
     async def close(self) -> None:
-        """Let go of the chain."""
-        chain.unfreeze(self._frozen)
+        """Flush, and let go of the chain."""
+        try:
+            await super().close()
+        finally:
+            chain.unfreeze(self._frozen)
 
     @property
     def _layer(self) -> BlockDriver | None:

@@ -378,7 +378,12 @@ class BlockDriver(abc.ABC):
         raise BlockError("Image format driver does not support resize")
 
     async def close(self) -> None:
-        """Flush what is buffered here and let go of resources; children are closed by the graph."""
+        """Make durable what was written, and let go of resources; children are closed by the graph.
+
+        Raises the OSError of the flush, and is closed all the same.
+        """
+        if not self.read_only:
+            await self.flush()
 
     async def set_read_only(self, read_only: bool) -> None:
         """Change between read-write and read-only, flushing before; may raise BlockError."""

@@ -104,6 +104,8 @@ class FileDriver(AtOnce, BlockDriver):
         #: auto-read-only: the descriptor is for writing only while somebody writes
         self._follows = bool(options.auto_read_only)
         self._writable = not (opened.read_only or self._follows)
+        #: somebody may have written, perhaps a job with the descriptor alone
+        self._written = self._writable
         self._going_back: asyncio.Task[None] | None = None
         self._fd = opened.fd
         self._direct = opened.direct
@@ -361,7 +363,10 @@ class FileDriver(AtOnce, BlockDriver):
             raise
 
     async def close(self) -> None:
-        """Wait for what is under way, then let go of locks and descriptor. Twice is harmless."""
+        """Wait for what is under way, flush, then let go of locks and descriptor.
+
+        Twice is harmless. Raises the OSError of the flush, when all is let go of.
+        """
         if self._closing is None:
             self._read_flags = self._write_flags = None
             self._closing = asyncio.get_running_loop().create_task(self._close())
@@ -374,9 +379,13 @@ class FileDriver(AtOnce, BlockDriver):
         while self._jobs.count or self._batches:
             await asyncio.sleep(0)  # what was begun in this round goes to the workers
             await self._jobs.idle()
-        # Whoever comes late must not reach the file that gets this number next.
-        fd, self._fd = self._fd, -1
-        await self._jobs.run(self._release, fd)
+        try:
+            if self._written:
+                await self.flush()
+        finally:
+            # Whoever comes late must not reach the file that gets this number next.
+            fd, self._fd = self._fd, -1
+            await self._jobs.run(self._release, fd)
 
     def _release(self, fd: int) -> None:
         self._locks.release()
@@ -447,6 +456,7 @@ class FileDriver(AtOnce, BlockDriver):
         """OSError, and then nothing has changed; so it is when the caller is cancelled."""
         if writable == self._writable:
             return
+        self._written |= writable
         job = self._jobs.submit(self._reopen, not writable)
         try:
             await job

@@ -93,6 +93,20 @@ async def test_nbdkit(options, tmp_path):
 
 
 @needs("nbdkit")
+async def test_a_node_that_is_closed_has_flushed(tmp_path):
+    command = ("nbdkit", "-f", "-U", "nbd.sock", "--filter=log", "memory", "1M", "logfile=log")
+    with server(tmp_path, *command):
+        bench = Bench()
+        node = await opened(bench, tmp_path)
+        await node.write(0, b"x" * 512)
+        assert "Flush" not in (tmp_path / "log").read_text()
+        await bench.graph.delete("n")
+        log = (tmp_path / "log").read_text()
+        assert log.index("Write") < log.index("Flush")
+        await bench.close()
+
+
+@needs("nbdkit")
 async def test_errors_of_the_server(tmp_path):
     with server(
         tmp_path, "nbdkit", "-f", "-U", "nbd.sock", "--filter=error", "memory", "1M",

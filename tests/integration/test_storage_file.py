@@ -406,7 +406,8 @@ async def test_after_a_failed_flush_all_fail(environment, tmp_path, monkeypatch)
     with pytest.raises(OSError) as caught:
         await disk.flush()
     assert caught.value.errno == errno.EIO and sync.calls == 1
-    await disk.close()
+    with pytest.raises(OSError):
+        await disk.close()
 
 
 async def test_no_flush(environment, tmp_path, monkeypatch):
@@ -529,7 +530,8 @@ async def test_going_read_only_flushes_or_stays(environment, tmp_path, monkeypat
     with pytest.raises(BlockError):
         await disk.set_read_only(True)
     assert not disk.read_only
-    await disk.close()
+    with pytest.raises(OSError):
+        await disk.close()
 
 
 async def test_close_waits_for_what_is_under_way(environment, tmp_path, monkeypatch):
@@ -735,7 +737,104 @@ async def test_a_failed_sync_of_a_resize_counts_as_a_failed_flush(
     with pytest.raises(OSError) as info:
         await driver.flush()
     assert info.value.errno == errno.EIO
-    await driver.close()
+    with pytest.raises(OSError):
+        await driver.close()
+
+
+# -- what is durable when it is closed
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """The threads that called fdatasync."""
+    found, real = [], os.fdatasync
+
+    def fdatasync(fd):
+        real(fd)
+        found.append(threading.get_ident())
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return found
+
+
+async def test_what_was_written_is_durable_once_it_is_closed(environment, tmp_path, syncs):
+    path = make(tmp_path, bytes(4096))
+    disk = await open_file(environment, path)
+    await disk.write(0, b"x" * 512)
+    await disk.close()
+    assert len(syncs) == 1 and threading.get_ident() not in syncs
+    await disk.close()
+    assert len(syncs) == 1
+
+
+@pytest.mark.parametrize("members", [{"read-only": True}, {"cache": {"no-flush": True}}])
+async def test_nothing_to_make_durable_at_the_close(environment, tmp_path, syncs, members):
+    disk = await open_file(environment, make(tmp_path, bytes(4096)), **members)
+    if not disk.read_only:
+        await disk.write(0, b"x" * 512)
+    await disk.close()
+    assert not syncs
+
+
+async def test_a_file_that_nobody_could_write_to_is_not_flushed(environment, tmp_path, syncs):
+    path = make(tmp_path, bytes(4096))
+    disk = await open_file(environment, path, **{"auto-read-only": True})
+    await disk.set_permissions(Permission.CONSISTENT_READ, Permission.ALL)
+    await disk.close()
+    assert not syncs
+    disk = await open_file(environment, path, **{"auto-read-only": True})
+    await disk.set_permissions(Permission.WRITE, Permission.ALL)
+    await disk.write(0, b"x" * 512)
+    await disk.set_permissions(Permission.NONE, Permission.ALL)
+    await disk.close()
+    assert len(syncs) == 1, "it is for reading only again, and what was written is not durable"
+
+
+async def test_a_close_that_cannot_flush_lets_go_of_all_and_says_so(
+    environment, tmp_path, monkeypatch
+):
+    path = make(tmp_path, bytes(4096))
+    disk = await open_file(environment, path)
+    await disk.set_permissions(Permission.WRITE, Permission.NONE)
+    await disk.write(0, b"x" * 512)
+    fd = disk.host_file().fd
+
+    def failing(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(OSError) as info:
+        await disk.close()
+    assert info.value.errno == errno.EIO
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    monkeypatch.undo()
+    again = await open_file(environment, path)
+    await again.set_permissions(Permission.WRITE, Permission.NONE)
+    await again.close()
+
+
+async def test_a_disk_that_is_slow_at_the_close_does_not_hold_up_the_loop(
+    environment, tmp_path, monkeypatch
+):
+    disk = await open_file(environment, make(tmp_path, bytes(4096)))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(fd):
+        begun.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    closing = asyncio.create_task(disk.close())
+    while not begun.is_set():
+        await asyncio.sleep(0.001)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert disk._fd >= 0, "who gave up does not close what is being made durable"
+    go_on.set()
+    await disk.close()
+    assert disk._fd < 0
 
 
 # -- writes without a coroutine

@@ -147,12 +147,15 @@ class Blklogwrites(WholeUnits):
             raise
 
     async def close(self) -> None:
-        """Let the superblock count all entries."""
-        if self._known != self._entries:
-            try:
-                await self._write_superblock()
-            except OSError as error:
-                log.warning("the superblock of a log of writes was not written: %s", error)
+        """Flush, with an entry of it, and let the superblock count all entries."""
+        try:
+            await super().close()
+        finally:
+            if self._known != self._entries:
+                try:
+                    await self._write_superblock()
+                except OSError as error:
+                    log.warning("the superblock of a log of writes was not written: %s", error)
 
     async def _append(
         self, offset: int, length: int, data: Buffer | None, flags: EntryFlag = NO_FLAGS

@@ -166,8 +166,9 @@ class Preallocate(FilterDriver):
         self._alignment, self._size = _steps(options)
 
     async def close(self) -> None:
-        """Cut off what was allocated for nothing."""
+        """Cut off what was allocated for nothing, and flush."""
         await self._cut_off()
+        await super().close()
 
     def _wrote(self, end: int) -> None:
         if self._data_end is not None:

@@ -137,5 +137,8 @@ class Throttle(FilterDriver):
             before.group.leave(before)
 
     async def close(self) -> None:
-        """Leave the group."""
-        self.group.leave(self._member)
+        """Leave the group, all that was written being durable."""
+        try:
+            await super().close()
+        finally:
+            self.group.leave(self._member)
