@@ -27,6 +27,7 @@ from liveblockd.graph import backend
 from liveblockd.jobs.commit import Commit
 from liveblockd.jobs.commit_active import CommitActive
 from liveblockd.jobs.stream import Stream
+from liveblockd.storage.driver import BlockDriver
 from tests.simulation.copy_mutants import COPY_MUTANTS, COPY_PLANS, LIVE_MUTANTS
 from tests.simulation.disks import SimulatedDisk
 
@@ -126,6 +127,15 @@ def _commit_without_the_rest(stack: ExitStack) -> None:
         self.chunks.bitmap.reset(0, self.source.length)
 
     stack.enter_context(mock.patch.object(CommitActive, "_copy_rest", mutated))
+
+
+def _closed_without_flush(stack: ExitStack) -> None:
+    """What a guest has not flushed itself is not durable when a raw image, or a file, is closed."""
+
+    async def mutated(self: BlockDriver) -> None:
+        del self
+
+    stack.enter_context(mock.patch.object(BlockDriver, "close", mutated))
 
 
 def _reuse_at_once(stack: ExitStack) -> None:
@@ -346,6 +356,7 @@ MUTANTS: dict[str, Callable[[ExitStack], None]] = {
     "link-before-base": _link_before_base,
     "switch-before-base": _switch_before_base,
     "commit-without-the-rest": _commit_without_the_rest,
+    "closed-without-flush": _closed_without_flush,
     "reuse-at-once": _reuse_at_once,
     "reuse-before-commit": _reuse_before_commit,
     "skip-last-flush": _skip_last_flush,
@@ -372,6 +383,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "switch-before-base": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
     "commit-without-the-rest": {"depth": 2, "steps": ("commit_active",), "bitmap": False},
     "only-first-drive-flushed": {"drives": 2, "depth": 1, "steps": ("rest",), "faults": False},
+    "closed-without-flush": {
+        "steps": ("mirror", "restart", "mirror", "restart"),
+        "faults": False,
+        "bitmap": False,
+        "depth": 2,
+    },
     "bitmaps-stay-behind": {"kind": "extended_l2"},
     "data-file-not-flushed": {"kind": "data_file"},
     "raw-file-without-zeros": {"kind": "data_file_raw", "depth": 1, "steps": ("rest",)},

@@ -110,6 +110,14 @@ def test_no_flush_succeeds_any_more_where_a_snapshot_switches_the_header() -> No
     assert_nothing_lost(run_seed(10106, 40))
 
 
+@pytest.mark.parametrize("seed", [610050, 610082])
+def test_a_raw_image_is_durable_once_it_is_closed(seed: int) -> None:
+    """A guest on the raw copy that it was mirrored to; a drive that is closed and opened again."""
+    assert_nothing_lost(run_seed(seed, 60, drives=3))
+    with planted("closed-without-flush"):
+        assert run_seed(seed, 60, drives=3).lost
+
+
 def test_guests_go_over_to_mirrors() -> None:
     """Cuts while they copy, at READY, around the switch: to qcow2 and raw, in both copy modes."""
     figures, switches = Figures(), 0
