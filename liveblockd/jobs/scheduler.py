@@ -398,14 +398,17 @@ class Scheduler:
         if job.auto_dismiss or not job.started:
             await self._dismiss(job)
 
+    @property
+    def letting_go(self) -> list[Job]:
+        """Jobs that have told of their end, and are gone once what they used is durable."""
+        return [j for j in self.jobs.values() if j.status is JobStatus.CONCLUDED and j.auto_dismiss]
+
     async def let_go_of_ended(self) -> bool:
         """Wait until jobs that have told of their end are gone; whether there were any.
 
         Not of those that a client has to dismiss, and not for long.
         """
-        ended = [
-            j for j in self.jobs.values() if j.status is JobStatus.CONCLUDED and j.auto_dismiss
-        ]
+        ended = self.letting_go
         with suppress(TimeoutError):
             async with asyncio.timeout(LET_GO):
                 for job in ended:

@@ -6,7 +6,8 @@ A module in ``qmp/commands`` registers its commands::
     async def block_stream(context: Context, arguments: BlockStream) -> None: ...
 
 ``load()`` imports all those modules once; a name taken twice is refused then. ``execute`` checks
-the arguments and runs the command, one at a time over all clients unless it is a ``query``.
+the arguments and runs the command, one at a time over all clients unless it is a ``query`` or
+``nested``; ``in_turn`` is how anything else takes such a turn.
 
 Runs on the event loop. Errors: BlockError, OSError and whatever a command lets out.
 """
@@ -17,6 +18,7 @@ import importlib
 import pkgutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from liveblockd.errors import BlockError, ErrorClass
@@ -43,9 +45,11 @@ class Command:
     query: bool
     features: tuple[str, ...]
     ahead: Callable[[Context, Any], Awaitable[None]] | None = None
+    nested: bool = False
 
 
 _commands: dict[str, Command] = {}
+_Returned = TypeVar("_Returned")
 _Function = TypeVar("_Function", bound=Callable[[Any, Any], Awaitable[Any]])
 
 
@@ -58,13 +62,15 @@ def command(
     query: bool = False,
     features: tuple[str, ...] = (),
     ahead: Callable[[Context, Any], Awaitable[None]] | None = None,
+    nested: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register ``async def f(context, arguments)`` as QMP command ``name`` and ``aliases``.
 
     ``query`` lets it run beside other commands: it may change nothing and await nothing slow.
     ``ahead`` is what takes long and can be done before it is the turn of this command, beside those
-    of other clients: it changes nothing, and says nothing of what is wrong. ``features`` are QAPI
-    features (``deprecated``, ``unstable``). Raises ValueError for a name that is taken.
+    of other clients: it changes nothing, and says nothing of what is wrong. ``nested``: it takes
+    its turn itself. ``features`` are QAPI features (``deprecated``, ``unstable``). Raises
+    ValueError for a name that is taken.
     """
 
     def register(function: _Function) -> _Function:
@@ -72,7 +78,7 @@ def command(
             if spelling in _commands:
                 raise ValueError(f"QMP command {spelling} is registered twice")
             _commands[spelling] = Command(
-                spelling, function, args or NoArguments, returns, query, features, ahead
+                spelling, function, args or NoArguments, returns, query, features, ahead, nested
             )
         return function
 
@@ -105,23 +111,25 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
     """Check ``arguments`` and run command ``name``; what it returns, or {}."""
     found = find(name)
     parsed = parse(found.args, arguments)
-    if found.query:
+    if found.query or found.nested:
         returned = await found.function(context, parsed)
     else:
         if found.ahead is not None:
             await found.ahead(context, parsed)
+        work = partial(found.function, context, parsed)
         try:
-            returned = await _in_turn(context, found, parsed)
+            returned = await in_turn(context, work)
         except BlockError:
             # A client that was told of the end of a job may have its name and its nodes at once.
             if not await context.scheduler.let_go_of_ended():
                 raise
-            returned = await _in_turn(context, found, parsed)
+            returned = await in_turn(context, work)
     return {} if returned is None else returned
 
 
-async def _in_turn(context: Context, found: Command, arguments: QapiModel) -> Any:
+async def in_turn(context: Context, work: Callable[[], Awaitable[_Returned]]) -> _Returned:
+    """Do ``work`` while no command runs; BlockError when the daemon is shutting down."""
     async with context.command_lock:
         if context.quitting:
             raise BlockError("The daemon is shutting down")
-        return await found.function(context, arguments)
+        return await work()

@@ -827,8 +827,7 @@ async def test_a_disk_that_is_slow_at_the_close_does_not_hold_up_the_loop(
     monkeypatch.setattr(os, "fdatasync", slow)
     closing = asyncio.create_task(disk.close())
     async with asyncio.timeout(20):
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(begun.wait, 20)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing

@@ -1,6 +1,6 @@
 """human-monitor-command: a line of the human monitor through QMP (QEMU qapi/misc.json).
 
-Runs on the event loop, under the lock that every command holds.
+Runs on the event loop; the line takes its turn among the commands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class HumanMonitorCommand(QapiModel):
     cpu_index: int | None = None
 
 
-@command("human-monitor-command", args=HumanMonitorCommand, returns=str)
+@command("human-monitor-command", args=HumanMonitorCommand, returns=str, nested=True)
 async def human_monitor_command(context: Context, arguments: HumanMonitorCommand) -> str:
     """What the line prints; its errors are part of that text, not errors of this command."""
     from liveblockd.qmp.hmp import run_line  # not before somebody wants it

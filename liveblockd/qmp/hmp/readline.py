@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 from typing import Final
 
+from liveblockd.errors import BlockError
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.hmp.info import banner
 from liveblockd.qmp.hmp.table import commands, info_commands, load, run_line
@@ -256,10 +257,12 @@ class ReadlineSession:
 
     async def _run(self, line: str) -> str:
         """One command at a time over all monitors, and to its end also when the client leaves."""
-        async with self._context.command_lock:
-            if self._context.quitting:
-                return ""
+        try:
             return await run_line(self._context, line)
+        except BlockError:
+            if not self._context.quitting:
+                raise
+            return ""
 
     async def _write(self, writer: asyncio.StreamWriter, text: str) -> None:
         if text:

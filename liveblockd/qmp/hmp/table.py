@@ -8,8 +8,9 @@ A module beside this one registers its commands::
 A handler runs QMP commands (``monitor.qmp``), so that both monitors do the same thing, and returns
 what is to be printed. What a line prints always ends in CR LF; an error is text like any other.
 
-Runs on the event loop; the caller holds ``context.command_lock``. Nothing escapes ``run_line``
-but cancellation; names taken twice are refused with ValueError at import.
+Runs on the event loop; a line has its turn among the commands of all clients
+(``registry.in_turn``). Only cancellation escapes ``run_line``, and BlockError when the daemon is
+shutting down; names taken twice are refused with ValueError at import.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import pkgutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from liveblockd.errors import BlockError
@@ -43,11 +45,17 @@ DEVICE = Argument("device", Kind.DEVICE)
 _log = logging.getLogger(__name__)
 
 
+class _RefusedTooEarlyError(Exception):
+    """A command was refused while ended jobs let go of what they used; it has changed nothing."""
+
+
 class Monitor:
     """What a handler has to work with."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        #: a refused command may be tried again: nothing of its line is done yet
+        self.may_wait = True
 
     async def qmp(self, name: str, /, **arguments: Any) -> Any:
         """Run QMP command ``name``; ``None`` arguments are left out, ``_`` means ``-``.
@@ -56,7 +64,15 @@ class Monitor:
         """
         given = {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
         command = registry.find(name)
-        return to_qmp(await command.function(self.context, parse(command.args, given)))
+        parsed = parse(command.args, given)
+        try:
+            returned = await command.function(self.context, parsed)
+        except BlockError as error:
+            if self.may_wait and not command.query and self.context.scheduler.letting_go:
+                raise _RefusedTooEarlyError from error
+            raise
+        self.may_wait &= command.query
+        return to_qmp(returned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +126,33 @@ async def run_line(context: Context, line: str) -> str:
     line = line.strip()
     if not line or line.startswith("#"):
         return ""
+    monitor = Monitor(context)
+    work = partial(_text, monitor, line)
     try:
-        text = await _run(Monitor(context), line)
-    except BlockError as exc:
-        text = f"Error: {exc.message}"
-    except OSError as exc:
-        text = f"Error: {exc.strerror or exc}"
-    except Exception as exc:
-        _log.exception("human monitor command failed: %s", line)
-        text = f"Error: {exc}"
+        text = await registry.in_turn(context, work)
+    except _RefusedTooEarlyError:
+        # As with QMP: who was told of the end of a job may have its name and its nodes at once.
+        monitor.may_wait = False
+        await context.scheduler.let_go_of_ended()
+        text = await registry.in_turn(context, work)
     if not text:
         return ""
     return text.rstrip("\n").replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
+
+
+async def _text(monitor: Monitor, line: str) -> str | None:
+    """What the line prints, errors included."""
+    try:
+        return await _run(monitor, line)
+    except _RefusedTooEarlyError:
+        raise
+    except BlockError as exc:
+        return f"Error: {exc.message}"
+    except OSError as exc:
+        return f"Error: {exc.strerror or exc}"
+    except Exception as exc:
+        _log.exception("human monitor command failed: %s", line)
+        return f"Error: {exc}"
 
 
 async def _run(monitor: Monitor, line: str) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 
 from liveblockd.errors import BlockError
 from liveblockd.events import Publisher
+from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.hmp import run_line, table
@@ -55,6 +56,7 @@ def context():
               and f.default_factory is dataclasses.MISSING}  # fmt: skip
     return Context(**(fields | {
         "graph": types.SimpleNamespace(drives={}), "publisher": Publisher(),
+        "scheduler": Scheduler(Publisher()),
         "on_quit": lambda reason: None}))  # fmt: skip
 
 
@@ -223,8 +225,71 @@ async def test_a_real_qmp_command_is_checked_and_run(context, monkeypatch):
     assert await run_line(context, "block_job_pause d7") == "Error: seen d7\r\n"
 
 
+class Ending:
+    """A scheduler with a job that has told of its end."""
+
+    waits = 0
+
+    @property
+    def letting_go(self):
+        return [] if self.waits else ["job"]
+
+    async def let_go_of_ended(self):
+        self.waits += 1
+        return True
+
+
+async def test_a_command_that_is_refused_too_early_is_tried_again(context, monkeypatch):
+    """Also by a handler that makes a text of each error."""
+    monkeypatch.setattr(registry, "_commands", {})
+    context.scheduler = ending = Ending()
+
+    @registry.command("x-liveblock-drive-del", args=_Id)
+    async def drive_del(context, arguments):
+        if not ending.waits or arguments.id != "d7":
+            raise BlockError(f"{arguments.id} is in use")
+
+    assert await run_line(context, "drive_del d7") == "" and ending.waits == 1
+    assert await run_line(context, "drive_del d8") == "d8 is in use\r\n"
+    assert ending.waits == 1, "nothing to wait for"
+    ending.waits = 0
+    assert await run_line(context, "drive_del d8") == "d8 is in use\r\n"
+
+
+async def test_what_is_done_in_part_is_not_done_again(context, monkeypatch):
+    monkeypatch.setattr(registry, "_commands", {})
+    context.scheduler = ending = Ending()
+    context.graph.drives["d"] = types.SimpleNamespace(node=types.SimpleNamespace(read_only=True))
+    started = []
+
+    @registry.command("nbd-server-start", args=_Anything)
+    async def start(context, arguments):
+        started.append(True)
+
+    @registry.command("nbd-server-add", args=_Anything)
+    async def add(context, arguments):
+        raise BlockError("not yet")
+
+    @registry.command("nbd-server-stop")
+    async def stop(context, arguments):
+        started.append(False)
+
+    assert await run_line(context, "nbd_server_start -a unix:x") == "Error: not yet\r\n"
+    assert started == [True, False] and not ending.waits
+
+
 class _Device(registry.NoArguments):
     device: str
+
+
+class _Id(registry.NoArguments):
+    id: str
+
+
+class _Anything(registry.NoArguments):
+    addr: dict | None = None
+    device: str | None = None
+    writable: bool | None = None
 
 
 def test_a_command_is_registered_once():

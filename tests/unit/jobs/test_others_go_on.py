@@ -8,6 +8,7 @@ from liveblockd.errors import BlockError
 from liveblockd.jobs import scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
+from liveblockd.qmp.hmp import run_line
 from tests.unit.jobs.test_stream import usual
 
 
@@ -110,6 +111,45 @@ async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
         bench.scheduler.cancel(job, force=True)
         await bench.end(job)
     assert base.read_only
+    await bench.close()
+
+
+@pytest.mark.parametrize("through", ["monitor", "qmp"])
+async def test_a_line_of_the_human_monitor_waits_as_well(through):
+    """A job that one starts is called as its device."""
+    bench = await usual()
+    base = bench.graph.nodes["base"]
+    await bench.graph.set_read_only(base, True)
+    slow = Slow(base)
+    context = Context(
+        bench.graph, bench.scheduler, None, None, bench.publisher, on_quit=lambda reason: None
+    )
+    registry.load()
+
+    async def run(line):
+        if through == "monitor":
+            return await run_line(context, line)
+        given = {"command-line": line}
+        return await registry.execute(context, "human-monitor-command", given)
+
+    job = await bench.commit("top", "top", top_node="mid", speed=1)
+    async with asyncio.timeout(30):
+        await asyncio.sleep(0.01)
+        assert await run("block_job_cancel -f top") == ""
+        await slow.began.wait()
+        asking = asyncio.create_task(run("block_stream top 1"))
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        async with context.command_lock:
+            pass  # others go on
+        assert "Type commit" in await run("info block-jobs")
+        slow.may_end.set()
+        assert await asking == ""
+        assert bench.scheduler.find("top") is not job
+        assert "in use" in await run("block_stream top 1"), "nothing to wait for"
+        again = bench.scheduler.find("top")
+        bench.scheduler.cancel(again, force=True)
+        await bench.end(again)
     await bench.close()
 
 
