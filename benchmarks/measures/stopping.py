@@ -1,4 +1,9 @@
-"""How long a client waits for a job that it pauses or cancels while many jobs are at work."""
+"""How long a client waits for a job that it pauses, cancels or ends while many jobs are at work.
+
+A cancel (`job-cancel`) promises nothing of what was copied. The end of a ready job without a switch
+(`block-job-cancel`) promises that its target is what the disk was, durable: it waits for the disk,
+and has a line of its own, beside what an fdatasync took meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,12 @@ MIXED = (
     *("backup",) * 4,
 )
 READY = ("active", "ready")
+END = Metric(
+    "end",
+    "... end of a ready job without a switch (block-job-cancel), longest",
+    "ms",
+    less=True,
+)
 
 
 class Stopping(Measure):
@@ -41,8 +52,9 @@ class Stopping(Measure):
         self.metrics = (
             Metric("pause", f"{title}: pause, longest", "ms", less=True, limit=100),
             Metric("pause-median", "... median", "ms", less=True),
-            Metric("cancel", "... cancel, longest", "ms", less=True, limit=100),
+            Metric("cancel", "... cancel (job-cancel), longest", "ms", less=True, limit=100),
             Metric("cancel-median", "... median", "ms", less=True),
+            *((END,) if any(kind in READY for kind in kinds) else ()),
             Metric("sync", "... fdatasync(2) of another file meanwhile, longest", "ms", less=True),
         )
 
@@ -120,7 +132,7 @@ class Stopping(Measure):
                 qmp("blockdev-mirror", job_id=job, device=job, target=target, sync="full")
 
     def measure(self, qmp: Qmp) -> dict[str, float]:
-        """Milliseconds. The first of each kind that is ready is asked to end, not made to."""
+        """Milliseconds. The first of each kind that is ready is asked to end, not cancelled."""
         ready = [job for job in self.jobs if kind_of(job) in READY]
         for job in ready:
             self.start(qmp, job)
@@ -131,7 +143,7 @@ class Stopping(Measure):
                 self.start(qmp, job)
         gently = ready[::2]
         pauses: dict[str, float] = {}
-        cancels: dict[str, float] = {}
+        stops: dict[str, float] = {}
         with Syncs(self.directory / "other") as syncs:
             for job in self.jobs:
                 if (found := seconds(qmp, job, "pause", gently)) is not None:
@@ -139,14 +151,18 @@ class Stopping(Measure):
                     qmp("job-resume", id=job)
             for job in self.jobs[::-1]:
                 if (found := seconds(qmp, job, "cancel", gently)) is not None:
-                    cancels[job] = found * 1e3
-        self.found = {"pause": pauses, "cancel": cancels}
-        if 2 * min(len(pauses), len(cancels)) < len(self.jobs):
+                    stops[job] = found * 1e3
+        ends = {job: stops.pop(job) for job in gently if job in stops}
+        self.found = {"pause": pauses, "cancel": stops, "end": ends}
+        missing = len(ends) < len(gently)
+        if missing or 2 * min(len(pauses), len(stops) + len(ends)) < len(self.jobs):
             raise CannotRun("the jobs were over before they were stopped")
         figures = {"sync": max(syncs.times) * 1e3}
-        for name, times in self.found.items():
+        for name, times in (("pause", pauses), ("cancel", stops)):
             figures[name] = max(times.values())
             figures[f"{name}-median"] = sorted(times.values())[len(times) // 2]
+        if ends:
+            figures["end"] = max(ends.values())
         return figures
 
 
