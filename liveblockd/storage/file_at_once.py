@@ -27,6 +27,9 @@ from liveblockd.storage.gate import Gate
 
 #: bytes that a nowait call copies at most: some hundred microseconds of the loop's time
 NOWAIT_LIMIT = 1 << 20
+#: bytes that are read into a new object, where memory is all there is: a third cheaper than to fill
+#: one that was made and cleared before
+SMALL_READ = 16 << 10
 #: bytes that a write copies at most on the loop where the file system cannot tell whether it waits
 INLINE_WRITE = 64 << 10
 
@@ -59,6 +62,13 @@ class AtOnce:
         flags = self._read_flags
         if flags is None or length > NOWAIT_LIMIT:
             return None
+        if not flags and length <= SMALL_READ:
+            try:
+                data = os.pread(self._fd, length, offset)
+            except OSError:
+                return None
+            if len(data) == length:
+                return data
         buffer = hostcalls.new_buffer(length)
         try:
             count = os.preadv(self._fd, (buffer,), offset, flags)

@@ -22,7 +22,7 @@ Errors: OSError from the layers; EIO for nodes nested deeper than Python's stack
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from errno import EIO
 from typing import Final, cast
@@ -322,6 +322,41 @@ class FlatMap:
         if kind == ASK:
             return self._ask_nowait(layer, offset, length)
         return bytes(length)
+
+    def read_each_nowait(self, here: BlockIO, places: Sequence[int], length: int) -> list[Buffer]:
+        """The first ones at hand of many ranges of one length, each within a cell.
+
+        A place is an offset of ``here``, or ``~`` an offset of what is below.
+        """
+        reads, found = here.read_nowait, list[Buffer]()
+        if self._children.get("backing") is not self._root:
+            self.find_layers()
+        spans, span_bits, bits = self._spans.get, self._span_bits, self._bits
+        cell_mask, index_mask, layers = self._cell_mask, self._index_mask, self.layers
+        for place in places:
+            if place >= 0:
+                data = reads(place, length)
+            else:
+                offset = ~place
+                data, span = None, spans(offset >> span_bits)
+                if span is not None:
+                    code = span.view[offset >> bits & index_mask]
+                    if code >> KIND_SHIFT & 3 == DATA:
+                        span.used = True
+                        layer, inside = layers[code >> LAYER_SHIFT], offset & cell_mask
+                        host_offset = ((code & HOST_MASK) << SECTOR_BITS) + inside
+                        if (
+                            inside + length <= cell_mask + 1
+                            and offset + length <= layer.limit
+                            and host_offset + length <= layer.data_end
+                        ):
+                            data = layer.data.read_nowait(host_offset, length)
+                if data is None:
+                    data = self.read_nowait(offset, length)
+            if data is None:
+                break
+            found.append(data)
+        return found
 
     def zeroes_now(self, offset: int, length: int) -> bool:
         """Whether the span is made and says that a range within a cell reads as zeros."""

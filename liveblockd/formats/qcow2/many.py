@@ -82,17 +82,7 @@ class Many:
         store = self._stores[self._data_role]
         if all_here:
             return store.read_many_nowait(found, length)
-        return self._read_each_now(store, found, length)
-
-    def _read_each_now(self, store: BlockIO, places: list[int], length: int) -> list[Buffer]:
-        """The first ones at hand of ``places``: host offsets, or ``~`` offset of what is below."""
-        here, below, found = store.read_nowait, self.below.read_nowait, list[Buffer]()
-        for place in places:
-            data = here(place, length) if place >= 0 else below(~place, length)
-            if data is None:
-                break
-            found.append(data)
-        return found
+        return self.below.read_each_nowait(store, found, length)
 
     def write_many_nowait(self, offsets: Sequence[int], parts: Sequence[Buffer]) -> int:
         """The first ones that lie in clusters which this image has alone, if the child can."""
