@@ -8,6 +8,7 @@ the writes that it records. Errors: BlockError in QEMU's words.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from errno import ENOENT
 from typing import Final
 
@@ -47,6 +48,11 @@ class GraphBackends:
             if not allow_inactive:
                 await activate(self._graph, node)
             return await self._graph.attach(node, used, allow_inactive=allow_inactive)
+
+    def unhindered(self, backend: ExportBackend) -> AbstractContextManager[None]:
+        """No driver below holds up a request meanwhile."""
+        assert isinstance(backend, Backend)
+        return self._graph.nothing_held(backend.node)
 
     async def release(self, backend: ExportBackend) -> None:
         """The export is gone."""

@@ -11,6 +11,7 @@ Runs on the loop. Errors: ``OSError`` from I/O (its errno goes to the client), `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -105,6 +106,9 @@ class BackendSource(Protocol):
 
         The node is made active first, unless ``allow_inactive``.
         """
+
+    def unhindered(self, backend: ExportBackend) -> AbstractContextManager[None]:
+        """Limits let go meanwhile who waits for them: the export is being removed."""
 
     async def release(self, backend: ExportBackend) -> None:
         """No request is in flight any more and none will come."""

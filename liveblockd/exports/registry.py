@@ -121,7 +121,9 @@ class ExportRegistry:
 
     async def _removed(self, export: Export) -> None:
         try:
-            await export.drained()
+            # What a client that is gone has asked for may be a thousand seconds of a low limit.
+            with self.source.unhindered(export.backend):
+                await export.drained()
             await self.source.release(export.backend)
         except Exception:  # the export is gone all the same: nobody can use it any more
             log.exception("export %s: its node could not be let go of", export.id)

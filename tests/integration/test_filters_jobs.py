@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -160,3 +161,41 @@ async def test_a_backup_is_not_kept_on_its_source(images, monkeypatch):
             BackupParameters("j", "base", "slow", MirrorSyncMode.FULL),
         )  # fmt: skip
     await bench.close()
+
+
+@pytest.mark.parametrize("how", ["block-export-del", "nbd-server-stop", "quit", "SIGTERM"])
+def test_a_low_limit_does_not_hold_up_the_end_of_an_export(tmp_path, how):
+    """What a guest had asked for would take a quarter of an hour; it is over, and the bytes stay."""
+    if shutil.which("qemu-io") is None:
+        pytest.skip("qemu-io is not installed")
+    (tmp_path / "disk.raw").write_bytes(bytes(SIZE))
+    options = (
+        "--object", "throttle-group,id=slow,limits.bps-total=1000",
+        "--blockdev", "driver=file,node-name=disk,filename=disk.raw",
+        "--blockdev", "driver=throttle,node-name=t,throttle-group=slow,file=disk",
+        "--nbd-server", "addr.type=unix,addr.path=nbd.sock",
+        "--export", "type=nbd,id=e,node-name=t,name=t,writable=on",
+    )  # fmt: skip
+    requests = ("-c", "aio_write -P 1 0 1M", "-c", "aio_write -P 2 1M 1M", "-c", "aio_flush")
+    with DaemonProcess(tmp_path, *options) as daemon:
+        client = daemon.qmp()
+        guest = subprocess.Popen(
+            ["qemu-io", "-f", "raw", *requests, "nbd+unix:///t?socket=nbd.sock"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while not (tmp_path / "disk.raw").read_bytes().startswith(b"\1" * (1 << 20)):
+            assert guest.poll() is None
+            time.sleep(0.02)
+        begun = time.monotonic()  # the first has gone through, the second waits
+        if how == "SIGTERM":
+            daemon.process.terminate()
+        else:
+            client(how, **({"id": "e", "mode": "hard"} if how == "block-export-del" else {}))
+        if how in ("quit", "SIGTERM"):
+            daemon.wait()
+        else:
+            client.wait("BLOCK_EXPORT_DELETED", id="e")
+            client("blockdev-del", node_name="t")
+        assert time.monotonic() - begun < 20
+        guest.communicate(timeout=60)
+    assert (tmp_path / "disk.raw").read_bytes()[: 1 << 20] == b"\1" * (1 << 20)

@@ -104,6 +104,9 @@ class MemorySource:
         self.attached.append(backend)
         return backend
 
+    def unhindered(self, backend):  # noqa: ARG002
+        return contextlib.nullcontext()
+
     async def release(self, backend):
         self.attached.remove(backend)
         backend.released += 1
