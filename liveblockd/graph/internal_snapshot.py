@@ -12,15 +12,36 @@ Errors: BlockError in QEMU's words; OSError.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from errno import EBUSY, ENOENT, EPERM
 
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain
+from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
 from liveblockd.storage.snapshot_info import SnapshotInfo
+
+
+def disks(graph: Graph) -> list[tuple[str, list[SnapshotInfo] | None]]:
+    """The snapshots of all disks that are written to: of drives, of nodes that somebody uses, and
+    of those that nobody does, by the name of the drive or node. None: the format has no such thing.
+    """
+    found: dict[Node, str] = {}
+    for drive in graph.drives.values():
+        found.setdefault(drive.node.asked_for, drive.name)
+    for node in graph.nodes.values():
+        if not node.parents or any(isinstance(edge.parent, Backend) for edge in node.parents):
+            found.setdefault(node.asked_for, node.asked_for.name)
+    return [(name, _listed(node)) for node, name in found.items() if not node.read_only]
+
+
+def _listed(node: Node) -> list[SnapshotInfo] | None:
+    with contextlib.suppress(BlockError):
+        return list(chain.snapshot_keeper(node).driver.list_snapshots())
+    return None
 
 
 async def create(graph: Graph, device: str, name: str) -> SnapshotInfo:

@@ -165,7 +165,7 @@ async def test_a_backup_is_not_kept_on_its_source(images, monkeypatch):
 
 @pytest.mark.parametrize("how", ["block-export-del", "nbd-server-stop", "quit", "SIGTERM"])
 def test_a_low_limit_does_not_hold_up_the_end_of_an_export(tmp_path, how):
-    """What a guest had asked for would take a quarter of an hour; it is over, and the bytes stay."""
+    """What a guest had asked for would take a quarter of an hour: it is over, the bytes stay."""
     if shutil.which("qemu-io") is None:
         pytest.skip("qemu-io is not installed")
     (tmp_path / "disk.raw").write_bytes(bytes(SIZE))

@@ -11,10 +11,12 @@ import os
 from liveblockd.errors import BlockError, ConfigError
 from liveblockd.graph.chain import layer_below
 from liveblockd.jobs.commit_at_once import commit as commit_image
-from liveblockd.keyval import parse_drive
+from liveblockd.keyval import parse_drive, parse_keyval
+from liveblockd.qapi import parse
 from liveblockd.qmp import registry
 from liveblockd.qmp.hmp.arguments import Argument, Flag, Kind
 from liveblockd.qmp.hmp.table import DEVICE, Arguments, Monitor, hmp_command
+from liveblockd.storage.options import BlockdevOptions
 
 _FORCE = Flag("f", "force")
 
@@ -270,23 +272,34 @@ async def nbd_server_stop(monitor: Monitor, arguments: Arguments) -> None:  # no
         Argument("options", Kind.STRING),
     ),
     "[-n] [[<domain>:]<bus>:]<slot>\n[file=file][,if=type][,id=name][,format=f][,read-only=on|off]",
-    "open a disk image as --drive does; the slot means nothing here",
+    "open a disk image as --drive does; the slot means nothing here\n"
+    "\t\t\t (-n: a node, as --blockdev does)",
 )
-async def drive_add(monitor: Monitor, arguments: Arguments) -> str:
-    """Add a drive; QEMU prints errors of this one as they are."""
+async def drive_add(monitor: Monitor, arguments: Arguments) -> str | None:
+    """Add a drive, or a node; QEMU prints errors of this one as they are."""
     try:
-        members = parse_drive(arguments["options"])
-        await monitor.qmp("x-liveblock-drive-add", options=members)
+        if not arguments.get("node"):
+            members = parse_drive(arguments["options"])
+            await monitor.qmp("x-liveblock-drive-add", options=members)
+            return "OK"
+        nested = dict(parse_keyval(arguments["options"]))
+        if "node-name" not in nested:
+            return "'node-name' needs to be specified"
+        await monitor.context.graph.open(parse(BlockdevOptions, nested, keyval=True))
     except (BlockError, ConfigError) as exc:
         return str(exc)
-    return "OK"
+    return None
 
 
-@hmp_command("drive_del", (DEVICE,), "device", "close a drive; exports of its image stay")
+@hmp_command("drive_del", (DEVICE,), "device", "close a drive or node; exports of its image stay")
 async def drive_del(monitor: Monitor, arguments: Arguments) -> str | None:
-    """Remove a drive."""
+    """Remove a drive, or a node that was added."""
+    name = arguments["device"]
     try:
-        await monitor.qmp("x-liveblock-drive-del", id=arguments["device"])
+        if name in monitor.context.graph.nodes:
+            await monitor.qmp("blockdev-del", node_name=name)
+        else:
+            await monitor.qmp("x-liveblock-drive-del", id=name)
     except BlockError as exc:
         return exc.message
     return None

@@ -88,9 +88,9 @@ def _scalar(value: object) -> str:
     return str(value)
 
 
-def describe_snapshots(snapshots: Sequence[Mapping[str, Any]]) -> str:
-    """The table of internal snapshots."""
-    row = "{:<10}{:<17}{:>8}{:>20}{:>15}{:>11}\n".format
+def describe_snapshots(snapshots: Sequence[Mapping[str, Any]], *, of_all: bool = False) -> str:
+    """The table of internal snapshots; those ``of_all`` disks have one id on each: none is told."""
+    row = "{:<9} {:<16} {:>8}{:>20}{:>13}{:>11}\n".format
     text = row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
     for snapshot in snapshots:
         seconds, milliseconds = divmod(
@@ -100,7 +100,7 @@ def describe_snapshots(snapshots: Sequence[Mapping[str, Any]]) -> str:
         hours, minute = divmod(minutes, 60)
         date = datetime.datetime.fromtimestamp(snapshot["date-sec"])
         text += row(
-            snapshot["id"],
+            "--" if of_all else snapshot["id"],
             snapshot["name"],
             human_size(snapshot["vm-state-size"]),
             date.strftime("%Y-%m-%d %H:%M:%S"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from liveblockd import __version__
+from liveblockd.graph import internal_snapshot
 from liveblockd.qmp.hmp.arguments import Argument, Flag, Kind
 from liveblockd.qmp.hmp.images import describe_image, describe_snapshots
 from liveblockd.qmp.hmp.table import (
@@ -217,16 +218,25 @@ async def info_blockstats(monitor: Monitor, arguments: Arguments) -> str:  # noq
     return "\n".join(lines)
 
 
-@hmp_command("info snapshots", (), "", "show the internal snapshots of the drives")
+@hmp_command("info snapshots", (), "", "show the internal snapshots of the disks in use")
 async def info_snapshots(monitor: Monitor, arguments: Arguments) -> str:  # noqa: ARG001
-    """The snapshot tables of the images in use."""
-    sections = []
-    for drive in await monitor.qmp("query-block"):
-        snapshots = drive.get("inserted", {}).get("image", {}).get("snapshots")
-        if snapshots:
-            heading = f"List of snapshots present on {drive['device']}:\n"
-            sections.append(heading + describe_snapshots(snapshots))
-    return "\n".join(sections) or "There is no snapshot available."
+    """Those that all writable disks have under one name, and what single disks have besides."""
+    disks = internal_snapshot.disks(monitor.context.graph)
+    able = [(name, found) for name, found in disks if found is not None]
+    if not able:
+        return "no block device can store vmstate for snapshot"
+    if not any(found for _, found in able):
+        return "There is no snapshot available."
+    names = [{snapshot.name for snapshot in found or ()} for _, found in disks]
+    of_all = set.intersection(*names)
+    common = [s.to_qmp() for s in able[0][1] if s.name in of_all]
+    text = "List of snapshots present on all disks:\n"
+    text += describe_snapshots(common, of_all=True) if common else "None\n"
+    for name, found in able:
+        if partial := [s.to_qmp() for s in found if s.name not in of_all]:
+            text += f"\nList of partial (non-loadable) snapshots on '{name}':\n"
+            text += describe_snapshots(partial)
+    return text
 
 
 def banner() -> str:

@@ -104,7 +104,7 @@ class MemorySource:
         self.attached.append(backend)
         return backend
 
-    def unhindered(self, backend):  # noqa: ARG002
+    def unhindered(self, backend):
         return contextlib.nullcontext()
 
     async def release(self, backend):

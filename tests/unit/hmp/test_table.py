@@ -55,7 +55,7 @@ def context():
     fields = {f.name: None for f in dataclasses.fields(Context) if f.default is dataclasses.MISSING
               and f.default_factory is dataclasses.MISSING}  # fmt: skip
     return Context(**(fields | {
-        "graph": types.SimpleNamespace(drives={}), "publisher": Publisher(),
+        "graph": types.SimpleNamespace(drives={}, nodes={}), "publisher": Publisher(),
         "scheduler": Scheduler(Publisher()),
         "on_quit": lambda reason: None}))  # fmt: skip
 
@@ -128,7 +128,6 @@ async def test_commands_become_qmp(monitor, context, line, name, arguments):
         ("snapshot_blkdev d", "Error: Parameter 'snapshot-file' is missing\r\n"),
         ("commit nosuch", "Device 'nosuch' not found\r\n"),
         ("nbd_server_start foo", "Error: error parsing address 'foo'\r\n"),
-        ("info snapshots", "There is no snapshot available.\r\n"),
         ("info block-jobs", "No active jobs\r\n"),
         ("info status", "VM status: running\r\n"),
         ("", ""),

@@ -1,0 +1,111 @@
+"""The human monitor beside that of a QEMU without a machine: what ``info`` shows, drives.
+
+The same ``-drive`` options, images and lines for both.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests.support.daemon import DaemonProcess
+from tests.support.peer import Peer
+
+QEMU = shutil.which("qemu-system-x86_64")
+pytestmark = pytest.mark.skipif(
+    QEMU is None or shutil.which("qemu-img") is None, reason="qemu-system-x86 is not installed"
+)
+MACHINE = (
+    "qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none",
+    "-qmp", "unix:qmp.sock,server=on,wait=off",
+)  # fmt: skip
+
+
+def drive(name, more=""):
+    kind = "raw" if name == "r" else "qcow2"
+    return f"id={name},if=none,file={name}.img,format={kind}{more}"
+
+
+def images(directory, *snapshots):
+    for name in "abc":
+        create = ("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.img", "4M")
+        subprocess.run(create, cwd=directory, check=True, timeout=60)
+    (directory / "r.img").write_bytes(bytes(1 << 20))
+    for name, snapshot in snapshots:
+        create = ("qemu-img", "snapshot", "-c", snapshot, f"{name}.img")
+        subprocess.run(create, cwd=directory, check=True, timeout=60)
+
+
+def plain(text):
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text.replace("\r", ""))
+    text = re.sub(r"disk size: .*", "disk size", text)
+    return re.sub(r"#block\d+", "#block", text)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Starts the two with such drives, gives them lines, and has their answers."""
+
+    def answers(drives, lines, snapshots=()):
+        found = []
+        for name in ("theirs", "ours"):
+            directory = tmp_path / name
+            directory.mkdir()
+            images(directory, *snapshots)
+        options = [part for text in drives for part in ("-drive", text)]
+        with Peer(tmp_path / "theirs", *MACHINE, *options) as qemu:
+            replies = [qemu.do("human-monitor-command", command_line=line) for line in lines]
+            found.append([plain(reply["return"]) for reply in replies])
+        options = [part for text in drives for part in ("--drive", text)]
+        with DaemonProcess(tmp_path / "ours", *options) as daemon:
+            client = daemon.qmp()
+            replies = [client("human-monitor-command", command_line=line) for line in lines]
+            found.append([plain(reply) for reply in replies])
+        return found
+
+    return answers
+
+
+def same(lines, found):
+    for line, theirs, ours in zip(lines, *found, strict=True):
+        assert (line, ours) == (line, theirs)
+
+
+def test_info_of_drives(both):
+    drives = [drive("a", ",cache=none,discard=unmap"), drive("b", ",cache=writethrough"),
+              drive("r", ",readonly=on,cache=unsafe")]  # fmt: skip
+    lines = ["info block", "info block -v", "info block b", "info block -v b", "info block nope",
+             "info block -x", "info block-jobs", "snapshot_blkdev a over.img", "info block a",
+             "info block -v a", "info jobs"]  # fmt: skip
+    same(lines, both(drives, lines, [("b", "one"), ("b", "two with a long name")]))
+
+
+@pytest.mark.parametrize(
+    ("drives", "snapshots"),
+    [
+        (["a"], []), (["r"], []), ([], []),
+        (["a", "b"], ["a:one", "b:one"]),
+        (["a", "b"], ["a:one", "b:one", "a:two", "b:three"]),
+        (["r", "a"], ["a:one", "a:two"]),
+        (["r-", "a"], ["a:one", "a:two"]),
+        (["a", "c-"], ["c:one"]),
+        (["a", "b"], ["b:one", "b:two", "a:two"]),
+    ],
+)  # fmt: skip
+def test_info_snapshots(both, drives, snapshots):
+    """A minus sign is a drive for reading only, whose snapshots count for nothing."""
+    options = [drive(name[0], ",readonly=on" if "-" in name else "") for name in drives]
+    lines = ["info snapshots"]
+    same(lines, both(options, lines, [name.split(":") for name in snapshots]))
+
+
+def test_nodes_are_disks_too(both):
+    lines = ["drive_add -n 0 driver=qcow2,file.driver=file,file.filename=b.img",
+             "drive_add -n 0 driver=qcow2,node-name=b,file.driver=file,file.filename=b.img",
+             "drive_add -n 0 driver=qcow2,node-name=b,file.driver=file,file.filename=c.img",
+             "drive_add -n 0 driver=qcow2,node-name=c,file=nope",
+             "info block", "info block -n b", "info snapshots", "drive_del b",
+             "drive_add 0 " + drive("c"), "drive_add 0 " + drive("c"), "info block",
+             "drive_del c", "info block"]  # fmt: skip
+    same(lines, both([drive("a")], lines, [("a", "one"), ("b", "one"), ("a", "two")]))
