@@ -60,15 +60,15 @@ class AtOnce:
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         """What the page cache has."""
         flags = self._read_flags
-        if flags is None or length > NOWAIT_LIMIT:
-            return None
-        if not flags and length <= SMALL_READ:
+        if flags == 0 and length <= SMALL_READ:
             try:
                 data = os.pread(self._fd, length, offset)
             except OSError:
                 return None
             if len(data) == length:
                 return data
+        if flags is None or length > NOWAIT_LIMIT:
+            return None
         buffer = hostcalls.new_buffer(length)
         try:
             count = os.preadv(self._fd, (buffer,), offset, flags)

@@ -333,24 +333,29 @@ class FlatMap:
             self.find_layers()
         spans, span_bits, bits = self._spans.get, self._span_bits, self._bits
         cell_mask, index_mask, layers = self._cell_mask, self._index_mask, self.layers
+        room, number, view = cell_mask + 1 - length, -1, None
         for place in places:
             if place >= 0:
                 data = reads(place, length)
             else:
-                offset = ~place
-                data, span = None, spans(offset >> span_bits)
-                if span is not None:
-                    code = span.view[offset >> bits & index_mask]
-                    if code >> KIND_SHIFT & 3 == DATA:
+                offset, data = ~place, None
+                if offset >> span_bits != number:
+                    number = offset >> span_bits
+                    span = spans(number)
+                    view = None
+                    if span is not None:
                         span.used = True
-                        layer, inside = layers[code >> LAYER_SHIFT], offset & cell_mask
-                        host_offset = ((code & HOST_MASK) << SECTOR_BITS) + inside
-                        if (
-                            inside + length <= cell_mask + 1
-                            and offset + length <= layer.limit
-                            and host_offset + length <= layer.data_end
-                        ):
-                            data = layer.data.read_nowait(host_offset, length)
+                        view = span.view
+                code = 0 if view is None else view[offset >> bits & index_mask]
+                if code >> KIND_SHIFT & 3 == DATA:
+                    layer, inside = layers[code >> LAYER_SHIFT], offset & cell_mask
+                    host_offset = ((code & HOST_MASK) << SECTOR_BITS) + inside
+                    if (
+                        inside <= room
+                        and offset + length <= layer.limit
+                        and host_offset + length <= layer.data_end
+                    ):
+                        data = layer.data.read_nowait(host_offset, length)
                 if data is None:
                     data = self.read_nowait(offset, length)
             if data is None:
