@@ -35,6 +35,7 @@ from liveblockd.jobs.job import Job
 from liveblockd.qapi import parse, to_qmp
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
+from liveblockd.storage.blkdebug import Blkdebug
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
@@ -95,8 +96,8 @@ class Drive(Backups, Copies):
         self.done: Counter[str] = Counter()
         #: images whose requests failed: clusters may have been lost
         self.leaking: set[str] = set()
-        #: images of which no flush succeeds
-        self.unflushable: set[str] = set()
+        #: images of which no flush succeeds, and what stands in between
+        self.unflushable: dict[str, Blkdebug] = {}
         #: all drives of the daemon
         self.all: list[Drive] = [self]
         #: commits that have begun, and those under way
@@ -296,7 +297,7 @@ class Drive(Backups, Copies):
         """Whether it succeeded; AssertionError if it had no reason to fail, or every one."""
         self.log.append(f"  {job.id}: ended: {job.error}")
         if job.error is None:
-            assert path not in self.unflushable, f"{job.id}: nothing of {path} is durable"
+            assert not self.has_lost(path), f"{job.id}: nothing of {path} is durable"
             return True
         if faulty or self.bench.workers.injected:
             self.done["failed"] += 1
@@ -357,8 +358,6 @@ class Drive(Backups, Copies):
         }
         file: dict[str, Any] = {"driver": "file", "filename": path}
         node["file"] = below_blkdebug(rng, file, size) if faulty else file
-        if any(rule.get("once") is False for rule in node["file"].get("inject-error", ())):
-            self.unflushable.add(path)
         node["discard"] = "unmap"
         if raw:
             await asyncio.to_thread(_make_raw, path, size)
@@ -377,7 +376,15 @@ class Drive(Backups, Copies):
             self.leaking.add(path)
         await self.qmp("blockdev-add", **node)
         self.paths.append((path, node["driver"]))
+        if any(rule.get("once") is False for rule in node["file"].get("inject-error", ())):
+            between = self.bench.graph.nodes[node["node-name"]].children["file"].child.driver
+            assert isinstance(between, Blkdebug)
+            self.unflushable[path] = between
         return node["node-name"], path
+
+    def has_lost(self, path: str) -> bool:
+        """Whether no flush succeeds of what was written there; of a disk of zeros nothing is."""
+        return path in self.unflushable and self.unflushable[path]._written
 
     def _format(self, path: str) -> str:
         # One that is not there yet is the overlay of a snapshot whose command is about to return.

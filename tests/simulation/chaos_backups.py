@@ -28,7 +28,7 @@ class Backups:
         name: str
         guest: Watched
         leaking: set[str]
-        unflushable: set[str]
+        unflushable: dict[str, Any]
         done: Any
         _backup: str | None
 

@@ -43,7 +43,7 @@ class Copies:
         guest: Watched
         paths: list[tuple[str, str]]
         leaking: set[str]
-        unflushable: set[str]
+        unflushable: dict[str, Any]
         all: list[Any]
         commits: int
         committing: int
@@ -343,7 +343,8 @@ class Copies:
         assert len(set(outcomes)) == 1, f"{job_ids}: {[job.error for job in running]}"
         if not outcomes[0]:
             return
-        assert not doubtful, f"{job_ids}: what cannot be flushed is not durable"
+        lost = [path for drive in drives for _, path in targets if drive.has_lost(path)]
+        assert not lost, f"{job_ids}: what cannot be flushed is not durable"
         for (_, path), moment in zip(targets, moments, strict=True):
             moment.compare(await self._content(path), "one of a group")
         self.done["group compared"] += 1

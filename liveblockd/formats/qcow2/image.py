@@ -526,7 +526,8 @@ class Qcow2(Many, InPlace, Management, Layered, Described):
         finally:
             await self._committer.close()
         if not self._damaged:
-            await self._metadata.data.flush()
+            if self._metadata.has_data_file:
+                await self._metadata.data.flush()
             await self.children["file"].flush()
 
     async def set_read_only(self, read_only: bool) -> None:
