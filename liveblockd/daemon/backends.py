@@ -7,14 +7,14 @@ the writes that it records. Errors: BlockError in QEMU's words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from errno import ENOENT
 from typing import Final
 
 from liveblockd.errors import BlockError
 from liveblockd.exports.backend import DirtySource, ExportBackend
-from liveblockd.graph import dirty
+from liveblockd.graph import dirty, drive_limits
 from liveblockd.graph.activation import activate
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.bitmaps import DirtyBitmap
@@ -47,12 +47,18 @@ class GraphBackends:
                 used |= Permission.WRITE
             if not allow_inactive:
                 await activate(self._graph, node)
-            return await self._graph.attach(node, used, allow_inactive=allow_inactive)
+            backend = await self._graph.attach(node, used, allow_inactive=allow_inactive)
+            drive_limits.take_guest(self._graph, backend)
+            return backend
 
-    def unhindered(self, backend: ExportBackend) -> AbstractContextManager[None]:
-        """No driver below holds up a request meanwhile."""
+    @contextmanager
+    def unhindered(self, backend: ExportBackend) -> Iterator[None]:
+        """Neither the limits of its drive nor a driver below hold up a request meanwhile."""
         assert isinstance(backend, Backend)
-        return self._graph.nothing_held(backend.node)
+        backend.guest_of = None
+        backend.join(None)
+        with self._graph.nothing_held(backend.node):
+            yield
 
     async def release(self, backend: ExportBackend) -> None:
         """The export is gone."""

@@ -37,6 +37,7 @@ from liveblockd.graph.permissions import describe
 from liveblockd.graph.statistics import Statistics
 from liveblockd.storage.copy_engine import is_zero
 from liveblockd.storage.driver import Buffer, Done, Extent, HostFile, Permission
+from liveblockd.storage.filters.throttle_group import Member, ThrottleGroup
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Backend:
         self.in_flight = 0
         #: every write is durable when it returns (cache=writethrough)
         self.writethrough = False
+        #: the limits it keeps to, the name of their group, and the drive that they are those of
+        self.throttle: Member | None = None
+        self.throttle_name = ""
+        self.guest_of: Backend | None = None
         #: called after the node below is another, or has another size
         self.on_change: list[Callable[[], None]] = []
         self._quiesced = 0
@@ -166,6 +171,21 @@ class Backend:
         self.quiesce()
         self._ended = True
         self._resumed.set()
+        self.join(None)
+        for guest in self.graph.backends if self.name else ():
+            if guest.guest_of is self:
+                guest.guest_of = None
+                guest.join(None)
+
+    def join(self, group: ThrottleGroup | None) -> None:
+        """Keep to the limits of this group from now on; who waits for those before goes."""
+        before = self.throttle
+        if group is (None if before is None else before.group):
+            return
+        self.throttle = None if group is None else group.join()
+        if before is not None:
+            before.group.leave(before)
+        self.rebind()
 
     async def idle(self) -> None:
         """Return when nothing is in flight; a cancelled waiter leaves no trace."""
@@ -195,7 +215,7 @@ class Backend:
             or node.detect_zeroes is not BlockdevDetectZeroesOptions.OFF
         )
         self._read_end = self._write_end = -1
-        if not self._quiesced:
+        if not self._quiesced and self.throttle is None:
             # Without a size (a dead file server) each request asks again and gets the error: it
             # must not come from here, where others are still to be let go on.
             with suppress(OSError):
@@ -292,12 +312,16 @@ class Backend:
     async def read(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes."""
         await self._enter("rd", offset, length)
+        if self.throttle is not None:
+            await self._take_turn("rd", offset, length)
         return await self._run("rd", length, self.edge.child.read(offset, length))
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Store ``data``; with ``fua`` (or writethrough) it is durable on return."""
         length = len(data)
         await self._enter("wr", offset, length)
+        if self.throttle is not None:
+            await self._take_turn("wr", offset, length)
         await self._run("wr", length, self._store(offset, data, fua))
         if offset + length > self.statistics.wr_highest_offset:
             self.statistics.wr_highest_offset = offset + length
@@ -306,6 +330,8 @@ class Backend:
         """``write`` of whole clusters, compressed where the format can; see ``BlockDriver``."""
         length = len(data)
         await self._enter("wr", offset, length)
+        if self.throttle is not None:
+            await self._take_turn("wr", offset, length)
         await self._run("wr", length, self._store_compressed(offset, data))
         if offset + length > self.statistics.wr_highest_offset:
             self.statistics.wr_highest_offset = offset + length
@@ -321,11 +347,15 @@ class Backend:
     ) -> None:
         """Make the range read as zeros; OSError(ENOTSUP) if only slowly and ``fast_only``."""
         await self._enter("wr", offset, length)
+        if self.throttle is not None:
+            await self._take_turn("wr", offset, length)
         await self._run("wr", length, self._store_zeroes(offset, length, may_unmap, fast_only, fua))
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Give space back where the node may."""
         await self._enter("unmap", offset, length)
+        if self.throttle is not None:
+            await self._take_turn("unmap", offset, length)
         await self._run("unmap", length, self._discard(offset, length, fua))
 
     async def flush(self) -> None:
@@ -363,6 +393,12 @@ class Backend:
             self._refuse(kind, EPERM)
         if offset + length > self.edge.child.driver.length:
             self._refuse(kind, ENOSPC if kind == "wr" else EIO)
+
+    async def _take_turn(self, kind: str, offset: int, length: int) -> None:
+        """Wait until the limits allow it, and enter again: much may have happened."""
+        assert self.throttle is not None
+        await self.throttle.acquire(kind != "rd", length)
+        await self._enter(kind, offset, length)
 
     def count_invalid(self, kind: str) -> None:
         """A request (``rd``, ``wr``, ``flush`` or ``unmap``) that nobody should have made."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import filenames, snapshot, surgery
+from liveblockd.graph import drive_limits, filenames, snapshot, surgery
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node, Operation
@@ -118,35 +118,28 @@ class DriveOptions(QapiModel):
     werror: str | None = None
     rerror: str | None = None
     serial: str | None = None
+    #: as ``drive_limits.take_throttling`` found it
+    limits: Any = None
     #: the rest: of the format driver
     members: dict[str, Any] | None = None
 
     @classmethod
     def split(cls, value: Mapping[str, Any], *, keyval: bool = True) -> DriveOptions:
-        """From all members of ``--drive``; BlockError for a wrong value.
-
-        Throttling is refused unless it is all zeros.
-        """
+        """From all members of ``--drive``; BlockError for a wrong value."""
         known: dict[str, Any] = {}
-        rest: dict[str, Any] = {}
-        for name, held in value.items():
-            if _is_throttling(name):
-                if held not in ("0", 0, ""):
-                    raise BlockError(f"Throttling is not supported ('{name}')")
-            elif name in _NAMES:
-                known[name] = held
-            else:
-                rest[name] = held
-        return parse(cls, known | {"members": rest}, keyval=keyval)
+        rest = dict(value)
+        limits = drive_limits.take_throttling(rest, keyval=keyval)
+        for name in _NAMES & rest.keys():
+            known[name] = rest.pop(name)
+        found = parse(cls, known | {"members": rest}, keyval=keyval)
+        return found.model_copy(update={"limits": limits})
 
 
 _NAMES: Final = frozenset(
-    name.rstrip("_").replace("_", "-") for name in DriveOptions.model_fields if name != "members"
+    name.rstrip("_").replace("_", "-")
+    for name in DriveOptions.model_fields
+    if name not in ("members", "limits")
 )
-
-
-def _is_throttling(name: str) -> bool:
-    return name.startswith("throttling") or name.split("_", maxsplit=1)[0] in ("bps", "iops")
 
 
 async def open_drive(graph: Graph, options: DriveOptions) -> Backend:
@@ -168,12 +161,15 @@ async def open_drive(graph: Graph, options: DriveOptions) -> Backend:
             # QEMU's drives take the rights of the guest device that is to use them.
             used |= Permission.WRITE
         try:
-            return await graph.attach(
+            drive = await graph.attach(
                 node, used, name=name, user=f"block device '{name}'", writethrough=writethrough
             )
         except BaseException:
             await graph.unref(node)
             raise
+        if options.limits is not None:
+            drive_limits.limit(graph, drive, *options.limits)
+        return drive
 
 
 def _check_supported(options: DriveOptions) -> None:

@@ -31,6 +31,7 @@ from liveblockd.graph.lock import SurgeryLock, to_its_end
 from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.graph.opening import BackingMembers, Opener, check_node_name
 from liveblockd.storage.driver import Permission
+from liveblockd.storage.filters.throttle_group import ThrottleGroup
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import Environment
 
@@ -55,6 +56,8 @@ class Graph:
         self.backends: list[Backend] = []
         #: the named backends by their id
         self.drives: dict[str, Backend] = {}
+        #: of drives alone, by name; objects have others
+        self.throttle_groups: dict[str, ThrottleGroup] = {}
         self.lock = SurgeryLock()
         #: nodes that a job has left writable, which become read-only soon; the call prevents that
         self.going_read_only: dict[Node, Callable[[], None]] = {}

@@ -11,7 +11,7 @@ import contextlib
 from typing import Any
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import chain, filenames
+from liveblockd.graph import chain, drive_limits, filenames
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
@@ -86,6 +86,7 @@ def block_device_info(
         },
         "write_threshold": _signed(node.write_threshold),
         **_UNLIMITED,
+        **({} if backend is None else drive_limits.to_info(backend)),
         "image": query.image(node),
     }
     if node.backing is not None:

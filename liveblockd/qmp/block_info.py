@@ -22,7 +22,7 @@ from liveblockd.qmp.crypto_info import QCryptoBlockInfoLUKS
 from liveblockd.storage.options import BlockdevDetectZeroesOptions
 
 
-class _Underscored(QapiModel):
+class Underscored(QapiModel):
     """Old QAPI types, whose members are spelt with ``_``."""
 
     model_config = ConfigDict(alias_generator=lambda name: name.rstrip("_"))
@@ -217,7 +217,7 @@ class BlockdevChild(QapiModel):
     node_name: str
 
 
-class BlockDeviceInfo(_Underscored):
+class BlockDeviceInfo(Underscored):
     """A node."""
 
     file: str
@@ -256,7 +256,7 @@ class BlockDeviceInfo(_Underscored):
     dirty_bitmaps: list[BlockDirtyInfo] | None = Field(default=None, alias="dirty-bitmaps")
 
 
-class BlockInfo(_Underscored):
+class BlockInfo(Underscored):
     """A drive."""
 
     device: str
@@ -269,7 +269,7 @@ class BlockInfo(_Underscored):
     io_status: BlockDeviceIoStatus | None = Field(default=None, alias="io-status")
 
 
-class BlockDeviceStats(_Underscored):
+class BlockDeviceStats(Underscored):
     """Counters since the start."""
 
     rd_bytes: int

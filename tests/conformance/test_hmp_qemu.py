@@ -109,3 +109,19 @@ def test_nodes_are_disks_too(both):
              "drive_add 0 " + drive("c"), "drive_add 0 " + drive("c"), "info block",
              "drive_del c", "info block"]  # fmt: skip
     same(lines, both([drive("a")], lines, [("a", "one"), ("b", "one"), ("a", "two")]))
+
+
+def test_limits_of_drives(both):
+    limits = ["throttling.bps-total=1000,throttling.bps-total-max=5000,"
+              "throttling.bps-total-max-length=3", "bps=1000,iops_rd=5,throttling.group=g",
+              "bps=1000,bps_rd=5", "bps=1k", "bps=-1", "throttling.bps-write-max=9", "group=g",
+              "iops=0x20,iops_size=4096", "iops_size=4096", "bps=0"]  # fmt: skip
+    lines = []
+    for text in limits:
+        lines += [f"drive_add 0 {drive('b', ',' + text)}", "info block", "drive_del b"]
+    for numbers in ("1 0 0 4 0 0", "0 2 3 0 5 6", "1 2 3 4 5 6", "1 2", "", "x 0 0 0 0 0",
+                    "0 0 0 0 0 0 0", "0x10 0 0 0 0 0", "-1 0 0 0 0 0", "0 0 0 0 0 0"):  # fmt: skip
+        lines += [f"block_set_io_throttle a {numbers}", "info block"]
+    lines += ["block_set_io_throttle b 1 0 0 0 0 0", "block_set_io_throttle a 9999999 0 0 0 0 0",
+              "snapshot_blkdev a over.img", "info block"]  # fmt: skip
+    same(lines, both([drive("a", ",iops_rd=7")], lines))

@@ -235,7 +235,8 @@ async def test_refusals_leave_nothing(graph, tmp_path):
         ({"file": 'json:{"driver":[]}'}, "Unknown driver '[]'"),
         ({"file": "a.img", "if_": "usb"}, "Parameter 'if' does not accept value 'usb'"),
         ({"format": "raw"}, "A drive needs a file"),
-        ({"file": "a.img", "throttling.iops-total": "5"}, "Throttling is not supported"),
+        ({"file": "a.img", "throttling.iops": "5"}, "Parameter 'throttling.iops' is unexpected"),
+        ({"file": "a.img", "bps__rd": "5x"}, "Parameter 'bps.rd' is unexpected"),
     ):
 
         async def attempt(members=members):

@@ -1,6 +1,8 @@
-"""Drives of a running daemon: what ``--drive`` does at the start (QEMU's drive_add and drive_del).
+"""Drives of a running daemon: their limits, and what ``--drive`` does at the start.
 
-QMP has no such commands; these are ours, for the human monitor and for clients that ask for them.
+Specification: qapi/block.json, block_set_io_throttle. QMP has no commands for QEMU's drive_add and
+drive_del; these are ours, for the human monitor and for clients that ask for them.
+
 Runs on the event loop. Errors: BlockError.
 """
 
@@ -8,10 +10,60 @@ from __future__ import annotations
 
 from typing import Any
 
+from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.graph.drive_limits import limit, old_name
 from liveblockd.graph.drives import DriveOptions, delete_drive, open_drive
 from liveblockd.qapi import QapiModel
+from liveblockd.qmp.block_info import Underscored
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
+from liveblockd.storage.filters.buckets import KINDS, Limits, Rate, check
+
+
+class BlockIOThrottle(Underscored):
+    """Arguments of block_set_io_throttle: bytes and requests a second, bursts, their seconds."""
+
+    device: str | None = None
+    id: str | None = None
+    bps: int
+    bps_rd: int
+    bps_wr: int
+    iops: int
+    iops_rd: int
+    iops_wr: int
+    bps_max: int | None = None
+    bps_rd_max: int | None = None
+    bps_wr_max: int | None = None
+    iops_max: int | None = None
+    iops_rd_max: int | None = None
+    iops_wr_max: int | None = None
+    bps_max_length: int | None = None
+    bps_rd_max_length: int | None = None
+    bps_wr_max_length: int | None = None
+    iops_max_length: int | None = None
+    iops_rd_max_length: int | None = None
+    iops_wr_max_length: int | None = None
+    iops_size: int | None = None
+    group: str | None = None
+
+
+@command("block_set_io_throttle", args=BlockIOThrottle)
+async def block_set_io_throttle(context: Context, arguments: BlockIOThrottle) -> None:
+    """Limit a drive and the exports of its disk; zeros lift all limits."""
+    if (arguments.device is None) == (arguments.id is None):
+        raise BlockError("Need exactly one of 'device' and 'id'")
+    name = str(arguments.device if arguments.id is None else arguments.id)
+    drive = context.graph.drives.get(name)
+    if drive is None:
+        raise BlockError(f"Device '{name}' not found", error_class=ErrorClass.DEVICE_NOT_FOUND)
+    rates = {}
+    for kind in KINDS:
+        old = old_name(kind)
+        burst, length = (getattr(arguments, f"{old}_max{part}") for part in ("", "_length"))
+        rates[kind] = Rate(getattr(arguments, old), burst or 0, 1 if length is None else length)
+    limits = Limits(rates, arguments.iops_size or 0)
+    check(limits)
+    limit(context.graph, drive, limits, arguments.group)
 
 
 class DriveAdd(QapiModel):

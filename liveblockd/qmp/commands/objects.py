@@ -24,12 +24,17 @@ from liveblockd.qmp.authz import AuthzRule
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.qmp.secrets import load_secret
-from liveblockd.qmp.throttle_options import ThrottleLimits, changed, limits_of, to_members
 from liveblockd.runtime.tls import TlsCredentials, TlsFiles, load_credentials
 from liveblockd.runtime.tls_anon import load_anon
 from liveblockd.runtime.tls_psk import PskFile, load_psk
 from liveblockd.storage.filters import buckets
 from liveblockd.storage.filters.throttle_group import ThrottleGroup as GroupOfDisks
+from liveblockd.storage.filters.throttle_options import (
+    ThrottleLimits,
+    changed,
+    limits_of,
+    to_members,
+)
 
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 

@@ -32,6 +32,7 @@ class Kind(enum.Enum):
     FILENAME = "filename"
     STRING = "string"
     SIZE = "size"  # bytes; a bare number counts MiB
+    NUMBER = "number"
     LINE = "rest of the line"
 
 
@@ -133,6 +134,12 @@ def _take_flags(command: str, spec: Spec, text: str, found: dict[str, Any]) -> s
 
 def _take_argument(expected: Argument, text: str, found: dict[str, Any]) -> str:
     word, rest = take_word(text)
+    if expected.kind is Kind.NUMBER:
+        try:
+            found[expected.name] = int(word, 0)
+        except ValueError:
+            raise ArgumentError(f"invalid char '{word[:1]}' in expression") from None
+        return rest
     if expected.kind is not Kind.SIZE:
         found[expected.name] = word
         return rest
@@ -149,4 +156,6 @@ def _take_argument(expected: Argument, text: str, found: dict[str, Any]) -> str:
 def _missing(command: str, expected: Argument) -> None:
     if expected.kind is Kind.SIZE:
         raise ArgumentError("invalid size")
+    if expected.kind is Kind.NUMBER:
+        raise ArgumentError("unexpected end of expression")
     raise ArgumentError(f"{command}: {expected.kind.value} expected")

@@ -305,6 +305,20 @@ async def drive_del(monitor: Monitor, arguments: Arguments) -> str | None:
     return None
 
 
+_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+
+@hmp_command(
+    "block_set_io_throttle",
+    (DEVICE, *(Argument(name, Kind.NUMBER) for name in _LIMITS)),
+    "device bps bps_rd bps_wr iops iops_rd iops_wr",
+    "change I/O throttle limits for a block drive",
+)
+async def block_set_io_throttle(monitor: Monitor, arguments: Arguments) -> None:
+    """Limit a drive, and the exports of its disk."""
+    await monitor.qmp("block_set_io_throttle", **arguments)
+
+
 @hmp_command("quit", (), "", "end liveblockd", aliases=("q",))
 async def quit_daemon(monitor: Monitor, arguments: Arguments) -> None:  # noqa: ARG001
     """End the daemon; running jobs are cancelled."""

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from liveblockd.errors import BlockError
-from liveblockd.qapi import parse, to_qmp
+from liveblockd.qapi import members, parse, to_qmp
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.hmp.arguments import (
@@ -58,12 +58,18 @@ class Monitor:
         self.may_wait = True
 
     async def qmp(self, name: str, /, **arguments: Any) -> Any:
-        """Run QMP command ``name``; ``None`` arguments are left out, ``_`` means ``-``.
+        """Run QMP command ``name``; ``None`` arguments are left out, ``_`` means ``-`` but in
+        commands whose members have it.
 
         The value comes back as a client would see it. Raises BlockError and OSError.
         """
-        given = {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
         command = registry.find(name)
+        known = {member.name for member in members(command.args)}
+        given = {
+            k if k in known else k.replace("_", "-"): v
+            for k, v in arguments.items()
+            if v is not None
+        }
         parsed = parse(command.args, given)
         try:
             returned = await command.function(self.context, parsed)

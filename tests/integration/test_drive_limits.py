@@ -1,0 +1,185 @@
+"""Limits of drives: their guests wait, jobs and other disks do not, nobody hangs when they end."""
+
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import time
+
+import pytest
+
+from tests.support.daemon import DaemonProcess, QmpError
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is missing")
+MIB = 1 << 20
+NONE = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+#: bytes a second at which the second MiB of a guest waits for a quarter of an hour
+SLOW = 1000
+
+
+def limit(client, device, **limits):
+    """block_set_io_throttle, whose members have underscores."""
+    arguments = {"device": device, **NONE, **limits}
+    request = {"execute": "block_set_io_throttle", "arguments": arguments}
+    client.socket.sendall(json.dumps(request).encode())
+    while "event" in (answer := client.receive()):
+        client.events.append(answer)
+    assert answer == {"return": {}}
+
+
+class Guest:
+    """An NBD client that asks, and looks for the answer later."""
+
+    def __init__(self, directory, export):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(60)
+        self._socket.connect(str(directory / "nbd.sock"))
+        self._stream = self._socket.makefile("rwb")
+        assert self._stream.read(18)[:16] == b"NBDMAGICIHAVEOPT"
+        self._say(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(export)) + export.encode())
+        self._stream.read(10)
+
+    def _say(self, data):
+        self._stream.write(data)
+        self._stream.flush()
+
+    def write(self, offset, data):
+        self._say(struct.pack(">IHHQQI", 0x25609513, 0, 1, 7, offset, len(data)) + data)
+
+    def read(self, offset, length):
+        self._say(struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, offset, length))
+
+    def answer(self, length=0):
+        """The bytes that were read, when the request has ended well."""
+        assert struct.unpack(">IIQ", self._stream.read(16)) == (0x67446698, 0, 7)
+        return self._stream.read(length)
+
+    def waits(self):
+        """Whether there is no answer for a fifth of a second."""
+        self._socket.settimeout(0.2)
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return True
+        finally:
+            self._socket.settimeout(60)
+
+    def close(self):
+        self._stream.close()
+        self._socket.close()
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A daemon with the drives ``a`` and ``b``, each with an export of its name."""
+
+    def start(*limits):
+        options = ["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]
+        for name, more in zip("ab", (*limits, "", ""), strict=False):
+            create = ("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.img", "8M")
+            subprocess.run(create, cwd=tmp_path, check=True, timeout=60)
+            options += [
+                "--drive",
+                f"id={name},file={name}.img,node-name={name}1,format=qcow2{more}",
+            ]
+            export = f"type=nbd,id=e{name},node-name={name}1,name={name},writable=on"
+            options += ["--export", export]
+        return DaemonProcess(tmp_path, *options)
+
+    return start
+
+
+def test_a_guest_waits_until_the_limits_are_lifted(started, tmp_path):
+    with started(f",throttling.bps-total={SLOW}") as daemon:
+        client = daemon.qmp()
+        slow, free = Guest(tmp_path, "a"), Guest(tmp_path, "b")
+        slow.write(0, b"a" * MIB)
+        slow.answer()
+        slow.read(0, MIB)
+        assert slow.waits()
+        for number in range(4):
+            free.write(number * MIB, b"b" * MIB)
+            free.answer()
+        (drive, other) = client("query-block")
+        assert (drive["inserted"]["bps"], drive["inserted"]["group"]) == (SLOW, "a")
+        assert other["inserted"]["bps"] == 0 and "group" not in other["inserted"]
+        limit(client, "a")
+        assert slow.answer(MIB) == b"a" * MIB
+        for _ in range(20):
+            slow.read(0, MIB)
+            slow.answer(MIB)
+        limit(client, "b", iops=1)
+        free.read(0, 1)
+        free.answer(1)
+        free.read(0, 1)
+        assert free.waits()
+
+
+def test_limits_follow_the_disk_and_jobs_have_none(started, tmp_path):
+    with started() as daemon:
+        client = daemon.qmp()
+        guest = Guest(tmp_path, "a")
+        guest.write(0, b"x" * 4 * MIB)
+        guest.answer()
+        limit(client, "a", bps_wr=SLOW)
+        client("blockdev-snapshot-sync", device="a", snapshot_file="over.img", format="qcow2")
+        guest.write(0, b"y" * MIB)
+        guest.answer()
+        guest.write(MIB, b"z" * MIB)
+        assert guest.waits()
+        client("block-stream", job_id="j", device="a")
+        client.wait("BLOCK_JOB_COMPLETED", device="j")
+        client("drive-mirror", job_id="m", device="a",
+               target="copy.img", sync="full", format="qcow2")  # fmt: skip
+        client.wait("BLOCK_JOB_READY", device="m")
+        client("job-complete", id="m")
+        client.wait("BLOCK_JOB_COMPLETED", device="m")
+        assert guest.waits()
+        limit(client, "a")
+        guest.answer()
+        guest.read(0, 4 * MIB)
+        assert guest.answer(4 * MIB) == b"y" * MIB + b"z" * MIB + b"x" * 2 * MIB
+
+
+def test_a_group_of_drives_and_an_object(started, tmp_path):
+    with started(",iops=1,throttling.group=g", ",iops=1,throttling.group=g") as daemon:
+        client = daemon.qmp()
+        one, other = Guest(tmp_path, "a"), Guest(tmp_path, "b")
+        one.read(0, 1)
+        one.answer(1)
+        other.read(0, 1)
+        assert other.waits()
+        limits = {"iops-total": 1000}
+        client("object-add", qom_type="throttle-group", id="o", limits=limits)
+        limit(client, "a", bps=SLOW, group="o")
+        with pytest.raises(QmpError, match="active references"):
+            client("object-del", id="o")
+        limit(client, "a")
+        client("object-del", id="o")
+        limit(client, "b")
+        other.answer(1)
+
+
+@pytest.mark.parametrize("how", ["block-export-del", "nbd-server-stop", "drive_del", "quit"])
+def test_what_ends_does_not_wait_for_the_limits(started, tmp_path, how):
+    with started(f",bps={SLOW}") as daemon:
+        client = daemon.qmp()
+        guest = Guest(tmp_path, "a")
+        for number in range(3):
+            guest.write(number * MIB, b"w" * MIB)
+        guest.answer()
+        assert guest.waits()
+        begun = time.monotonic()
+        if how == "drive_del":
+            client("human-monitor-command", command_line="drive_del a")
+            guest.answer()
+            guest.answer()
+        else:
+            client(how, **({"id": "ea", "mode": "hard"} if how == "block-export-del" else {}))
+        if how == "quit":
+            daemon.wait()
+        elif how != "drive_del":
+            client.wait("BLOCK_EXPORT_DELETED", id="ea")
+        assert time.monotonic() - begun < 20
+        guest.close()
