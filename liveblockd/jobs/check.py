@@ -15,7 +15,7 @@ check finds is no error of the job.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -85,7 +85,7 @@ class Check(Job):
         clock = self.scheduler.clock
         async with aclosing(self.check.scan()) as pieces:
             started = clock.monotonic()
-            async for count in pieces:
+            while (count := await self._next(pieces)) is not None:
                 self.offset, self.length = self.check.done, self.check.total
                 self.account(count)
                 # Half of the time is the guests', who need several turns of the loop a request.
@@ -98,6 +98,15 @@ class Check(Job):
         if self.check.result.leaks_fixed:
             await self.node.driver.flush()
         self.offset = self.length
+
+    async def _next(self, pieces: AsyncGenerator[int]) -> int | None:
+        """Look at one more piece, None after the last; a cancel does not wait for a lost server."""
+        try:
+            with self.reading():
+                return await anext(pieces, None)
+        except OSError:
+            self.check_wanted()
+            raise
 
     async def commit(self) -> None:
         """Tell what was found."""

@@ -30,8 +30,10 @@ from liveblockd.storage.driver import ExtentKind
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
-#: what may start at once under a speed limit; also what is moved before the first pause
+#: what may start at once under a speed limit
 LIMITED_CHUNK: Final = 512 * KIB
+#: the same of slow jobs, which would stand still for long after each; also their first one
+SLOW_CHUNK: Final = 64 * KIB
 #: what is read through the chain at a time: it is held in memory
 READ_CHUNK: Final = 2 * MIB
 #: What a worker copies by itself grows and shrinks so that a chunk takes some milliseconds, waiting
@@ -54,6 +56,11 @@ FEW_PIECES: Final = 256
 LATER: Final = 0.1
 #: zeros are metadata only
 ZERO_CHUNK: Final = 64 * MIB
+
+
+def limited_chunk(speed: int) -> int:
+    """Bytes that may start at once: a tenth of what moves in a second, within bounds."""
+    return min(LIMITED_CHUNK, max(speed // 10 // SLOW_CHUNK, 1) * SLOW_CHUNK)
 
 
 class PieceFailedError(Exception):
@@ -191,7 +198,7 @@ class CopyJob(Job):
         if piece.kind is ExtentKind.ZERO:
             size = ZERO_CHUNK
         elif self.speed:
-            size = LIMITED_CHUNK
+            size = limited_chunk(self.speed)
         else:
             size = self._share_of_rest() if _by_worker(piece) else READ_CHUNK
         size = max(size // self.granularity, 1) * self.granularity
@@ -211,7 +218,8 @@ class CopyJob(Job):
         chunks = [self._next_chunk()]
         if not self.gathers(chunks):
             return chunks
-        room = (LIMITED_CHUNK if self.speed else self._share_of_rest()) - chunks[0].length
+        room = limited_chunk(self.speed) if self.speed else self._share_of_rest()
+        room -= chunks[0].length
         for piece in islice(self._pieces, MOST_TOGETHER - 1):
             room -= piece.length
             if room < 0:

@@ -33,10 +33,10 @@ from liveblockd.jobs.chunk_size import ChunkSize
 from liveblockd.jobs.chunks import Chunks, Claim, MirrorBitmap, most_copies
 from liveblockd.jobs.copying import (
     KIB,
-    LIMITED_CHUNK,
     MIB,
     READ_CHUNK,
     PieceFailedError,
+    limited_chunk,
 )
 from liveblockd.jobs.first_pass import look_at
 from liveblockd.jobs.host_copy import copy_runs, guest_is_served
@@ -294,7 +294,7 @@ class MirrorCore(Job):
 
     def _chunk(self) -> int:
         if self.speed:
-            return LIMITED_CHUNK
+            return limited_chunk(self.speed)
         most = MOST_CHUNK if guest_is_served(self.graph) else self._chunk_size.size
         if self.options.buf_size < DEFAULT_BUFFER:  # a client asked for less to be under way
             most = min(most, self.options.buf_size // self.parallel)

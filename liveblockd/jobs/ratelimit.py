@@ -18,12 +18,14 @@ SLICE: Final = 0.1  # seconds
 class RateLimit:
     """A speed in bytes/s (0: no limit) and what was moved since the current slice began."""
 
-    __slots__ = ("_dispatched", "_slice_start", "_speed")
+    __slots__ = ("_dispatched", "_forgiven_at", "_slice_start", "_speed")
 
     def __init__(self, speed: int = 0) -> None:
         self._speed = speed
         self._slice_start = float("-inf")
         self._dispatched: float = 0
+        #: when nothing is owed any more, whatever the speed; None: when it is paid
+        self._forgiven_at: float | None = None
 
     @property
     def speed(self) -> int:
@@ -34,15 +36,13 @@ class RateLimit:
         """Change the speed; what is owed is owed at whichever of the two speeds pays it sooner.
 
         A job that moved much while it was fast must not stand still for minutes when it is slowed
-        down, nor wait out a long debt when it is set free.
+        down, nor wait out a long debt when it is set free. But what was moved in this slice counts,
+        or a client that tells a speed again and again would make it none at all.
         """
-        owed = max(self.delay(now), 0.0)
+        until = max(now + self.delay(now), self._slice_start + SLICE)
         self._speed = speed
-        if owed <= 0:
-            self._dispatched = 0
-        elif self.delay(now) > owed:
-            self._slice_start = now + owed - SLICE
-            self._dispatched = speed * SLICE
+        if now + self.delay(now) > until:
+            self._forgiven_at = until
 
     def account(self, now: float, count: int) -> None:
         """``count`` bytes start to move at ``now``."""
@@ -51,6 +51,7 @@ class RateLimit:
         if self.delay(now) <= 0 and now - self._slice_start >= SLICE:
             self._slice_start = now
             self._dispatched = 0
+        self._forgiven_at = None
         self._dispatched += count
 
     def give_back(self, count: int) -> None:
@@ -61,7 +62,9 @@ class RateLimit:
         """Seconds until the next chunk may start; 0 or less: now."""
         if not self._speed or not self._dispatched:
             return 0.0
-        quota = self._speed * SLICE
-        if self._dispatched < quota:
+        if self._dispatched < self._speed * SLICE:
             return 0.0
-        return self._slice_start + self._dispatched / self._speed - now
+        paid_at = self._slice_start + self._dispatched / self._speed
+        if self._forgiven_at is not None:
+            paid_at = min(paid_at, self._forgiven_at)
+        return paid_at - now

@@ -1,6 +1,7 @@
 """Jobs are cancelled while what they read or write hangs; guests go on, and so does the daemon."""
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from liveblockd.graph.before_write import OnCbwError
 from liveblockd.jobs import hanging
 from liveblockd.jobs.backup import BackupParameters
 from liveblockd.jobs.backup_start import start_backup
+from liveblockd.jobs.check import CheckFix, CheckParameters, start_check
 from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
@@ -184,6 +186,36 @@ async def test_a_base_that_does_not_answer(tmp_path):
         job = await bench.stream("top", "j")
         await bench.end(job)
         assert job.error is None
+
+
+@pytest.mark.parametrize("fix", list(CheckFix))
+async def test_a_check_of_an_image_that_does_not_answer(fix, tmp_path):
+    """It reads only: nobody waits for that. The image can be checked again."""
+    async with bench_with(tmp_path) as (bench, server):
+        path = tmp_path / "far.raw"  # is an image inside
+        run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "i.qcow2", SIZE)
+        run("qemu-io", "-f", "qcow2", "-c", "write 0 1M", tmp_path / "i.qcow2")
+        os.truncate(tmp_path / "i.qcow2", SIZE)
+        path.write_bytes((tmp_path / "i.qcow2").read_bytes())
+        await bench.open(driver="qcow2", node_name="far", file="n")
+
+        async def check():
+            parameters = CheckParameters("j", "far", fix)
+            return await start_check(bench.graph, bench.scheduler, parameters, reports)
+
+        reports = []
+        with hung(server):
+            job = await check()
+            await asyncio.sleep(0.1)
+            assert job.status == JobStatus.RUNNING
+            bench.scheduler.cancel(job)
+            await bench.end(job, seconds=5)
+            assert job.cancelled
+            async with asyncio.timeout(5), bench.graph.lock:
+                pass
+        job = await check()
+        await bench.end(job, seconds=20)
+        assert (job.error, len(reports), reports[0].corruptions) == (None, 1, 0)
 
 
 @pytest.mark.parametrize("start", [mirror, backup])

@@ -30,11 +30,11 @@ def small_chunks(
     ``look_ahead``: so many runs are planned at a time.
     """
     sizes = {
-        copying: ("LIMITED_CHUNK", "READ_CHUNK", "FIRST_CHUNK", "LEAST_CHUNK"),
+        copying: ("LIMITED_CHUNK", "SLOW_CHUNK", "READ_CHUNK", "FIRST_CHUNK", "LEAST_CHUNK"),
         stream: ("READ_CHUNK",),
         commit: ("READ_CHUNK",),
         backup: ("READ_CHUNK", "FIRST_CHUNK"),
-        mirror: ("LIMITED_CHUNK", "MOST_CHUNK", "READ_CHUNK"),
+        mirror: ("MOST_CHUNK", "READ_CHUNK"),
         chunk_size: ("LEAST", "FIRST"),
         before_write: ("MAX_COPY", "MAX_READ"),
     }

@@ -36,6 +36,6 @@ class ManualClock:
             self.now, _, future = heapq.heappop(self._sleepers)
             if not future.done():
                 future.set_result(None)
-            for _ in range(5):
+            for _ in range(20):
                 await asyncio.sleep(0)
         self.now = end

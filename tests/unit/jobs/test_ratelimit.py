@@ -76,3 +76,47 @@ def test_a_limit_set_on_a_free_job_owes_nothing():
     limit.account(0.0, 1000 * MIB)
     limit.set_speed(KIB, 0.01)
     assert limit.delay(0.01) <= 0
+
+
+@pytest.mark.parametrize("others", [(), (1,), (3 * MIB,), (1, 100 * MIB)])
+def test_a_speed_that_is_told_again_and_again(others):
+    """Clients that look after it do so at each of their rounds: it is no more bytes for that."""
+    speed, told, moved = 10 * MIB, 0.0, 0
+    limit = RateLimit(speed)
+    for millisecond in range(3000):
+        now = millisecond / 1000
+        if now >= told:
+            told += 0.01
+            for other in others:
+                limit.set_speed(other, now)
+            limit.set_speed(speed, now)
+        while limit.delay(now) <= 0:
+            limit.account(now, 64 * KIB)
+            moved += 64 * KIB
+    assert moved / 3 == pytest.approx(speed, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_speeds_in_any_order(seed):
+    """What moves in the time of a speed is what it allows, but for a slice of the fastest."""
+    rng = random.Random(seed)
+    limit, now = RateLimit(rng.choice((0, MIB))), 0.0
+    for _ in range(40):
+        speed = rng.choice((0, 1, 1000, 64 * KIB, MIB, 50 * MIB))
+        limit.set_speed(speed, now)
+        end, moved = now + rng.choice((0.01, 0.15, 1.0, 3.0)), 0
+        begun = now
+        while now < end:
+            if limit.delay(now) <= 0:
+                limit.account(now, 64 * KIB)
+                moved += 64 * KIB
+            if not speed:
+                assert limit.delay(now) <= 0, seed
+                break
+            now += 0.001
+        if speed:
+            allowed = speed * (now - begun)
+            assert moved <= allowed + speed * SLICE + 128 * KIB, seed
+            if allowed > MIB:
+                assert moved >= allowed - speed * SLICE * 2.1 - 128 * KIB, (seed, moved / allowed)
+        now += rng.choice((0, 0.2))

@@ -41,6 +41,8 @@ async def test_chunks_of_a_mirror():
     job.options.buf_size = 4 * MIB
     assert MirrorCore._chunk(job) == MIB
     job.speed = 1
+    assert MirrorCore._chunk(job) == 65536
+    job.speed = 100 * MIB
     assert MirrorCore._chunk(job) == MIB // 2
 
 
