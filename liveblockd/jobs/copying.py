@@ -337,6 +337,8 @@ class CopyJob(Job):
             else:
                 self._ignored = self._ignored or error
                 self._done(piece)
+        if stopped and isinstance(self._plan_error, OSError):
+            self._plan_error = None  # it is looked at again, and fails then or not
 
     async def _judge_plan(self) -> None:
         """What there is to do cannot be found out: try again, or fail; nothing can be left out."""

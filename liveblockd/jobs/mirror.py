@@ -246,6 +246,8 @@ class MirrorCore(Job):
             await self.checkpoint()
             await self._judge()
             self._progress()
+            if self.pause_count:  # an error stopped it: what fails now would stop it once more
+                continue
             if not self.ready and self._in_step():
                 self.scheduler.set_ready(self)
             elif self.ending and self._may_end() and self._retry_at <= self._now():

@@ -94,6 +94,72 @@ def test_the_job_waits_for_space(small, policy):
     run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 9 0 32M", "top.qcow2", cwd=small)
 
 
+SIDES = {"on_source_error": "stop", "on_target_error": "stop"}
+TO_TARGET = {"device": "src", "target": "target", "sync": "full", **SIDES}
+
+
+@pytest.mark.parametrize("then", ["resume", "cancel"])
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("blockdev-mirror", TO_TARGET),
+        ("blockdev-mirror", {**TO_TARGET, "copy_mode": "write-blocking"}),
+        ("blockdev-backup", TO_TARGET),
+        ("blockdev-backup", {**TO_TARGET, "compress": True}),
+        ("block-commit", {"device": "over", "base_node": "disk", "on_error": "stop"}),
+        ("block-commit", {"device": "over2", "top_node": "over", "base_node": "disk",
+                          "on_error": "stop"}),
+    ],
+    ids=["mirror", "blocking", "backup", "compress", "active", "commit"],
+)  # fmt: skip
+def test_one_resume_is_enough(command, arguments, then, small):
+    """Whatever had begun when the disk was full: it does not stop the job again."""
+    folder = small.parent
+    (folder / "data").write_bytes(os.urandom(32 * MIB))
+    for name in ("src", "over"):
+        run("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.qcow2", "32M", cwd=folder)
+        write = ("-c", "write -s data 0 32M")
+        run("qemu-io", "-f", "qcow2", *write, f"{name}.qcow2", cwd=folder)
+    for name in ("target", "over2"):
+        place = small if name == "target" else folder
+        run("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.qcow2", "32M", cwd=place)
+    image = "driver=qcow2,node-name={0},file.driver=file,file.filename={1}{0}.qcow2"
+    more = ("--blockdev", image.format("over2", "../") + ",backing=over")
+    if arguments["device"] != "over2":
+        more = ()
+    with DaemonProcess(
+        small,
+        *("--blockdev", image.format("disk", "").replace("disk.q", "top.q")),
+        *("--blockdev", image.format("src", "../"), "--blockdev", image.format("target", "")),
+        *("--blockdev", image.format("over", "../") + ",backing=disk"),
+        *more,
+    ) as daemon:
+        qmp = daemon.qmp()
+        qmp(command, job_id="j", **arguments)
+        qmp.wait("JOB_STATUS_CHANGE", id="j", status="paused")
+        assert qmp("query-block-jobs")[0]["io-status"] == "nospace"
+        run("mount", "-o", "remount,size=96m", str(small), cwd="/")
+        qmp.events.clear()
+        if then == "cancel":
+            qmp("block-job-cancel", device="j", force=True)
+            qmp.wait("BLOCK_JOB_CANCELLED", device="j")
+        else:
+            qmp("block-job-resume", device="j")
+            if command == "blockdev-mirror" or arguments["device"] == "over":
+                qmp.wait("BLOCK_JOB_READY", device="j")
+                qmp("job-complete", id="j")
+            assert "error" not in qmp.wait("BLOCK_JOB_COMPLETED", device="j")["data"]
+        assert not [e for e in qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
+        qmp.wait("JOB_STATUS_CHANGE", id="j", status="null")
+        qmp("quit")
+    for name in ("target", "top"):
+        run("qemu-img", "check", "-q", "-f", "qcow2", f"{name}.qcow2", cwd=small)
+    if then == "resume":
+        copied = "target" if "target" in arguments else "top"
+        compare = ("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2")
+        run(*compare, "../data", f"{copied}.qcow2", cwd=small)
+
+
 def test_the_guest_is_told_and_goes_on(small):
     with daemon_on(small) as daemon:
         qmp = daemon.qmp()
