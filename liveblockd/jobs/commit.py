@@ -83,7 +83,7 @@ class Commit(CopyJob):
         """Take what the work needs; ``release`` and ``free`` give it back, also a part of it."""
         hold = self.hold
         await hold.stand(self.device, Permission.NONE, Permission.ALL, "main node")
-        await hold.open_base()
+        await hold.base_open.open()
         await hold.cover(self.parameters.filter_node_name, CommitTop, read_only=True)
         await hold.take_links()
         for node in nodes_between(self.top, self.base)[:-1]:
@@ -226,24 +226,19 @@ class Commit(CopyJob):
         """Give back what the work needed, whichever way it ended."""
         async with self.graph.lock:
             if self.error is not None:  # else the base has nothing to flush
-                self.hold.leave_base()
-            await self._release()
-            if self.error is None:
-                await self.hold.close_base()
+                self.hold.base_open.leave()
+            await self.release()
 
     async def wind_up(self) -> None:
         """Nobody was promised anything of a base that did not get everything."""
-        await self.hold.close_base_left()
+        await self.hold.base_open.close_left()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
-        await self._release()
-        await self.hold.close_base()
-
-    async def _release(self) -> None:
         self.reader = self.writer = None
         await self.hold.let_go()
         await self.hold.uncover()
+        await self.hold.base_open.close()
 
     async def free(self) -> None:
         """Let go of the nodes."""

@@ -48,7 +48,7 @@ class CommitActive(MirrorCore):
 
     async def cover(self) -> None:
         """Make the base writable and put the filter above the top; ``release`` undoes it."""
-        await self.hold.open_base()
+        await self.hold.base_open.open()
         self.filter = await self.hold.cover(self.parameters.filter_node_name, CommitMirrorTop)
         self.hold.block(self.filter)
 
@@ -101,7 +101,7 @@ class CommitActive(MirrorCore):
             await self.graph.refresh_permissions(self.target)
             raise
         self.switched = True
-        self.hold.made_writable = False
+        self.hold.base_open.keep()
 
     async def _reopen_base(self, read_only: bool) -> None:
         """A top that nobody may write to leaves a base of that kind."""
@@ -112,23 +112,20 @@ class CommitActive(MirrorCore):
     async def clean(self) -> None:
         """Take the filter out and leave the nodes, whichever way it ended."""
         async with self.graph.lock:
-            self.hold.leave_base()
-            await self._release()
+            self.hold.base_open.leave()
+            await self.release()
             await self.hold.unblock()
 
     async def wind_up(self) -> None:
         """Without a switch nobody was promised anything of the base."""
-        await self.hold.close_base_left()
+        await self.hold.base_open.close_left()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the lock."""
-        await self._release()
-        await self.hold.close_base()
-
-    async def _release(self) -> None:
         self.untrack()
         await self.hold.let_go(switched=self.switched)
         await self.hold.uncover()
+        await self.hold.base_open.close()
 
     async def make_durable(self) -> None:
         """As ``wind_up`` says."""

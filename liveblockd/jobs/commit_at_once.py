@@ -48,7 +48,7 @@ async def _commit(graph: Graph, node: Node) -> None:
         hold = CommitHold(graph, "commit", node, base)
         async with graph.drained(node):
             try:
-                await hold.open_base()
+                await hold.base_open.open()
                 await hold.cover(None, CommitTop)
                 await hold.take_links()
                 await _fill(graph, node, base, await hold.stand_on_base())
@@ -56,7 +56,7 @@ async def _commit(graph: Graph, node: Node) -> None:
             finally:
                 await hold.let_go()
                 await hold.uncover()
-                await hold.close_base()
+                await hold.base_open.close()
                 await hold.unblock()
 
 

@@ -12,18 +12,14 @@ Errors: BlockError in QEMU's words when other users are in the way.
 
 from __future__ import annotations
 
-import logging
-
-from liveblockd.errors import BlockError
 from liveblockd.graph import chain, surgery
 from liveblockd.graph.filter import JobFilter
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Edge, Node
 from liveblockd.jobs.held_nodes import HeldNodes
+from liveblockd.jobs.made_writable import MadeWritable
 from liveblockd.jobs.user import JobUser
 from liveblockd.storage.driver import Permission
-
-log = logging.getLogger(__name__)
 
 BLOCKER = "block device is in use by block job: commit"
 
@@ -43,21 +39,12 @@ class CommitHold(HeldNodes):
         self.top = top
         self.base = base
         self.filter: Node | None = None
-        self.made_writable = False
         #: for messages
         self.name = f"commit job '{job_id}'"
+        self.base_open = MadeWritable(graph, base, self.name)
         self._frozen: list[Edge] = []
         self._committed: list[Edge] = []
         self._users: list[JobUser] = []
-
-    async def open_base(self) -> None:
-        """Make the base writable, if it is not, or is so only until the end of another job."""
-        if (keep := self.graph.going_read_only.pop(self.base, None)) is not None:
-            keep()
-            self.made_writable = True
-        if self.base.read_only:
-            await self.graph.set_read_only(self.base, False)
-            self.made_writable = True
 
     async def cover(
         self, name: str | None, kind: type[JobFilter], *, read_only: bool | None = None
@@ -138,35 +125,3 @@ class CommitHold(HeldNodes):
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
             self.filter = None
-
-    def leave_base(self) -> None:
-        """The base becomes read-only by ``close_base`` soon, unless another job wants it before."""
-
-        def keep() -> None:
-            self.made_writable = False
-
-        if self.made_writable:
-            self.graph.going_read_only[self.base] = keep
-
-    async def close_base_left(self) -> None:
-        """``close_base`` after ``leave_base``, by who does not hold the lock.
-
-        Before it takes that the base is made durable: while other jobs write that takes long.
-        """
-        if self.made_writable:
-            await surgery.flush_ahead([self.base], for_good=True)
-            async with self.graph.lock:
-                if self.made_writable:
-                    del self.graph.going_read_only[self.base]
-                    if self.graph.nodes.get(self.base.name) is self.base:
-                        await self.close_base()
-                    self.made_writable = False
-
-    async def close_base(self) -> None:
-        """Undo ``open_base``; a base that cannot be flushed stays as it is."""
-        if self.made_writable:
-            self.made_writable = False
-            try:
-                await self.graph.set_read_only(self.base, True)
-            except (BlockError, OSError) as error:
-                log.warning("%s: the base does not become read-only: %s", self.name, error)

@@ -36,6 +36,7 @@ from liveblockd.jobs.chain_parameters import ChainParameters
 from liveblockd.jobs.copying import READ_CHUNK, CopyJob, PieceFailedError
 from liveblockd.jobs.held_nodes import HeldNodes
 from liveblockd.jobs.job import JobType
+from liveblockd.jobs.made_writable import MadeWritable
 from liveblockd.jobs.pieces import Run, split
 from liveblockd.jobs.planning import copyable, copyables, plan_stretch, survey_stretch
 from liveblockd.jobs.user import JobUser
@@ -83,7 +84,7 @@ class Stream(CopyJob):
         # Given back by ``clean``.
         self.frozen: list[Edge] = []
         self.filter: Node | None = None
-        self.made_writable = False
+        self.top_open = MadeWritable(graph, top, f"stream job '{parameters.job_id}'")
         self.user: JobUser | None = None
         # Given back by ``free``.
         self.held = HeldNodes(graph, BLOCKER)
@@ -265,23 +266,16 @@ class Stream(CopyJob):
     async def clean(self) -> None:
         """Take the filter out and let go of the links, whichever way it ended."""
         async with self.graph.lock:
-            await self._release()
-            if self.error is None:  # there is nothing to flush
-                await self._close_top()
+            if self.error is not None:  # else there is nothing to flush
+                self.top_open.leave()
+            await self.release()
 
     async def wind_up(self) -> None:
         """Nobody was promised anything of a top that did not get everything."""
-        if self.made_writable:
-            await surgery.flush_ahead([self.top], for_good=True)
-            async with self.graph.lock:
-                await self._close_top()
+        await self.top_open.close_left()
 
     async def release(self) -> None:
         """Give back what the work needed; what was not taken is left out. Holds the graph lock."""
-        await self._release()
-        await self._close_top()
-
-    async def _release(self) -> None:
         chain.unfreeze(self.frozen)
         if self.user is not None:
             await self.graph.detach(self.user)
@@ -289,11 +283,7 @@ class Stream(CopyJob):
         if self.filter is not None:
             await surgery.remove_filter(self.graph, self.filter)
             self.filter = None
-
-    async def _close_top(self) -> None:
-        if self.made_writable:
-            self.made_writable = False
-            await self.graph.set_read_only(self.top, True)
+        await self.top_open.close()
 
     async def free(self) -> None:
         """Let go of the nodes; those that nobody uses any more are closed."""

@@ -139,9 +139,7 @@ async def _take(job: Stream) -> None:
     try:
         if not job.immediate:
             job.frozen = chain.freeze(top, bottom)
-            if top.read_only:
-                await job.graph.set_read_only(top, False)
-                job.made_writable = True
+            await job.top_open.open()
             name = job.parameters.filter_node_name
             if name is not None:
                 _check_filter_name(job.graph, name)
