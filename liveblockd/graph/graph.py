@@ -251,20 +251,23 @@ class Graph:
                 locked.append((node, node.permissions))
                 await node.driver.set_permissions(*wanted)
                 node.permissions = wanted
+                node.grants += bool(wanted[0] & permissions.WRITES)
         except BaseException:
             for edge, used, shared in before:
                 edge.used, edge.shared = used, shared
             for node, held in reversed(locked):
                 if node.permissions != held:
                     node.permissions = held
+                    node.grants += bool(held[0] & permissions.WRITES)
                     await node.driver.set_permissions(*held)
             raise
 
-    async def set_read_only(self, node: Node, read_only: bool) -> None:
+    async def set_read_only(self, node: Node, read_only: bool, *, durable: bool = False) -> None:
         """Change ``node``, and the children that were opened as a part of it.
 
-        Read-only: flushed before, locks given up after. BlockError or OSError: nothing changed.
-        What cannot be is refused before a guest could notice.
+        Read-only: flushed before, locks given up after; ``durable``: all that its users have
+        written is. BlockError or OSError: nothing changed. What cannot be is refused before a
+        guest could notice.
         """
         if node.read_only == read_only:
             return
@@ -278,7 +281,7 @@ class Graph:
             for part in parts:
                 permissions.check_no_writer(part, apart_from=parts)
             async with self.drained(node):
-                await self._set_read_only(node, parts, read_only)
+                await self._set_read_only(node, parts, read_only, durable=durable)
 
     async def reopen_for(self, node: Node, used: Permission) -> None:
         """Open ``node`` for writing if a user needs that and it was read-only of itself alone.
@@ -288,7 +291,9 @@ class Graph:
         if node.active and node.fell_back and used & permissions.WRITES:
             await self.set_read_only(node, False)
 
-    async def _set_read_only(self, node: Node, parts: list[Node], read_only: bool) -> None:
+    async def _set_read_only(
+        self, node: Node, parts: list[Node], read_only: bool, *, durable: bool = False
+    ) -> None:
         done: list[Node] = []
         try:
             # Read-write from the bottom up, read-only from the top down.
@@ -299,7 +304,8 @@ class Graph:
                     await self.refresh_permissions(part)
                 if part.active:  # else when it becomes so
                     done.append(part)
-                    await part.driver.set_read_only(read_only)
+                    driver = part.driver
+                    await (driver.seal() if durable else driver.set_read_only(read_only))
                 part.read_only = read_only
             await self.refresh_permissions(node)
         except BaseException:

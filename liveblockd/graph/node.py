@@ -162,6 +162,8 @@ class Node:
         #: opened without its chain by who does not read it: its name is what it would be with it
         self.without_chain = False
         self.permissions = (Permission.NONE, Permission.ALL)
+        #: how often its users, together, were given the right to write, or another such right
+        self.grants = 0
         self.write_threshold = 0
         #: newest first; what jobs track for themselves has no name
         self.bitmaps: list[DirtyBitmap] = []

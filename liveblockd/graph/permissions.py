@@ -60,13 +60,13 @@ def of_child(edge: Edge, used: Permission, shared: Permission) -> tuple[Permissi
     if not parent.active:
         # Another process may write: what is read here is what there was.
         used &= Permission.CONSISTENT_READ
-        return used | Permission.CONSISTENT_READ if _is_storage(parent) else used, Permission.ALL
+        return used | Permission.CONSISTENT_READ if is_storage(parent) else used, Permission.ALL
     if role == "backing" and not parent.is_filter:
         used &= Permission.CONSISTENT_READ
         shared = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
         if edge.outlived or not parent.parents or _is_kept(parent, child):
             shared |= Permission.WRITE
-    elif _is_storage(parent):
+    elif is_storage(parent):
         used |= Permission.CONSISTENT_READ
         if not parent.read_only:
             used |= _CHANGES
@@ -109,7 +109,7 @@ def _is_kept(overlay: Node, backing: Node) -> bool:
     )
 
 
-def _is_storage(parent: Node) -> bool:
+def is_storage(parent: Node) -> bool:
     """Whether it keeps metadata in its file child; raw and filters do not."""
     return parent.driver_class.is_format and parent.driver_class.driver_name != "raw"
 

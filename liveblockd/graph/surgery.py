@@ -143,17 +143,19 @@ async def append_overlay(graph: Graph, node: Node, overlay: Node) -> None:
             placed.announce()
 
 
-async def flush_ahead(nodes: Iterable[Node], *, for_good: bool = False) -> None:
+async def flush_ahead(nodes: Iterable[Node], *, for_good: bool = False) -> bool:
     """Make durable what there is while requests go on, so that they wait for little of it later.
 
     All nodes at the same time; one that cannot be flushed says so again when it counts. Those that
     are to be closed, or read-only, ``for_good`` have more to write: a flush frees clusters, whose
-    refcounts the next one writes.
+    refcounts the next one writes. Returns whether none failed.
     """
+    failed = False
     writable = [node for node in nodes if node.opened and not node.read_only]
     for _ in range(2 if for_good else 1):
         work = [node.driver.flush() for node in writable]
-        await asyncio.gather(*work, return_exceptions=True)
+        failed |= any(await asyncio.gather(*work, return_exceptions=True))
+    return not failed
 
 
 def _check_no_users_beyond(node: Node, overlay: Node) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 
 from liveblockd.errors import BlockError
-from liveblockd.graph import surgery
+from liveblockd.graph import permissions, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 
@@ -51,26 +51,39 @@ class MadeWritable:
             self._left = True
             self.graph.going_read_only[self.node] = self.keep
 
-    async def close(self) -> None:
-        """Make it read-only again, if it was and is not left."""
+    async def close(self, *, durable: bool = False) -> None:
+        """Make it read-only again, if it was and is not left; ``durable``: need not be flushed."""
         if self._ours and not self._left:
             self._ours = False
             try:
-                await self.graph.set_read_only(self.node, True)
+                await self.graph.set_read_only(self.node, True, durable=durable)
             except (BlockError, OSError) as error:
                 log.warning("%s: '%s' stays writable: %s", self._name, self.node.name, error)
 
     async def close_left(self) -> None:
         """``close`` what was left, by who does not hold the lock.
 
-        Before it takes that all is made durable: while other jobs write that takes long.
+        Before it takes that all is made durable: while other jobs write that takes long. If nobody
+        could write meanwhile, no guest waits for another flush, nor does who waits for the lock.
         """
         if not self._left:
             return
-        await surgery.flush_ahead([self.node], for_good=True)
+        before = self._unused()
+        flushed = await surgery.flush_ahead([self.node], for_good=True)
         async with self.graph.lock:
             if self._left:
                 del self.graph.going_read_only[self.node]
                 self._left = False
                 if self.graph.nodes.get(self.node.name) is self.node:
-                    await self.close()
+                    unused = before is not None and before == self._unused()
+                    await self.close(durable=flushed and unused)
+
+    def _unused(self) -> int | None:
+        """A number that is the same as long as nobody may write to the image; None: somebody may.
+
+        Of an image with metadata, whose file nobody else may write to.
+        """
+        node = self.node
+        if not permissions.is_storage(node) or node.permissions[0] & permissions.WRITES:
+            return None
+        return node.grants

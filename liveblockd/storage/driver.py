@@ -389,6 +389,10 @@ class BlockDriver(abc.ABC):
         """Change between read-write and read-only, flushing before; may raise BlockError."""
         self.read_only = read_only
 
+    async def seal(self) -> None:
+        """``set_read_only(True)`` where all that users have written is durable; BlockError."""
+        await self.set_read_only(True)
+
     async def activate(self) -> None:
         """Another process may have changed what this reads: keep nothing of it that may be old.
 

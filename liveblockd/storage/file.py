@@ -441,8 +441,16 @@ class FileDriver(AtOnce, BlockDriver):
         """Reopen the same file; flushed before it becomes read-only. BlockError on failure."""
         if read_only == self.read_only:
             return
+        await self._reopen_as(read_only, flush=read_only)
+
+    async def seal(self) -> None:
+        """As ``set_read_only``, with no flush but one that fails again."""
+        if not self.read_only:
+            await self._reopen_as(True, flush=self._flush_error is not None)
+
+    async def _reopen_as(self, read_only: bool, *, flush: bool) -> None:
         try:
-            if read_only:
+            if flush:
                 await self.flush()
             writes = not self._follows or bool(self._locks.used & _WRITES)
             if self._going_back is not None:

@@ -365,6 +365,11 @@ class SimulatedDisk(BlockDriver):
     async def map(self, offset: int, length: int) -> list[Extent]:
         return [Extent(length, ExtentKind.DATA, offset)]
 
+    async def seal(self) -> None:
+        if self.medium.flush_failed:
+            await self.set_read_only(True)
+        self.read_only = True
+
     async def set_read_only(self, read_only: bool) -> None:
         if read_only and not self.read_only:
             try:

@@ -519,13 +519,13 @@ class Qcow2(Many, InPlace, Management, Layered, Described):
             await self._settle()
             await self._committer.end()
 
-    async def _write_back(self) -> None:
-        """Bitmaps, metadata until nothing is left to do, and the data; raises OSError."""
+    async def _write_back(self, *, data: bool = True) -> None:
+        """Bitmaps, metadata until nothing is left to do, and ``data``; raises OSError."""
         try:
             await self._store_bitmaps()
         finally:
             await self._committer.close()
-        if not self._damaged:
+        if data and not self._damaged:
             if self._metadata.has_data_file:
                 await self._metadata.data.flush()
             await self.children["file"].flush()
@@ -537,9 +537,17 @@ class Qcow2(Many, InPlace, Management, Layered, Described):
         if not read_only:
             await self._begin_writing()
             return
+        await self._end_writing(data=True)
+
+    async def seal(self) -> None:
+        """As ``set_read_only``; metadata that is held back yet is written, and durable after it."""
+        if not self.read_only:
+            await self._end_writing(data=self._damaged)
+
+    async def _end_writing(self, *, data: bool) -> None:
         await self._settle()
         try:
-            await self._write_back()
+            await self._write_back(data=data)
         except OSError as error:
             raise BlockError.from_os_error("Could not flush the image", error) from error
         self.read_only = True

@@ -1,6 +1,7 @@
 """While a job makes durable what it has done, the graph is everybody's: it may take minutes."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -9,6 +10,9 @@ from liveblockd.jobs import scheduler
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.hmp import run_line
+from liveblockd.storage.driver import Permission
+from tests.simulation import images
+from tests.simulation.bench import Bench
 from tests.unit.jobs.test_stream import usual
 
 
@@ -168,4 +172,59 @@ async def test_a_flush_that_hangs_keeps_nobody_for_long(monkeypatch):
     assert job.status == "concluded"
     slow.may_end.set()
     await bench.end(job)
+    await bench.close()
+
+
+@pytest.mark.parametrize("between", ["nothing", "a writer", "a failed flush"])
+async def test_a_base_that_is_durable_is_closed_without_a_flush(tmp_path, between):
+    """Guests and other jobs wait meanwhile."""
+    async with cancelled_commit(tmp_path) as (bench, base, job):
+        slow, file, flushed = Slow(base), base.file.driver, []
+        flush = file.flush
+
+        async def noted():
+            flushed.append(bench.graph.lock.locked())
+            await flush()
+
+        file.flush = base.file.flush = noted
+        bench.scheduler.cancel(job, force=True)
+        await slow.began.wait()
+        if between == "a writer":
+            await bench.graph.detach(await bench.graph.attach(base, Permission.WRITE_UNCHANGED))
+        elif between == "a failed flush":
+            slow.flush = failing
+        slow.may_end.set()
+        await bench.end(job)
+        assert base.read_only and base.file.read_only
+        assert any(flushed) is (between != "nothing")
+        assert between == "a failed flush" or not all(flushed)
+
+
+async def failing():
+    raise OSError(5, "lost")
+
+
+@asynccontextmanager
+async def cancelled_commit(directory):
+    """A commit of an image in the middle of a chain of qcow2, as slow as can be."""
+    bench = Bench()
+    backing = None
+    for name in ("base", "mid", "top"):
+        path = str(directory / f"{name}.qcow2")
+        more = {} if backing is None else {"backing_file": backing, "backing_format": "qcow2"}
+        await images.create(bench, path, size=1 << 20, cluster_size=4096, **more)
+        backing = path
+    top = await bench.open(
+        driver="qcow2", node_name="top", file={"driver": "file", "filename": backing}
+    )
+    base = top.backing.backing
+    await bench.graph.set_read_only(top.backing, False)
+    for offset in range(0, 1 << 20, 1 << 16):
+        await top.backing.write(offset, b"m" * 4096)
+    await bench.graph.set_read_only(top.backing, True)
+    assert base.read_only
+    async with asyncio.timeout(30):
+        job = await bench.commit("top", "j", top_node=top.backing.name, speed=4096)
+        await asyncio.sleep(0.05)
+        yield bench, base, job
     await bench.close()
