@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from liveblockd.events import BlockIoError
 from liveblockd.formats.probe import PROBE_BYTES, probe_format
-from liveblockd.graph import chain
+from liveblockd.graph import chain, populating
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.permissions import describe
 from liveblockd.graph.statistics import Statistics
@@ -77,6 +77,8 @@ class Backend:
         self.in_flight = 0
         #: every write is durable when it returns (cache=writethrough)
         self.writethrough = False
+        #: what it reads of the chain is kept in the image on top
+        self.copy_on_read = False
         #: the limits it keeps to, the name of their group, and the drive that they are those of
         self.throttle: Member | None = None
         self.throttle_name = ""
@@ -175,7 +177,9 @@ class Backend:
         for guest in self.graph.backends if self.name else ():
             if guest.guest_of is self:
                 guest.guest_of = None
+                guest.copy_on_read = False
                 guest.join(None)
+                guest.rebind()
 
     def join(self, group: ThrottleGroup | None) -> None:
         """Keep to the limits of this group from now on; who waits for those before goes."""
@@ -219,8 +223,9 @@ class Backend:
             # Without a size (a dead file server) each request asks again and gets the error: it
             # must not come from here, where others are still to be let go on.
             with suppress(OSError):
-                self._read_end = node.driver.length
-                self._write_end = self._read_end if plain else -1
+                length = node.driver.length
+                self._read_end = length if not self.copy_on_read else -1
+                self._write_end = length if plain else -1
         for callback in tuple(self.on_change):
             callback()
 
@@ -314,6 +319,8 @@ class Backend:
         await self._enter("rd", offset, length)
         if self.throttle is not None:
             await self._take_turn("rd", offset, length)
+        if self.copy_on_read:
+            return await self._run("rd", length, self._copy_and_read(offset, length))
         return await self._run("rd", length, self.edge.child.read(offset, length))
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
@@ -454,6 +461,12 @@ class Backend:
                 reason=error.strerror or str(error),
             )
         )
+
+    async def _copy_and_read(self, offset: int, length: int) -> Buffer:
+        node = self.edge.child
+        if not self.read_only and self.active:
+            await populating.copy(node, offset, length)
+        return await node.read(offset, length)
 
     async def _store(self, offset: int, data: Buffer, fua: bool) -> None:
         node = self.edge.child

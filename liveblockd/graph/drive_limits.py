@@ -101,6 +101,8 @@ def take_guest(graph: Graph, guest: Backend) -> None:
         if drive.node is guest.node:
             guest.guest_of = drive
             guest.join(None if drive.throttle is None else drive.throttle.group)
+            guest.copy_on_read = drive.copy_on_read
+            guest.rebind()
             return
 
 

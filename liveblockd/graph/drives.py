@@ -169,12 +169,12 @@ async def open_drive(graph: Graph, options: DriveOptions) -> Backend:
             raise
         if options.limits is not None:
             drive_limits.limit(graph, drive, *options.limits)
+        drive.copy_on_read = options.copy_on_read
+        drive.rebind()
         return drive
 
 
 def _check_supported(options: DriveOptions) -> None:
-    if options.copy_on_read:
-        raise BlockError("copy-on-read is not supported: use a node of the driver copy-on-read")
     if options.file is None and "file" not in (options.members or {}):
         raise BlockError("A drive needs a file")
     for name, value in (("werror", options.werror), ("rerror", options.rerror)):

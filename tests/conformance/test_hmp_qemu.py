@@ -3,6 +3,7 @@
 The same ``-drive`` options, images and lines for both.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -47,12 +48,14 @@ def plain(text):
 def both(tmp_path):
     """Starts the two with such drives, gives them lines, and has their answers."""
 
-    def answers(drives, lines, snapshots=()):
+    def answers(drives, lines, snapshots=(), prepare=None):
         found = []
         for name in ("theirs", "ours"):
             directory = tmp_path / name
             directory.mkdir()
             images(directory, *snapshots)
+            if prepare is not None:
+                prepare(directory)
         options = [part for text in drives for part in ("-drive", text)]
         with Peer(tmp_path / "theirs", *MACHINE, *options) as qemu:
             replies = [qemu.do("human-monitor-command", command_line=line) for line in lines]
@@ -125,3 +128,28 @@ def test_limits_of_drives(both):
     lines += ["block_set_io_throttle b 1 0 0 0 0 0", "block_set_io_throttle a 9999999 0 0 0 0 0",
               "snapshot_blkdev a over.img", "info block"]  # fmt: skip
     same(lines, both([drive("a", ",iops_rd=7")], lines))
+
+
+@pytest.mark.parametrize("option", ["on", "off"])
+def test_copy_on_read(tmp_path, both, option):
+    """What is copied is the same to the cluster; ``both`` makes the images."""
+    over = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", "b.img", "-F", "qcow2", "over.img")
+    fill = ("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", "-c", "write -P 2 3M 64k", "b.img")
+    reads = ["read -P 1 100k 1k", "read 700k 324k", "read 3100k 20k", "write -P 3 2M 100",
+             "read -P 0 3900k 1", "read -P 0 -s 100 -l 1k 2M 4k"]  # fmt: skip
+    drives = [f"id=d,if=none,file=over.img,format=qcow2,copy-on-read={option}"]
+    lines = [f'qemu-io d "{request}"' for request in reads]
+
+    def prepare(directory):
+        for command in (fill, over):
+            subprocess.run(command, cwd=directory, check=True, timeout=60, capture_output=True)
+
+    same(lines, both(drives, lines, prepare=prepare))
+    maps = []
+    for name in ("theirs", "ours"):
+        command = ("qemu-img", "map", "--output=json", "over.img")
+        run = subprocess.run(command, cwd=tmp_path / name, check=True, capture_output=True)
+        found = json.loads(run.stdout)  # of zeros QEMU makes entries without data
+        maps.append([(e["start"], e["length"], e["depth"]) for e in found if e["data"]])
+    assert maps[0] == maps[1]
+    assert len([start for start, _, depth in maps[0] if not depth]) == (4 if option == "on" else 1)

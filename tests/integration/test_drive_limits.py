@@ -44,8 +44,8 @@ class Guest:
         self._stream.write(data)
         self._stream.flush()
 
-    def write(self, offset, data):
-        self._say(struct.pack(">IHHQQI", 0x25609513, 0, 1, 7, offset, len(data)) + data)
+    def write(self, offset, data, handle=7):
+        self._say(struct.pack(">IHHQQI", 0x25609513, 0, 1, handle, offset, len(data)) + data)
 
     def read(self, offset, length):
         self._say(struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, offset, length))
@@ -54,6 +54,14 @@ class Guest:
         """The bytes that were read, when the request has ended well."""
         assert struct.unpack(">IIQ", self._stream.read(16)) == (0x67446698, 0, 7)
         return self._stream.read(length)
+
+    def answers(self, length):
+        """Of a read, and of a write with the handle 8, in any order."""
+        for _ in range(2):
+            magic, error, handle = struct.unpack(">IIQ", self._stream.read(16))
+            assert (magic, error) == (0x67446698, 0)
+            if handle == 7:
+                self._stream.read(length)
 
     def waits(self):
         """Whether there is no answer for a fifth of a second."""
@@ -183,3 +191,38 @@ def test_what_ends_does_not_wait_for_the_limits(started, tmp_path, how):
             client.wait("BLOCK_EXPORT_DELETED", id="ea")
         assert time.monotonic() - begun < 20
         guest.close()
+
+
+def test_what_a_guest_reads_is_copied(started, tmp_path):
+    """With copy-on-read the disk is whole in the end, whatever the guest writes meanwhile."""
+    for command in (
+        ("qemu-img", "create", "-q", "-f", "qcow2", "base.img", "8M"),
+        ("qemu-io", "-f", "qcow2", "-c", "write -P 5 0 8M", "base.img"),
+        ("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "qcow2", "c.img"),
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    with started() as daemon:
+        client = daemon.qmp()
+        added = "drive_add 0 id=c,file=c.img,node-name=c1,format=qcow2,copy-on-read=on"
+        assert client("human-monitor-command", command_line=added) == "OK\r\n"
+        client("block-export-add", id="ec", type="nbd", node_name="c1", name="c", writable=True)
+        guest = Guest(tmp_path, "c")
+        guest.write(MIB + 5, b"w" * 100_000)
+        guest.answer()
+        for offset in range(0, 8 * MIB, MIB // 2):
+            guest.read(offset, MIB // 2)
+            guest.write(offset + 100, b"w", 8)  # in flight with the read
+            guest.answers(MIB // 2)
+        client("human-monitor-command", command_line="drive_del c")
+        guest.close()
+        client("block-export-del", id="ec", mode="hard")
+    (tmp_path / "base.img").unlink()
+    unsafe = ("qemu-img", "rebase", "-u", "-b", "", "c.img")
+    subprocess.run(unsafe, cwd=tmp_path, check=True, timeout=60)
+    convert = ("qemu-img", "convert", "-O", "raw", "c.img", "c.raw")
+    subprocess.run(convert, cwd=tmp_path, check=True, timeout=60)
+    expected = bytearray(b"\5" * 8 * MIB)
+    expected[MIB + 5 : MIB + 100_005] = b"w" * 100_000
+    for offset in range(0, 8 * MIB, MIB // 2):
+        expected[offset + 100] = ord("w")
+    assert (tmp_path / "c.raw").read_bytes() == expected
