@@ -164,7 +164,8 @@ Live block operations on disk images in use
 
   --drive [file=]<file>[,id=<id>][,format=<F>][,node-name=<N>][,cache=<C>]
           [,discard=<D>][,detect-zeroes=<Z>][,read-only=on|off][,if=<type>]
-          [,index=<I>][,snapshot=on|off][,backing.<option>=...]
+          [,index=<I>][,snapshot=on|off][,copy-on-read=on|off]
+          [,backing.<option>=...]
           [,throttling.<bps|iops>-<total|read|write>[-max[-length]]=<n>]
           [,throttling.iops-size=<bytes>][,throttling.group=<name>]
                          open a disk image as QEMU's -drive does

@@ -96,7 +96,7 @@ def limit(graph: Graph, drive: Backend, limits: Limits, group: str | None = None
 
 
 def take_guest(graph: Graph, guest: Backend) -> None:
-    """An export was made: if its node is that of a drive, it is a guest of the drive."""
+    """An export was made: if its node is that of a drive, it reads and waits as the drive does."""
     for drive in graph.drives.values():
         if drive.node is guest.node:
             guest.guest_of = drive
