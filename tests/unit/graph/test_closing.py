@@ -127,6 +127,30 @@ async def test_a_flush_that_fails_does_not_keep_it_open(
     await disks.graph.close()
 
 
+@pytest.mark.parametrize("kind", ["data file", "encrypted"])
+async def test_guests_data_of_qcow2(kind: str) -> None:
+    """Written over what is allocated already: no metadata changes."""
+    disks = Disks()
+    file, other = await disks.below("raw")
+    members: dict[str, Any] = {"file": "file"}
+    if kind == "data file":
+        await create_qcow2(file, size=SIZE, data_file=other)
+        members["data-file"] = "other"
+    else:
+        pytest.importorskip("cryptography")
+        await create_qcow2(file, size=SIZE, crypto_header=new_luks(SECRET, iter_time=1))
+        members["encrypt"] = {"format": "luks", "key-secret": "s"}
+    node = await disks.add("qcow2", "top", **members)
+    await node.write(0, b"x" * 65536)
+    await node.flush()
+    await node.write(0, b"y" * 65536)
+    data = other if kind == "data file" else file
+    assert data.synced_content() != data.content()
+    await disks.graph.delete("top")
+    assert data.synced_content() == data.content()
+    await disks.graph.close()
+
+
 async def test_what_is_read_only_is_not_flushed() -> None:
     disks = Disks()
     below = await disks.below("throttle")
