@@ -15,6 +15,9 @@ Invariants:
   event loop changes.
 * Results reach the loop in the order in which the jobs ended.
 
+* At most so many threads as asked for are at work. One that sleeps in a system call is not: while a
+  queue does not move others take its place (``stuck``), and leave when it comes back.
+
 Errors: what the job raised comes out of the future; ``RuntimeError`` from a pool that is closed.
 """
 
@@ -30,6 +33,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from liveblockd.runtime.demand import Demand
 from liveblockd.runtime.slices import COPY_SLICE, ask_for_slices
+from liveblockd.runtime.stuck import LOOK, Worker
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -40,6 +44,8 @@ COPY_THREADS = 3
 #: for what waits for a disk and uses no processor: a file system makes many such calls wait for one
 #: write of its journal, which they share if they are there in time
 SYNC_THREADS = 8
+#: in the place of those that wait for slow disks, at most, a pool
+SPARE_THREADS = 16
 
 
 class JobFuture(asyncio.Future[T]):
@@ -74,8 +80,11 @@ class WorkerPool:
         self._slice = time_slice
         #: what lanes give way to
         self.demand = demand or Demand()
-        #: of each thread what it lets go of at its end
-        self._threads: list[threading.Lock] = []
+        self._threads: list[Worker] = []
+        #: held where a thread leaves, or all have to
+        self._leaving = threading.Lock()
+        #: when the threads are looked at, while jobs wait for one
+        self._watch: asyncio.TimerHandle | None = None
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._done: deque[tuple[_Job, Any, BaseException | None]] = deque()
         self._wake_up_pending = False
@@ -165,16 +174,19 @@ class WorkerPool:
 
         Blocks for as long as the jobs take: ``await idle()`` first. Twice is harmless.
         """
-        self._closed = True
+        with self._leaving:
+            self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
         for pool in self._lanes:
             pool.close()
         for _ in self._threads:
             self._queue.put(None)
-        for ended in self._threads:
-            ended.acquire()
+        for worker in self._threads:
+            worker.ended.acquire()
         if self._threads:  # one of a lane may have come behind those
             self._queue.put(None)
-            self._work()
+            self._work(Worker())
         self._threads.clear()
         if self._loop is not None and not self._loop.is_closed():
             self._deliver()
@@ -193,49 +205,80 @@ class WorkerPool:
             loop = self._loop = asyncio.get_running_loop()
         future: JobFuture[T] = JobFuture(loop=loop)
         self._outstanding += 1
-        if self._outstanding > len(self._threads) < self._limit:
-            self._start_thread()
+        if self._outstanding > len(self._threads):
+            if len(self._threads) < self._limit:
+                self._start_thread()
+            elif self._watch is None:
+                self._watch = loop.call_later(LOOK, self._look)
         job: _Job = (future, fn, args, group, lane)
         if lane is None or lane.enter(job):
             self._queue.put(job)
         return future
 
+    def _look(self) -> None:
+        """Jobs have waited: is there a thread for each that sleeps?"""
+        self._watch = None
+        if self._closed or self._outstanding <= len(self._threads):
+            return
+        assert self._loop is not None
+        now = self._loop.time()
+        stuck = sum([worker.look(now) for worker in tuple(self._threads)])
+        free = min(self._limit + min(stuck, SPARE_THREADS) - len(self._threads), stuck)
+        for _ in range(min(free, self._queue.qsize())):
+            self._start_thread()
+        self._watch = self._loop.call_later(LOOK, self._look)
+
     def _start_thread(self) -> None:
         # The loop does not wait until the thread runs, as ``threading.Thread.start`` does: on a
         # busy machine that takes milliseconds.
-        ended = threading.Lock()
-        ended.acquire()
+        worker = Worker()
+        worker.ended.acquire()
         try:
-            _thread.start_new_thread(self._live, (ended,))
+            _thread.start_new_thread(self._live, (worker,))
         except RuntimeError:
             # The host gives no more threads: those that run take the work, but one there must be.
             if not self._threads:
                 self._outstanding -= 1
                 raise
             return
-        self._threads.append(ended)
+        self._threads.append(worker)
 
-    def _live(self, ended: threading.Lock) -> None:
+    def _leaves(self, worker: Worker) -> bool:
+        """On a worker: whether there are enough without it, who has stood in for another one."""
+        with self._leaving:
+            stuck = sum([other.stuck for other in self._threads])
+            if self._closed or len(self._threads) - stuck <= self._limit:
+                return False
+            # Not there yet: the loop has not got to it since it was started.
+            if worker not in self._threads:
+                return False
+            self._threads.remove(worker)
+            return True
+
+    def _live(self, worker: Worker) -> None:
         """The life of a thread."""
+        worker.live()
         if self._slice:
             ask_for_slices(self._slice)
         try:
-            self._work()
+            self._work(worker)
         finally:
-            ended.release()
+            worker.ended.release()
 
-    def _work(self) -> None:
-        """Jobs, until there is None."""
+    def _work(self, worker: Worker) -> None:
+        """Jobs, until there is None, or nothing to do for so many threads."""
         get, done = self._queue.get, self._done
         following: _Job | None = None
         while (job := following or get()) is not None:
             following = None
             result: Any = None
             error: BaseException | None = None
+            worker.begin()
             try:
                 result = job[1](*job[2])
             except BaseException as exc:
                 error = exc
+            worker.end()
             if job[4] is not None:
                 following = job[4].leave()
             if following is not None and not self._closed and not self._queue.empty():
@@ -255,6 +298,8 @@ class WorkerPool:
                     self._loop.call_soon_threadsafe(self._deliver)
                 except RuntimeError:
                     return  # the loop is gone, and so is everybody who could look at a result
+            if len(self._threads) > self._limit and following is None and self._leaves(worker):
+                return
 
     def _deliver(self) -> None:
         """Give out all results that are there; on the loop."""

@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 import os
 import threading
 import time
@@ -359,3 +360,66 @@ async def test_a_lane_outlives_errors(busy_pool):
         *(lane.run(boom if n % 2 else int) for n in range(10)), return_exceptions=True
     )
     assert [type(result) for result in results] == [int, OSError] * 5
+
+
+def threads_of(pool):
+    return len(pool._threads)
+
+
+async def test_who_sleeps_keeps_nobody_from_work(pool):
+    """As many as there are threads wait for a slow disk; others are as fast as ever, and so few."""
+    slow = threading.Event()
+    sleeping = [pool.submit(slow.wait, 60) for _ in range(6)]
+    await asyncio.wait_for(pool.run(int), 30)
+    for _ in range(20):
+        began = time.monotonic()
+        await asyncio.wait_for(pool.run(time.sleep, 0.001), 30)
+        if time.monotonic() - began < 0.02:
+            break
+    else:
+        raise AssertionError("each waits for a thread")
+    assert 6 < threads_of(pool) <= 6 + 2
+    slow.set()
+    await asyncio.gather(*sleeping)
+    async with asyncio.timeout(30):
+        while threads_of(pool) > 2:  # who has stood in leaves after its next job
+            await asyncio.gather(*(pool.run(time.sleep, 0.001) for _ in range(10)))
+    assert await pool.run(lambda: 5) == 5
+
+
+async def test_who_computes_is_not_joined_by_others(pool):
+    def compute():
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2000)  # without the GIL
+
+    computing = [pool.submit(compute) for _ in range(4)]
+    await asyncio.gather(*computing)
+    assert threads_of(pool) == 2
+
+
+async def test_there_is_an_end_to_it(pool):
+    slow = threading.Event()
+    sleeping = [pool.submit(slow.wait, 60) for _ in range(40)]
+    async with asyncio.timeout(30):
+        while threads_of(pool) < 2 + workers.SPARE_THREADS:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert threads_of(pool) == 2 + workers.SPARE_THREADS
+    slow.set()
+    await asyncio.gather(*sleeping)
+
+
+async def test_a_pool_is_closed_while_threads_leave():
+    for seed in range(20):
+        pool = WorkerPool(1)
+        slow = threading.Event()
+        sleeping = [pool.submit(slow.wait, 60) for _ in range(4)]
+        async with asyncio.timeout(30):
+            while threads_of(pool) < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        more = [pool.submit(time.sleep, 0.0001) for _ in range(seed)]
+        slow.set()
+        await asyncio.sleep(seed / 4000)
+        pool.close()
+        assert all(future.done() for future in (*sleeping, *more))
