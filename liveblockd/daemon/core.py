@@ -158,6 +158,7 @@ class Daemon:
         self._notifier.send("STOPPING=1", "STATUS=closing the images")
         self._monitors.stop_listening()
         self._graph.stop_waiting(*self._graph.nodes.values())
+        self._graph.hold_up_nothing()
         await self._last_command()
         journal = self._context.parts.get("journal")
         if journal is not None:

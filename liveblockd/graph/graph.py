@@ -460,6 +460,14 @@ class Graph:
             for driver in holding:
                 driver.drain_end()
 
+    def hold_up_nothing(self) -> None:
+        """The daemon is to end: limits and breakpoints let go all requests, for good."""
+        for backend in self.backends:
+            backend.join(None)
+        for node in self.nodes.values():
+            if node.driver_class.holds_requests and node.opened:
+                node.driver.drain_begin()
+
     def stop_waiting(self, *roots: Node) -> None:
         """Requests to nodes at and below ``roots`` that wait for a lost server fail now."""
         for node in parents_first(roots):

@@ -193,6 +193,41 @@ def test_what_ends_does_not_wait_for_the_limits(started, tmp_path, how):
         guest.close()
 
 
+@pytest.mark.parametrize("how", ["quit", "SIGTERM"])
+@pytest.mark.parametrize("held", ["drive", "node", "breakpoint"])
+def test_a_line_of_qemu_io_does_not_hold_up_the_end(tmp_path, held, how):
+    """It waits on the monitor, which no other command can be given meanwhile."""
+    (tmp_path / "disk.raw").write_bytes(bytes(4 * MIB))
+    options = (
+        "--object", f"throttle-group,id=g,limits.bps-total={SLOW}",
+        "--drive", f"id=a,format=raw,file=null-co://,bps={SLOW}",
+        "--blockdev", "driver=null-co,node-name=n,size=4194304",
+        "--blockdev", "driver=throttle,node-name=t,throttle-group=g,file=n",
+        "--blockdev", "driver=raw,node-name=b,file.driver=blkdebug,file.image.driver=file,"
+        "file.node-name=d,file.image.filename=disk.raw",
+    )  # fmt: skip
+    disk = {"drive": "a", "node": "t", "breakpoint": "b"}[held]
+    with DaemonProcess(tmp_path, *options) as daemon:
+        client, other = daemon.qmp(), daemon.qmp()
+        if held == "breakpoint":
+            client("human-monitor-command", command_line='qemu-io d "break write_aio A"')
+        else:
+            client("human-monitor-command", command_line=f'qemu-io {disk} "write 0 1M"')
+        line = {"command-line": f'qemu-io {disk} "write 1M 1M"'}
+        request = {"execute": "human-monitor-command", "arguments": line}
+        client.socket.sendall(json.dumps(request).encode())
+        time.sleep(0.3)
+        begun = time.monotonic()
+        if how == "quit":
+            other("quit")
+        else:
+            daemon.process.terminate()
+        assert daemon.wait() == 0
+        assert time.monotonic() - begun < 20
+    if held == "breakpoint":
+        assert (tmp_path / "disk.raw").read_bytes()[MIB : 2 * MIB] == b"\xcd" * MIB
+
+
 def test_what_a_guest_reads_is_copied(started, tmp_path):
     """With copy-on-read the disk is whole in the end, whatever the guest writes meanwhile."""
     for command in (

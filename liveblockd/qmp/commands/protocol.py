@@ -140,7 +140,11 @@ async def liveblock_events(context: Context, arguments: OwnEvents) -> None:
         session.own_events = arguments.enable
 
 
-@command("quit")
+async def _let_go(context: Context, arguments: NoArguments) -> None:
+    context.graph.hold_up_nothing()  # the command under way may wait for a limit (``qemu-io``)
+
+
+@command("quit", ahead=_let_go)
 async def quit_daemon(context: Context, arguments: NoArguments) -> None:
     """Remove exports and cancel jobs, with their events; answer; end the daemon."""
     context.quitting = True
