@@ -103,6 +103,7 @@ class Daemon:
             publisher=self._publisher,
             on_quit=self._request_stop,
             stop_work=self._stop_work,
+            hurry=self._graph.hold_up_nothing,
             console=console,
             demand=demand,
         )

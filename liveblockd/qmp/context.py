@@ -36,6 +36,8 @@ class Context:
     on_quit: Callable[[str], None]
     #: removes exports and cancels jobs, with their events: done before ``quit`` is answered
     stop_work: Callable[[], Awaitable[None]] | None = None
+    #: lets go what waits for limits and at breakpoints: done when ``quit`` is asked for
+    hurry: Callable[[], None] | None = None
     #: prints what QEMU prints on stdout ("Formatting ..."), flushed on return
     console: Callable[[str], None] = print
     #: what a package keeps for the daemon's life (object registry, job defaults), by its name

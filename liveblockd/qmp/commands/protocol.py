@@ -141,7 +141,8 @@ async def liveblock_events(context: Context, arguments: OwnEvents) -> None:
 
 
 async def _let_go(context: Context, arguments: NoArguments) -> None:
-    context.graph.hold_up_nothing()  # the command under way may wait for a limit (``qemu-io``)
+    if context.hurry is not None:
+        context.hurry()  # the command under way may wait for a limit (``qemu-io``)
 
 
 @command("quit", ahead=_let_go)
