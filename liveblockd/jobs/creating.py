@@ -245,7 +245,12 @@ async def create_luks_image(graph: Graph, new: NewLuks) -> None:
             raise BlockError("The requested file size is too large", errno=EFBIG)
         await file.truncate(0)
         await file.truncate(len(header) + new.size)
-        await _take_space(graph, file, len(header) + new.size, new.preallocation)
+        try:
+            await _take_space(graph, file, len(header) + new.size, new.preallocation)
+        except BaseException:
+            with contextlib.suppress(OSError, BlockError):
+                await to_its_end(file.truncate(0))  # others may need the room
+            raise
         await file.flush()
         await file.write(0, header)
         await file.flush()

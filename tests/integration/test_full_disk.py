@@ -188,3 +188,38 @@ def test_a_disk_that_cannot_be_preallocated_keeps_its_size(small, mode):
     assert "qemu-io: No space left on device" in said
     assert [line for line in said.splitlines() if line.endswith("MiB")] == ["32 MiB", "40 MiB"]
     verdict(small)
+
+
+@pytest.mark.parametrize("mode", ["full", "falloc"])
+@pytest.mark.parametrize("driver", ["file", "qcow2", "luks"])
+def test_an_image_that_cannot_be_made_takes_no_room(driver, mode, small):
+    """Its job says why; the node can be used for one that fits."""
+    (small / "node").touch()
+    with DaemonProcess(
+        small,
+        *("--object", "secret,id=s,data=secret"),
+        *("--blockdev", "driver=file,node-name=node,filename=node"),
+    ) as daemon:
+        qmp = daemon.qmp()
+
+        def create(size, **more):
+            place = {"filename": "new"} if driver == "file" else {"file": "node"}
+            options = {"driver": driver, **place, "size": size, **more}
+            if driver == "luks":
+                options |= {"key-secret": "s", "iter-time": 10}
+            qmp("blockdev-create", job_id="j", options=options)
+            qmp.wait("JOB_STATUS_CHANGE", id="j", status="concluded")
+            (job,) = qmp("query-jobs")
+            qmp("job-dismiss", id="j")
+            qmp.events.clear()
+            return job.get("error")
+
+        free = os.statvfs(small).f_bavail
+        assert "No space left on device" in create(64 * MIB, preallocation=mode)
+        assert (free - os.statvfs(small).f_bavail) * os.statvfs(small).f_frsize < MIB
+        assert create(4 * MIB, preallocation=mode) is None
+        if driver == "qcow2":
+            qmp("blockdev-add", driver="qcow2", node_name="image", file="node")
+        qmp("quit")
+    if driver == "qcow2":
+        run("qemu-img", "check", "-q", "-f", "qcow2", "node", cwd=small)
