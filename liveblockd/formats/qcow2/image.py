@@ -542,7 +542,7 @@ class Qcow2(Many, InPlace, Management, Layered, Described):
     async def seal(self) -> None:
         """As ``set_read_only``; metadata that is held back yet is written, and durable after it."""
         if not self.read_only:
-            await self._end_writing(data=self._damaged)
+            await self._end_writing(data=False)
 
     async def _end_writing(self, *, data: bool) -> None:
         await self._settle()

@@ -85,8 +85,8 @@ async def test_a_base_that_goes_back_to_read_only_stays_for_the_next_commit():
     await bench.close()
 
 
-async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
-    """Its base is not durable yet; an id is free, and a node nobody's, with BLOCK_JOB_CANCELLED."""
+async def with_slow_base():
+    """A chain whose base is read-only and slow to be durable, and what commands run in."""
     bench = await usual()
     base = bench.graph.nodes["base"]
     await bench.graph.set_read_only(base, True)
@@ -95,6 +95,12 @@ async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
         bench.graph, bench.scheduler, None, None, bench.publisher, on_quit=lambda reason: None
     )
     registry.load()
+    return bench, base, slow, context
+
+
+async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
+    """Its base is not durable yet; an id is free, and a node nobody's, with BLOCK_JOB_CANCELLED."""
+    bench, base, slow, context = await with_slow_base()
     again = {"job-id": "j", "device": "top", "top-node": "mid", "base-node": "base", "speed": 1}
     async with asyncio.timeout(30):
         await registry.execute(context, "block-commit", again)
@@ -121,14 +127,7 @@ async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
 @pytest.mark.parametrize("through", ["monitor", "qmp"])
 async def test_a_line_of_the_human_monitor_waits_as_well(through):
     """A job that one starts is called as its device."""
-    bench = await usual()
-    base = bench.graph.nodes["base"]
-    await bench.graph.set_read_only(base, True)
-    slow = Slow(base)
-    context = Context(
-        bench.graph, bench.scheduler, None, None, bench.publisher, on_quit=lambda reason: None
-    )
-    registry.load()
+    bench, _, slow, context = await with_slow_base()
 
     async def run(line):
         if through == "monitor":
