@@ -201,9 +201,7 @@ class Backup(CopyJob):
         """Copy, or with sync=none let guests' writes do it until the job is cancelled."""
         while self.parameters.sync is MirrorSyncMode.NONE:
             await self.checkpoint()
-            self.busy = False
             await self.wait()
-            self.busy = True
         await super().run()
 
     async def checkpoint(self) -> None:

@@ -140,6 +140,10 @@ class CopyJob(Job):
         while self._in_flight or self._planning is not None:
             await asyncio.wait(self._in_flight | ({self._planning} if self._planning else set()))
 
+    def in_flight(self) -> bool:
+        """Whether pieces are moved or looked for."""
+        return bool(self._in_flight) or self._planning is not None
+
     # -- inside
 
     async def _move_all(self) -> None:

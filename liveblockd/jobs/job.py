@@ -124,6 +124,7 @@ class Job:
         self.length = 0  # bytes in all
         self.io_status = BlockDeviceIoStatus.OK
         self.error: BlockError | None = None
+        #: at work, and not in a ``wait`` with nothing in flight
         self.busy = False
         #: nothing to do: the whole life comes before the return of the command
         self.immediate = False
@@ -175,6 +176,10 @@ class Job:
 
     async def settle(self) -> None:
         """Return when nothing is in flight: the job is about to stand still."""
+
+    def in_flight(self) -> bool:
+        """Whether something of its work goes on while its task waits."""
+        return False
 
     def complete(self) -> None:
         """job-complete of a ready job."""
@@ -274,9 +279,11 @@ class Job:
         timer = None
         if seconds is not None and not self._wake.is_set():
             timer = asyncio.create_task(self._alarm(seconds))
+        at_work, self.busy = self.busy, self.busy and self.in_flight()
         try:
             await self._wake.wait()
         finally:
+            self.busy = at_work
             self._wake.clear()
             if timer is not None:
                 timer.cancel()

@@ -241,6 +241,10 @@ class MirrorCore(Job):
         while self._copies:
             await asyncio.wait(self._copies)
 
+    def in_flight(self) -> bool:
+        """Whether it copies; what guests write to both sides is theirs."""
+        return bool(self._copies)
+
     async def _keep_up(self) -> None:
         while True:
             await self.checkpoint()

@@ -246,21 +246,17 @@ class Scheduler:
                 await self._stay_paused(job)
             elif self.turns.waits(job):
                 # To its clients it runs and is not busy: what waits is not for them to resume.
-                job.busy = False
                 await job.wait()
-                job.busy = True
             else:
                 return
 
     async def _stay_paused(self, job: Job) -> None:
         running = job.status
         self._move(job, JobStatus.STANDBY if job.ready else JobStatus.PAUSED)
-        job.busy = False
         self.turns.rest(job)
         while job.pause_count and not job.cancel_requested:
             await job.wait()
         self.turns.ask(job)
-        job.busy = True
         self._move(job, running)
 
     def set_ready(self, job: Job) -> None:
