@@ -55,5 +55,9 @@ class BlockError(Exception):
         return cls(f"{prefix}: {reason}", errno=error.errno or EIO)
 
 
+class JobNotFoundError(BlockError):
+    """Of a request to a job that is not there: waiting for the ends of others does not help."""
+
+
 class ConfigError(Exception):
     """The command line or the configuration cannot be used; the text is one line."""

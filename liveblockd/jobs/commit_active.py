@@ -117,7 +117,7 @@ class CommitActive(MirrorCore):
             await self.hold.unblock()
 
     async def wind_up(self) -> None:
-        """Without a switch nobody was promised anything of the base."""
+        """A base that guests did not go over to; of a cancelled job nobody was promised it."""
         await self.hold.base_open.close_left()
 
     async def release(self) -> None:
@@ -126,6 +126,3 @@ class CommitActive(MirrorCore):
         await self.hold.let_go(switched=self.switched)
         await self.hold.uncover()
         await self.hold.base_open.close()
-
-    async def make_durable(self) -> None:
-        """As ``wind_up`` says."""

@@ -218,6 +218,11 @@ class Job:
         """Whether the job is in step with its source."""
         return self.status in (JobStatus.READY, JobStatus.STANDBY)
 
+    @property
+    def leaving(self) -> bool:
+        """Whether its end is told, and nobody has to dismiss it: to clients it is gone."""
+        return self.status is JobStatus.CONCLUDED and (self.auto_dismiss or not self.started)
+
     def fail(self, error: OSError | BlockError) -> None:
         """Remember the first reason for which the job fails."""
         if self.error is not None:

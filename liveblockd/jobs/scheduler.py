@@ -397,7 +397,7 @@ class Scheduler:
     @property
     def letting_go(self) -> list[Job]:
         """Jobs that have told of their end, and are gone once what they used is durable."""
-        return [j for j in self.jobs.values() if j.status is JobStatus.CONCLUDED and j.auto_dismiss]
+        return [job for job in self.jobs.values() if job.leaving]
 
     async def let_go_of_ended(self) -> bool:
         """Wait until jobs that have told of their end are gone; whether there were any.

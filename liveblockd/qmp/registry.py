@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.errors import BlockError, ErrorClass, JobNotFoundError
 from liveblockd.qapi import QapiModel, parse
 from liveblockd.qmp.context import Context
 
@@ -119,6 +119,8 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
         work = partial(found.function, context, parsed)
         try:
             returned = await in_turn(context, work)
+        except JobNotFoundError:
+            raise
         except BlockError:
             # A client that was told of the end of a job may have its name and its nodes at once.
             if not await context.scheduler.let_go_of_ended():

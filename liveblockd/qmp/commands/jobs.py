@@ -2,6 +2,7 @@
 
 The ``block-job-*`` commands answer DeviceNotActive for a job they do not find, the ``job-*``
 commands GenericError; ``block-job-cancel`` can be asked to be gentle, ``job-cancel`` never is.
+A job that has told of its end, and leaves by itself, is gone for all of them, as QEMU's is then.
 
 Runs on the event loop. Errors: BlockError.
 """
@@ -12,7 +13,7 @@ import builtins
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from liveblockd.errors import BlockError, ErrorClass
+from liveblockd.errors import BlockError, ErrorClass, JobNotFoundError
 from liveblockd.jobs.job import BlockDeviceIoStatus, BlockJobType, Job, JobType
 from liveblockd.jobs.mirror import MirrorCore
 from liveblockd.jobs.mirror_options import MirrorCopyMode
@@ -113,8 +114,8 @@ class BlockJobChangeOptionsMirror(BlockJobChangeOptions):
 def block_job(context: Context, job_id: str) -> Job:
     """The block job ``job_id``; BlockError of class DeviceNotActive without one."""
     job = context.scheduler.find(job_id)
-    if job is None or not job.is_block_job:
-        raise BlockError(
+    if job is None or not job.is_block_job or job.leaving:
+        raise JobNotFoundError(
             f"Block job '{job_id}' not found", error_class=ErrorClass.DEVICE_NOT_ACTIVE
         )
     return job
@@ -123,8 +124,8 @@ def block_job(context: Context, job_id: str) -> Job:
 def any_job(context: Context, job_id: str) -> Job:
     """The job ``job_id``; BlockError without one."""
     job = context.scheduler.find(job_id)
-    if job is None:
-        raise BlockError("Job not found")
+    if job is None or job.leaving:
+        raise JobNotFoundError("Job not found")
     return job
 
 
@@ -151,8 +152,8 @@ def block_job_info(job: Job) -> BlockJobInfo:
 
 
 def newest_first(context: Context) -> list[Job]:
-    """All jobs in the order in which they are shown."""
-    return list(reversed(context.scheduler.jobs.values()))
+    """The jobs that are there for clients, in the order in which they are shown."""
+    return [job for job in reversed(context.scheduler.jobs.values()) if not job.leaving]
 
 
 @command("query-block-jobs", returns=list[BlockJobInfo], query=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from liveblockd.errors import BlockError
+from liveblockd.errors import BlockError, JobNotFoundError
 from liveblockd.qapi import members, parse, to_qmp
 from liveblockd.qmp import registry
 from liveblockd.qmp.context import Context
@@ -73,6 +73,8 @@ class Monitor:
         parsed = parse(command.args, given)
         try:
             returned = await command.function(self.context, parsed)
+        except JobNotFoundError:
+            raise
         except BlockError as error:
             if self.may_wait and not command.query and self.context.scheduler.letting_go:
                 raise _RefusedTooEarlyError from error

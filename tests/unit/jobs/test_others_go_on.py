@@ -13,6 +13,7 @@ from liveblockd.qmp.hmp import run_line
 from liveblockd.storage.driver import Permission
 from tests.simulation import images
 from tests.simulation.bench import Bench
+from tests.support.patience import until
 from tests.unit.jobs.test_stream import usual
 
 
@@ -124,6 +125,69 @@ async def test_who_is_told_of_a_cancelled_job_may_have_its_name_and_nodes():
     await bench.close()
 
 
+async def test_who_is_told_of_the_end_of_a_job_does_not_find_it_any_more():
+    """As with QEMU, whatever of it is made durable later; what steers it does not wait for that."""
+    bench, _, slow, context = await with_slow_base()
+
+    async def ask(name, **arguments):
+        return await registry.execute(context, name, arguments)
+
+    start = {"device": "top", "top-node": "mid", "base-node": "base", "speed": 1}
+    await ask("block-commit", **start, **{"job-id": "j"})
+    await asyncio.sleep(0.01)
+    assert len(await ask("query-jobs")) == len(await ask("query-block-jobs")) == 1
+    await ask("block-job-cancel", device="j", force=True)
+    async with asyncio.timeout(10):
+        await slow.began.wait()
+        assert bench.scheduler.letting_go and bench.events[-1][1]["status"] == "concluded"
+        assert await ask("query-jobs") == await ask("query-block-jobs") == []
+        for verb in ("cancel", "complete", "pause", "dismiss", "finalize"):
+            with pytest.raises(BlockError, match="^Job not found$"):
+                await ask(f"job-{verb}", id="j")
+        with pytest.raises(BlockError, match="^Block job 'j' not found$") as refused:
+            await ask("block-job-set-speed", device="j", speed=0)
+        assert refused.value.error_class == "DeviceNotActive"
+        assert await run_line(context, "block_job_pause j") == (
+            "Error: Block job 'j' not found\r\n"
+        )
+        assert bench.scheduler.letting_go
+        slow.may_end.set()
+        await bench.end(bench.scheduler.find("j"))
+    await bench.close()
+
+
+async def test_a_job_that_is_to_be_dismissed_is_there_while_its_base_is_made_durable():
+    bench, _, slow, context = await with_slow_base()
+    job = await bench.commit("top", "j", top_node="mid", speed=1, auto_dismiss=False)
+    await asyncio.sleep(0.01)
+    bench.scheduler.cancel(job, force=True)
+    async with asyncio.timeout(10):
+        await slow.began.wait()
+        (shown,) = await registry.execute(context, "query-jobs", {})
+        assert shown.status == "concluded" and not bench.scheduler.letting_go
+        slow.may_end.set()
+        await registry.execute(context, "job-dismiss", {"id": "j"})
+        assert await registry.execute(context, "query-jobs", {}) == []
+    await bench.close()
+
+
+async def test_an_active_commit_that_ends_without_a_switch_is_durable_when_it_says_so():
+    """Guests go on meanwhile: the base is what the disk was at one moment."""
+    bench, base, slow, context = await with_slow_base()
+    job = await bench.commit("top", "j")
+    async with asyncio.timeout(10):
+        await until(lambda: job.ready)
+        await registry.execute(context, "block-job-cancel", {"device": "j"})
+        await slow.began.wait()
+        await bench.graph.nodes["top"].write(0, b"g" * 512)
+        assert not any(name == "BLOCK_JOB_COMPLETED" for name, _ in bench.events)
+        slow.may_end.set()
+        await bench.end(job)
+    assert any(name == "BLOCK_JOB_COMPLETED" for name, _ in bench.events)
+    assert base.read_only and bench.graph.nodes["top"].backing.name == "mid"
+    await bench.close()
+
+
 @pytest.mark.parametrize("through", ["monitor", "qmp"])
 async def test_a_line_of_the_human_monitor_waits_as_well(through):
     """A job that one starts is called as its device."""
@@ -145,7 +209,7 @@ async def test_a_line_of_the_human_monitor_waits_as_well(through):
         assert not asking.done()
         async with context.command_lock:
             pass  # others go on
-        assert "Type commit" in await run("info block-jobs")
+        assert await run("info block-jobs") == "No active jobs\r\n", "it has told of its end"
         slow.may_end.set()
         assert await asking == ""
         assert bench.scheduler.find("top") is not job
