@@ -142,9 +142,9 @@ async def test_who_is_told_of_the_end_of_a_job_does_not_find_it_any_more():
         assert bench.scheduler.letting_go and bench.events[-1][1]["status"] == "concluded"
         assert await ask("query-jobs") == await ask("query-block-jobs") == []
         for verb in ("cancel", "complete", "pause", "dismiss", "finalize"):
-            with pytest.raises(BlockError, match="^Job not found$"):
+            with pytest.raises(BlockError, match=r"^Job not found$"):
                 await ask(f"job-{verb}", id="j")
-        with pytest.raises(BlockError, match="^Block job 'j' not found$") as refused:
+        with pytest.raises(BlockError, match=r"^Block job 'j' not found$") as refused:
             await ask("block-job-set-speed", device="j", speed=0)
         assert refused.value.error_class == "DeviceNotActive"
         assert await run_line(context, "block_job_pause j") == (
