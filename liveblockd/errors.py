@@ -16,7 +16,11 @@ Pure.
 from __future__ import annotations
 
 import enum
-from errno import EINVAL, EIO
+from errno import EDQUOT, EINVAL, EIO, ENOSPC
+from typing import Final
+
+#: of an ``OSError``: there is no room, which somebody may make. NBD has one code for both.
+NO_SPACE: Final = (ENOSPC, EDQUOT)
 
 
 class ErrorClass(enum.StrEnum):

@@ -29,6 +29,7 @@ from os import strerror
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from liveblockd.errors import NO_SPACE
 from liveblockd.events import BlockIoError
 from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import chain, populating
@@ -457,7 +458,7 @@ class Backend:
                 node_name=self.edge.child.name,
                 operation="read" if kind == "rd" else "write",
                 action="report",
-                nospace=error.errno == ENOSPC,
+                nospace=error.errno in NO_SPACE,
                 reason=error.strerror or str(error),
             )
         )

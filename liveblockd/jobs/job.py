@@ -22,10 +22,10 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from errno import ECANCELED, EIO, ENOSPC
+from errno import ECANCELED, EIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from liveblockd.errors import BlockError
+from liveblockd.errors import NO_SPACE, BlockError
 from liveblockd.jobs.ratelimit import RateLimit
 from liveblockd.jobs.transitions import JobStatus
 from liveblockd.runtime.halting import Halt
@@ -324,7 +324,7 @@ class Job:
                 action = ErrorAction.STOP
             case BlockdevOnError.IGNORE:
                 action = ErrorAction.IGNORE
-            case BlockdevOnError.ENOSPC | BlockdevOnError.AUTO if code == ENOSPC:
+            case BlockdevOnError.ENOSPC | BlockdevOnError.AUTO if code in NO_SPACE:
                 action = ErrorAction.STOP
             case _:
                 action = ErrorAction.REPORT

@@ -20,10 +20,9 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from errno import ENOSPC
 from typing import Any, Final
 
-from liveblockd.errors import BlockError
+from liveblockd.errors import NO_SPACE, BlockError
 from liveblockd.events import (
     BlockJobCancelled,
     BlockJobCompleted,
@@ -273,9 +272,8 @@ class Scheduler:
                 job.user_paused = True
                 job.pause_count += 1
             if job.io_status is BlockDeviceIoStatus.OK:
-                job.io_status = (
-                    BlockDeviceIoStatus.NOSPACE if code == ENOSPC else BlockDeviceIoStatus.FAILED
-                )
+                full = code in NO_SPACE
+                job.io_status = BlockDeviceIoStatus.NOSPACE if full else BlockDeviceIoStatus.FAILED
 
     def share(self, job: Job) -> int:
         """How many pieces of work ``job`` may have in flight now.

@@ -1,7 +1,7 @@
 """What a user of a node sees: bounds, quiesce and drain, statistics, events, zero detection."""
 
 import asyncio
-from errno import EINVAL, EIO, ENOSPC, EPERM, ESHUTDOWN
+from errno import EDQUOT, EINVAL, EIO, ENOSPC, EPERM, ESHUTDOWN
 from time import thread_time
 from timeit import timeit
 
@@ -159,7 +159,7 @@ async def test_statistics(world):
     assert stats["rd_total_time_ns"] > 0
 
 
-@pytest.mark.parametrize(("errno", "nospace"), [(EIO, False), (ENOSPC, True)])
+@pytest.mark.parametrize(("errno", "nospace"), [(EIO, False), (ENOSPC, True), (EDQUOT, True)])
 async def test_an_error_of_a_drive_is_an_event(world, errno, nospace):
     node, user = await disk(world)
     node.driver.hook = fail_once("write", errno)

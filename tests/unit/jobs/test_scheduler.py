@@ -1,11 +1,11 @@
 """Lives of jobs: the order of events, every verb in every status, errors, pauses, cancels."""
 
 import asyncio
-from errno import EIO, ENOSPC
+from errno import EIO
 
 import pytest
 
-from liveblockd.errors import BlockError
+from liveblockd.errors import NO_SPACE, BlockError
 from liveblockd.events import Publisher
 from liveblockd.jobs.job import BlockDeviceIoStatus, BlockdevOnError, ErrorAction, Job, JobType
 from liveblockd.jobs.scheduler import Scheduler, Transaction
@@ -435,7 +435,10 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("policy", "code", "io_status"),
-        [("stop", EIO, "failed"), ("stop", ENOSPC, "nospace"), ("enospc", ENOSPC, "nospace")],
+        [
+            ("stop", EIO, "failed"),
+            *((policy, code, "nospace") for policy in ("stop", "enospc") for code in NO_SPACE),
+        ],
     )
     async def test_stop(self, policy, code, io_status):
         bench, job = await self.run(BlockdevOnError(policy), code)
