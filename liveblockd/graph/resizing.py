@@ -2,7 +2,9 @@
 
 Specification: qapi/block-core.json, PreallocMode. Runs on: the event loop; ``falloc`` on a worker.
 
-Invariants: no request is in flight while it lasts; what fails or is cancelled leaves the old size.
+Invariants: no request is in flight while it lasts; what fails or is cancelled leaves the old size,
+or, where that cannot be written either (a quota of a file system that writes anew what changes),
+the new one, with a line in the log. Nothing that the disk had is touched.
 Errors: ``BlockError`` in QEMU's words, before anything is done or from the node; OSError (ENOSPC).
 """
 

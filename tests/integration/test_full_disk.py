@@ -188,7 +188,11 @@ def test_a_disk_that_cannot_be_preallocated_keeps_its_size(room, mode):
         daemon.wait()
         said = daemon.output.decode()
     assert f"qemu-io: {room.message}" in said
-    assert [line for line in said.splitlines() if line.endswith("MiB")] == ["32 MiB", "40 MiB"]
+    sizes = [line for line in said.splitlines() if line.endswith("MiB")]
+    if mode == "falloc" or room.shrinks:
+        assert sizes == ["32 MiB", "40 MiB"]
+    else:  # the old size could not be written either
+        assert sizes == ["96 MiB", "96 MiB"] and b"keeps its new size" in daemon.errors
     verdict(room.path)
 
 
