@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, QmpError
 from tests.support.room import KINDS, Room
 
 MIB = 1 << 20
@@ -89,7 +89,7 @@ SIDES = {"on_source_error": "stop", "on_target_error": "stop"}
 TO_TARGET = {"device": "src", "target": "target", "sync": "full", **SIDES}
 
 
-@pytest.mark.parametrize("then", ["resume", "cancel"])
+@pytest.mark.parametrize("then", ["resume", "cancel", "ignore"])
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
@@ -104,7 +104,10 @@ TO_TARGET = {"device": "src", "target": "target", "sync": "full", **SIDES}
     ids=["mirror", "blocking", "backup", "compress", "active", "commit"],
 )  # fmt: skip
 def test_one_resume_is_enough(command, arguments, then, room):
-    """Whatever had begun when the disk was full: it does not stop the job again."""
+    """Whatever had begun when the disk was full: it does not stop the job again.
+
+    ``ignore``: what failed is tried again, until there is room.
+    """
     folder = room.elsewhere
     (folder / "data").write_bytes(os.urandom(32 * MIB))
     for name in ("src", "over"):
@@ -121,36 +124,39 @@ def test_one_resume_is_enough(command, arguments, then, room):
     with DaemonProcess(
         room.path,
         *("--blockdev", image.format("disk", "").replace("disk.q", "top.q")),
-        *(
-            "--blockdev",
-            image.format("src", f"{folder}/"),
-            "--blockdev",
-            image.format("target", ""),
-        ),
+        *("--blockdev", image.format("src", f"{folder}/")),
+        *("--blockdev", image.format("target", "")),
         *("--blockdev", image.format("over", f"{folder}/") + ",backing=disk"),
         *more,
     ) as daemon:
         qmp = daemon.qmp()
-        qmp(command, job_id="j", **arguments)
-        qmp.wait("JOB_STATUS_CHANGE", id="j", status="paused")
-        assert qmp("query-block-jobs")[0]["io-status"] == "nospace"
+        if then == "ignore":
+            arguments = {k: "ignore" if v == "stop" else v for k, v in arguments.items()}
+            qmp(command, job_id="j", **arguments)
+            qmp.wait("BLOCK_JOB_ERROR", device="j", operation="write", action="ignore")
+        else:
+            qmp(command, job_id="j", **arguments)
+            qmp.wait("JOB_STATUS_CHANGE", id="j", status="paused")
+            assert qmp("query-block-jobs")[0]["io-status"] == "nospace"
         room.more(96)
         qmp.events.clear()
         if then == "cancel":
             qmp("block-job-cancel", device="j", force=True)
             qmp.wait("BLOCK_JOB_CANCELLED", device="j")
         else:
-            qmp("block-job-resume", device="j")
+            if then == "resume":
+                qmp("block-job-resume", device="j")
             if command == "blockdev-mirror" or arguments["device"] == "over":
                 qmp.wait("BLOCK_JOB_READY", device="j")
                 qmp("job-complete", id="j")
             assert "error" not in qmp.wait("BLOCK_JOB_COMPLETED", device="j")["data"]
-        assert not [e for e in qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
+        if then != "ignore":  # of which some may still have been on their way
+            assert not [e for e in qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
         qmp.wait("JOB_STATUS_CHANGE", id="j", status="null")
         qmp("quit")
     for name in ("target", "top"):
         run("qemu-img", "check", "-q", "-f", "qcow2", f"{name}.qcow2", cwd=room.path)
-    if then == "resume":
+    if then != "cancel":
         copied = "target" if "target" in arguments else "top"
         compare = ("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2")
         run(*compare, f"{folder}/data", f"{copied}.qcow2", cwd=room.path)
@@ -170,6 +176,55 @@ def test_the_guest_is_told_and_goes_on(room):
     verdict(room.path)
     commands = ("-c", "read -P 0 0 4M", "-c", "read -P 7 4M 4M", "-c", "read -P 9 28M 4M")
     run("qemu-io", "-r", "-f", "qcow2", *commands, "top.qcow2", cwd=room.path)
+
+
+SNAPSHOT = {"device": "virtio0", "snapshot_file": "new.qcow2", "format": "qcow2"}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("blockdev-snapshot-sync", SNAPSHOT),
+        ("transaction", {"actions": [
+            {"type": "blockdev-snapshot-sync",
+             "data": {key.replace("_", "-"): value for key, value in SNAPSHOT.items()}}]}),
+        ("blockdev-snapshot-internal-sync", {"device": "virtio0", "name": "s"}),
+        ("block_resize", {"device": "virtio0", "size": 8 << 40}),
+        ("drive-backup", {"device": "virtio0", "target": "new.qcow2", "sync": "none",
+                          "job_id": "j"}),
+        ("drive-mirror", {"device": "virtio0", "target": "new.qcow2", "sync": "none",
+                          "job_id": "j"}),
+        ("human-monitor-command", {"command_line": "snapshot_blkdev virtio0 new.qcow2"}),
+    ],
+)  # fmt: skip
+def test_what_finds_no_room_changes_nothing(command, arguments, room):
+    """It is refused, leaves no file, and can be done when there is room."""
+    with daemon_on(room.path) as daemon:
+        qmp = daemon.qmp()
+        guest(room.path, "write -P 5 0 2M", "flush")
+        room.fill()
+        before = qmp("query-named-block-nodes", flat=True), sorted(os.listdir(room.path))
+        if command == "human-monitor-command":
+            said = qmp(command, **arguments)
+        else:
+            with pytest.raises(QmpError) as caught:
+                qmp(command, **arguments)
+            said = str(caught.value)
+        assert room.message in said
+        after = qmp("query-named-block-nodes", flat=True), sorted(os.listdir(room.path))
+        assert after == before
+        guest(room.path, "read -P 5 0 2M", "read -P 9 2M 30M")
+        room.more(96)
+        said = qmp(command, **arguments)
+        assert said in ({}, "")
+        guest(room.path, "write -P 6 1M 2M", "flush")
+        qmp("quit")
+    verdict(room.path)
+    for name in {"new.qcow2"} & set(os.listdir(room.path)):
+        run("qemu-img", "check", "-q", "-f", "qcow2", name, cwd=room.path)
+    top = "new.qcow2" if "snapshot" in str(arguments) and "internal" not in command else "top.qcow2"
+    reads = ("-c", "read -P 5 0 1M", "-c", "read -P 6 1M 2M", "-c", "read -P 9 3M 29M")
+    run("qemu-io", "-r", "-f", "qcow2", *reads, top, cwd=room.path)
 
 
 @pytest.mark.parametrize("mode", ["full", "falloc"])

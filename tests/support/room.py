@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Self
 
 import pytest
+
+from tests.support.daemon import TIMEOUT
 
 MIB = 1 << 20
 #: of the file below the btrfs, which has holes
@@ -77,7 +80,22 @@ class Room:
         if self.kind == "full":
             assert _done("mount", "-o", f"remount,size={mib}m", self._top)
         else:
-            assert _done("btrfs", "qgroup", "limit", f"{mib}M", str(self.path))
+            # While others write, a commit of the file system may be in its way.
+            deadline = time.monotonic() + TIMEOUT
+            while not _done("btrfs", "qgroup", "limit", f"{mib}M", str(self.path)):
+                assert time.monotonic() < deadline, "the limit cannot be set"
+                time.sleep(0.05)
+
+    def fill(self) -> None:
+        """Leave no room at all."""
+        with open(self.path / "filler", "ab", buffering=0) as filler:
+            for size in (MIB, 64 << 10, 4 << 10):
+                try:
+                    while True:
+                        filler.write(os.urandom(size))
+                        os.fdatasync(filler)  # room for what comes with it, too
+                except OSError as error:
+                    assert error.strerror == self.message
 
     def free(self) -> int:
         """Bytes that can still be written."""
