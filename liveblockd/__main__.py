@@ -12,10 +12,12 @@ from liveblockd import __version__
 from liveblockd.cli import parse_command_line
 from liveblockd.cli.arguments import HELP
 from liveblockd.errors import ConfigError
+from liveblockd.runtime.streams import open_standard_streams
 
 
 def main() -> int:
     """Run the command line; the exit status."""
+    open_standard_streams()
     prog = os.path.basename(sys.argv[0]).removesuffix(".py")
     if prog == "__main__":
         prog = "liveblockd"

@@ -38,6 +38,7 @@ from liveblockd.ctl_jobs import (
     show,
     wait,
 )
+from liveblockd.runtime.streams import open_standard_streams
 
 DEFAULT_SOCKET: Final = "/run/liveblockd/qmp.sock"
 
@@ -436,6 +437,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status."""
+    open_standard_streams()
     args = parser().parse_args(argv)
     if args.verb == "image":
         from liveblockd.imagetool.command import main as image

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 
 from liveblockd.cli import CommandLine
 from liveblockd.daemon.process import Background, go_to_background
@@ -24,8 +23,11 @@ def run_daemon(prog: str, line: CommandLine) -> int:
     # imported after the fork: nothing of it shall run in the process that only waits
     from liveblockd.daemon.core import Daemon
     from liveblockd.runtime.loop import run
+    from liveblockd.runtime.streams import LogHandler
 
-    logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(
+        format=f"{prog}: %(message)s", level=logging.WARNING, handlers=[LogHandler()]
+    )
 
     async def serve() -> int:
         return await Daemon(prog, line, background).run()

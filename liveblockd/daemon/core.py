@@ -15,7 +15,6 @@ A second signal changes nothing. Escaping: nothing; errors of the start are prin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import signal
@@ -37,6 +36,7 @@ from liveblockd.qmp import registry
 from liveblockd.qmp.commands.objects import object_registry
 from liveblockd.qmp.context import Context
 from liveblockd.runtime.demand import Demand
+from liveblockd.runtime.streams import say
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.registry import Environment
 
@@ -72,7 +72,7 @@ class Daemon:
             await self._start()
             await self._stop.wait()
         except ConfigError as exc:
-            print(f"{self._prog}: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+            say("\n".join([f"{self._prog}: {exc}", *getattr(exc, "__notes__", [])]), sys.stderr)
             self._status = 1
         finally:
             await self._end()
@@ -204,6 +204,5 @@ class Daemon:
 
 
 def console(text: str) -> None:
-    """Print a line on stdout; a stdout that nobody reads any more is no reason to fail."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)  # noqa: T201
+    """Print a line on stdout; a stdout that nobody reads is no reason to fail, or to wait."""
+    say(text, sys.stdout)

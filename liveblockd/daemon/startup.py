@@ -59,7 +59,12 @@ class Startup:
         try:
             await handler(action)
         except BlockError as exc:
-            raise ConfigError(f"{action.where}: {exc.message}") from exc
+            failed = ConfigError(f"{action.where}: {exc.message}")
+            for note in getattr(exc, "__notes__", []):
+                failed.add_note(note)
+            raise failed from exc
+        except ConfigError as exc:
+            raise ConfigError(f"{action.where}: {exc}") from exc
         except OSError as exc:
             raise ConfigError(f"{action.where}: {exc.strerror or exc}") from exc
 

@@ -190,6 +190,7 @@ class Monitor:
         chardev = self._chardev
         if chardev.path is None:
             where = f"{chardev.host or 'localhost'}:{chardev.port}"
+            _check_port(chardev.port or "")
             try:
                 found = await asyncio.open_connection(
                     chardev.host or "localhost", chardev.port, limit=_STREAM_LIMIT
@@ -253,8 +254,14 @@ def _closed_on_error(sock: socket.socket, prefix: str) -> Iterator[None]:
         raise
 
 
+def _check_port(port: str) -> None:
+    if port.isdecimal() and int(port) > 0xFFFF:  # the C library would take the low 16 bits
+        raise BlockError(f"port {port} is out of range")
+
+
 def _bind_inet(host: str, port: str) -> socket.socket:
     where = f"{host}:{port}"
+    _check_port(port)
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

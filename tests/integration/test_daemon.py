@@ -1,5 +1,6 @@
 """The daemon as a process: start, wrong options, signals, the background, systemd."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from liveblockd.__main__ import main
-from tests.support.daemon import DaemonProcess, QmpError, nbd_write
+from tests.support.daemon import DaemonProcess, QmpError, QmpSocket, nbd_write
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -37,6 +38,17 @@ def run(tmp_path, *options, **more):
         env=ENVIRONMENT,
         **more,
     )
+
+
+def monitor_of(daemon, path):
+    """A client, as soon as the daemon listens."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return QmpSocket(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert daemon.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -97,6 +109,12 @@ TOP = "qcow2,node-name=top,file.driver=file,file.filename=top.qcow2"
          "--config nosuch.toml: Could not open 'nosuch.toml': No such file or directory"),
         (["--qmp", "no/such/dir/q"],
          "--qmp no/such/dir/q: Failed to bind socket to no/such/dir/q: No such file or directory"),
+        (["--qmp", "tcp:127.0.0.1:99999,server=on"],
+         "--qmp tcp:127.0.0.1:99999,server=on: port 99999 is out of range"),
+        (["--qmp", "tcp:127.0.0.1:65536"],
+         "--qmp tcp:127.0.0.1:65536: port 65536 is out of range"),
+        (["--nbd-server", "addr.type=fd,addr.str=systemd:nbd"],
+         "--nbd-server addr.type=fd,addr.str=systemd:nbd: no socket was passed by systemd"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -196,6 +214,63 @@ def test_locks_are_gone_at_the_end_and_held_before(chain):
         assert refused.returncode != 0 and "lock" in refused.stderr
         assert daemon.stop() == 0
     subprocess.run(write, cwd=chain, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+
+
+@needs_images
+def test_a_lock_that_others_hold_is_told_with_the_image(chain):
+    with DaemonProcess(chain, "--blockdev", TOP) as daemon:
+        for image in ("top.qcow2", "base.qcow2"):
+            done = run(chain, "--drive", f"file={image},id=second")
+            lines = [
+                f'liveblockd: --drive file={image},id=second: Failed to get "write" lock',
+                f"Is another process using the image [{image}]?",
+            ]
+            assert (done.returncode, done.stderr.splitlines()) == (1, lines)
+        assert daemon.stop() == 0
+
+
+@needs_images
+def test_it_starts_and_ends_with_its_standard_streams_closed(chain):
+    """An image that got the number of stderr would hold what a library says in its last moment."""
+    command = f"exec '{sys.executable}' -m liveblockd --drive file=top.qcow2,id=d --qmp q.sock"
+    with subprocess.Popen(
+        f"{command} <&- >&- 2>&-", shell=True, cwd=chain, env=ENVIRONMENT
+    ) as daemon:
+        try:
+            qmp = monitor_of(daemon, chain / "q.sock")
+            qmp("blockdev-snapshot-sync", device="d", snapshot_file="new.qcow2")
+            names = [os.readlink(f"/proc/{daemon.pid}/fd/{fd}") for fd in (0, 1, 2)]
+            assert names == ["/dev/null"] * 3
+            daemon.terminate()
+            assert daemon.wait(PATIENCE) == 0
+        finally:
+            daemon.kill()
+
+
+@needs_images
+def test_who_does_not_read_what_it_prints_holds_up_nothing(chain):
+    """``blockdev-snapshot-sync`` prints a line, as QEMU does; here into a pipe that is full."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    command = [sys.executable, "-m", "liveblockd", "--drive", "file=top.qcow2,id=d",
+               "--qmp", "q.sock"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=chain, env=ENVIRONMENT, stdout=writing, stderr=writing
+    ) as daemon:
+        try:
+            qmp = monitor_of(daemon, chain / "q.sock")
+            qmp("blockdev-snapshot-sync", device="d", snapshot_file="new.qcow2")
+            assert qmp("query-block")[0]["inserted"]["file"].endswith("new.qcow2")
+            daemon.terminate()
+            assert daemon.wait(PATIENCE) == 0
+        finally:
+            daemon.kill()
+            os.close(reading)
+            os.close(writing)
 
 
 @needs_images
