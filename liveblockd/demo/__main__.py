@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -33,6 +34,12 @@ class DemoError(Exception):
     """The demo did not end as it must."""
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody lets clients in there: the file of a socket comes a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 async def start_daemon(directory: Path, screen: Screen) -> asyncio.subprocess.Process:
     """Start liveblockd on D with a monitor and an NBD export; return when it answers."""
     command = [
@@ -47,7 +54,7 @@ async def start_daemon(directory: Path, screen: Screen) -> asyncio.subprocess.Pr
         stdout=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     begin = time.monotonic()
-    while not (directory / "qmp.sock").exists():
+    while not listens(directory / "qmp.sock"):
         if daemon.returncode is not None or time.monotonic() - begin > 20:
             raise DemoError("the daemon did not start")
         await asyncio.sleep(0.01)

@@ -70,14 +70,16 @@ def _listen_unix(address: UnixSocketAddress, backlog: int) -> Listeners:
         if address.abstract:
             name = b"\0" + os.fsencode(address.path)
             listener.bind(name if address.tight else name.ljust(SUN_PATH, b"\0"))
-            path, inode = None, None
+            path = None
         else:
             path = os.path.abspath(address.path)
             _remove_stale(address.path)
             listener.bind(address.path)
+        listener.listen(backlog)  # at once: who sees the file connects to it
+        inode = None
+        if path is not None:
             found = os.stat(path)
             inode = (found.st_dev, found.st_ino)
-        listener.listen(backlog)
         listener.setblocking(False)
     except OSError as error:
         listener.close()

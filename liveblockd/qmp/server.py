@@ -315,8 +315,8 @@ class _SocketFile:
             finally:
                 if umask is not None:
                     os.umask(umask)
+            listener.listen(_BACKLOG)  # at once: who sees the file connects to it
             self._identity = self._look()
-            listener.listen(_BACKLOG)
         return listener
 
     def remove(self) -> None:

@@ -50,7 +50,9 @@ FIXED = [
 
 def masked(text: str) -> list[str]:
     """Without times and rates, and without the words of the usage that follows a wrong option."""
-    text = re.sub(r"\d\d\.\d\d sec \(.*?/sec and [\d.]+ ops/sec\)", "TIME", text)
+    text = re.sub(
+        r"(00\.\d\d sec|\d+:\d\d:\d\d\.\d\d) \(.*?/sec and [\d.]+ ops/sec\)", "TIME", text
+    )
     text = re.sub(r"^(\d+,\d+),.*$", r"\1,TIME", text, flags=re.MULTILINE)
     return [line.split(" -- ")[0].split("[")[0].rstrip() for line in text.splitlines()]
 

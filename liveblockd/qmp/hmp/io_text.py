@@ -156,7 +156,7 @@ def report(verb: str, offset: int, length: int, seconds: float, *, terse: bool) 
     seconds = max(seconds, 1e-9)
     if terse:
         return f"{length},1,{_clock(seconds)},{length / seconds:.3f},{1 / seconds:.3f}\n"
-    time = _clock(seconds) if seconds >= 60 else f"{int(seconds):02}.{_hundredths(seconds):02} sec"
+    time = _clock(seconds) if seconds >= 1 else f"00.{_hundredths(seconds):02} sec"
     return (
         f"{verb} {length}/{length} bytes at offset {offset}\n"
         f"{amount(length)}, 1 ops; {time} "
