@@ -129,6 +129,13 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
     return {} if returned is None else returned
 
 
+async def do_ahead(context: Context, name: str) -> None:
+    """What command ``name``, which takes no arguments, has to do before its turn, if anything."""
+    found = _commands.get(name)
+    if found is not None and found.ahead is not None:
+        await found.ahead(context, NoArguments())
+
+
 async def in_turn(context: Context, work: Callable[[], Awaitable[_Returned]]) -> _Returned:
     """Do ``work`` while no command runs; BlockError when the daemon is shutting down."""
     async with context.command_lock:

@@ -228,6 +228,85 @@ def test_a_line_of_qemu_io_does_not_hold_up_the_end(tmp_path, held, how):
         assert (tmp_path / "disk.raw").read_bytes()[MIB : 2 * MIB] == b"\xcd" * MIB
 
 
+def hmp(client, line):
+    return client("human-monitor-command", command_line=line)
+
+
+def later(client, line):
+    """A line whose answer is read later."""
+    request = {"execute": "human-monitor-command", "arguments": {"command-line": line}}
+    client.socket.sendall(json.dumps(request).encode())
+
+
+def answer(client):
+    while "event" in (found := client.receive()):
+        client.events.append(found)
+    return found["return"]
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """``t`` has used up what its limit allows; requests to ``b`` can be stopped."""
+    (tmp_path / "disk.raw").write_bytes(bytes(4 * MIB))
+    subprocess.run(
+        ["qemu-img", "create", "-qf", "qcow2", tmp_path / "disk.qcow2", "1M"], check=True
+    )
+    with DaemonProcess(
+        tmp_path,
+        "--object", f"throttle-group,id=g,limits.bps-total={SLOW}",
+        "--blockdev", "driver=file,node-name=n,filename=disk.qcow2",
+        "--blockdev", "driver=throttle,node-name=t,throttle-group=g,file=n",
+        "--blockdev", "driver=raw,node-name=b,file.driver=blkdebug,file.node-name=d,"
+        "file.image.driver=file,file.image.filename=disk.raw",
+        "--chardev", "socket,id=q,path=qmp.sock,server=on,wait=off", "--monitor", "q",
+        "--chardev", "socket,id=h,path=hmp.sock,server=on,wait=off", "--monitor", "h,mode=readline",
+    ) as daemon:  # fmt: skip
+        hmp(daemon.qmp(), 'qemu-io t "read 0 64k"')
+        yield daemon
+
+
+def test_others_have_their_turn_while_a_line_of_qemu_io_waits(slow):
+    """They stop and start requests, lift limits, and change the graph."""
+    client, other = slow.qmp(), slow.qmp()
+    hmp(other, 'qemu-io d "break write_aio A"')
+    later(client, 'qemu-io b "write -P 9 1M 1M"')
+    assert hmp(other, 'qemu-io d "wait_break A"') == ""
+    other("blockdev-add", driver="null-co", node_name="new")
+    other("blockdev-del", node_name="new")
+    hmp(other, 'qemu-io d "resume A"')
+    assert answer(client) == ""
+    assert (slow.directory / "disk.raw").read_bytes()[MIB : 2 * MIB] == b"\x09" * MIB
+
+    later(client, 'qemu-io t "read 0 64k"')
+    other("blockdev-add", driver="null-co", node_name="new")
+    other("qom-set", path="/objects/g", property="limits", value={"bps-total": 0})
+    assert answer(client) == ""
+    later(client, 'qemu-io b "sleep 60000"')
+    other("blockdev-del", node_name="new")
+    later(slow.qmp(), 'qemu-io d "wait_break nobody"')
+    other("quit")
+    assert answer(client) == ""
+    assert slow.wait() == 0
+
+
+def test_a_quit_on_the_human_monitor_waits_for_no_limit(slow):
+    """Here a command waits for it, and has the turn; ``quit x`` is none."""
+    client = slow.qmp()
+    opening = {"execute": "blockdev-add", "arguments": {
+        "driver": "qcow2", "node-name": "q", "file": "t"}}  # fmt: skip
+    client.socket.sendall(json.dumps(opening).encode())
+    with socket.socket(socket.AF_UNIX) as human:
+        human.settimeout(60)
+        human.connect(str(slow.directory / "hmp.sock"))
+        human.sendall(b"quit x\n")
+        time.sleep(0.2)
+        client.socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            client.socket.recv(1, socket.MSG_PEEK)
+        human.sendall(b"quit\n")
+        assert slow.wait() == 0
+
+
 def test_what_a_guest_reads_is_copied(started, tmp_path):
     """With copy-on-read the disk is whole in the end, whatever the guest writes meanwhile."""
     for command in (

@@ -319,7 +319,7 @@ async def block_set_io_throttle(monitor: Monitor, arguments: Arguments) -> None:
     await monitor.qmp("block_set_io_throttle", **arguments)
 
 
-@hmp_command("quit", (), "", "end liveblockd", aliases=("q",))
+@hmp_command("quit", (), "", "end liveblockd", aliases=("q",), ahead="quit")
 async def quit_daemon(monitor: Monitor, arguments: Arguments) -> None:  # noqa: ARG001
     """End the daemon; running jobs are cancelled."""
     if "quit" in registry.commands():

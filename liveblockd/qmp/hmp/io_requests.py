@@ -159,7 +159,7 @@ def _reading(words: Words, place: tuple[int, int], failing: str) -> _Reading:
 _READ_USAGE: Final = Usage("bCl:pP:qs:v", _RANGE, 2, -1, "read, and compare or show it")
 
 
-@io_command("read", _READ_USAGE, READ, alias="r")
+@io_command("read", _READ_USAGE, READ, alias="r", beside=True)
 async def read(disk: Disk, words: Words) -> None:
     """One request."""
     if len(words.words) != 2 or (not words.has("P") and (words.has("s") or words.has("l"))):
@@ -171,7 +171,7 @@ async def read(disk: Disk, words: Words) -> None:
 _READV_USAGE: Final = Usage("CP:qv", _VECTOR, 2, -1, "read into several pieces")
 
 
-@io_command("readv", _READV_USAGE, READ)
+@io_command("readv", _READV_USAGE, READ, beside=True)
 async def readv(disk: Disk, words: Words) -> None:
     """One request."""
     await _reading(words, _vector(words), "readv").run(disk)
@@ -261,7 +261,7 @@ def _check_combination(words: Words) -> None:
 _WRITE_USAGE: Final = Usage("bcCfnpP:qs:uz", _RANGE, 2, -1, "write a pattern, a file or zeros")
 
 
-@io_command("write", _WRITE_USAGE, WRITE, alias="w")
+@io_command("write", _WRITE_USAGE, WRITE, alias="w", beside=True)
 async def write(disk: Disk, words: Words) -> None:
     """One request."""
     if len(words.words) != 2:
@@ -293,7 +293,7 @@ def _repeated(name: str, length: int) -> bytes:
     return (data * -(-length // len(data)))[:length]
 
 
-@io_command("writev", Usage("CfP:q", _VECTOR, 2, -1, "write several pieces"), WRITE)
+@io_command("writev", Usage("CfP:q", _VECTOR, 2, -1, "write several pieces"), WRITE, beside=True)
 async def writev(disk: Disk, words: Words) -> None:
     """One request."""
     await _writing(words, _vector(words), "writev").run(disk)
@@ -314,13 +314,15 @@ async def aio_write(disk: Disk, words: Words) -> None:
     disk.begin(_writing(words, _vector(words), "aio_write").run(disk))
 
 
-@io_command("aio_flush", Usage("", "", 0, 0, "wait for all that aio_read and aio_write began"))
+@io_command(
+    "aio_flush", Usage("", "", 0, 0, "wait for all that aio_read and aio_write began"), beside=True
+)
 async def aio_flush(disk: Disk, words: Words) -> None:  # noqa: ARG001
     """Of every disk."""
     await settle(disk.monitor.context)
 
 
-@io_command("flush", Usage("", "", 0, 0, "make what was written durable"), alias="f")
+@io_command("flush", Usage("", "", 0, 0, "make what was written durable"), alias="f", beside=True)
 async def flush(disk: Disk, words: Words) -> None:  # noqa: ARG001
     """Nothing is printed when it is done."""
     async with _failing_as("flush"):
@@ -330,7 +332,7 @@ async def flush(disk: Disk, words: Words) -> None:  # noqa: ARG001
 _DISCARD_USAGE: Final = Usage("Cq", _RANGE, 2, -1, "give space back")
 
 
-@io_command("discard", _DISCARD_USAGE, WRITE, alias="d")
+@io_command("discard", _DISCARD_USAGE, WRITE, alias="d", beside=True)
 async def discard(disk: Disk, words: Words) -> None:
     """One request."""
     if len(words.words) != 2:
@@ -473,9 +475,13 @@ async def resume(disk: Disk, words: Words) -> None:
     _told("resume request", lambda: _breakpoints(disk.node).resume(tag))
 
 
-@io_command("wait_break", Usage("", "tag", 1, 1, "wait until a request stands at the breakpoint"))
+@io_command(
+    "wait_break",
+    Usage("", "tag", 1, 1, "wait until a request stands at the breakpoint"),
+    beside=True,
+)
 async def wait_break(disk: Disk, words: Words) -> None:
-    """At most a minute: other commands of the monitors wait as well."""
+    """At most a minute, and not when the daemon ends."""
     tag = words.words[0]
     try:
         points = _breakpoints(disk.node)
@@ -483,18 +489,23 @@ async def wait_break(disk: Disk, words: Words) -> None:
         raise IoRefusedError(f"Could not wait for breakpoint {tag}: {error.strerror}") from None
     deadline = asyncio.get_running_loop().time() + _WAIT_BREAK
     while not points.is_suspended(tag):
-        if asyncio.get_running_loop().time() > deadline:
+        if disk.monitor.context.quitting or asyncio.get_running_loop().time() > deadline:
             raise IoRefusedError(f"Could not wait for breakpoint {tag}: {os.strerror(ENOENT)}")
         await asyncio.sleep(0.002)
 
 
-@io_command("sleep", Usage("", "milliseconds", 1, 1, "wait"))
-async def sleep(disk: Disk, words: Words) -> None:  # noqa: ARG001
-    """At most a minute."""
+@io_command("sleep", Usage("", "milliseconds", 1, 1, "wait"), beside=True)
+async def sleep(disk: Disk, words: Words) -> None:
+    """At most a minute, and not when the daemon ends."""
     text = words.words[0]
     if not text.isdecimal():
         raise IoRefusedError(f"{text} is not a valid number")
-    await asyncio.sleep(min(int(text) / 1000, _WAIT_BREAK))
+    clock = asyncio.get_running_loop().time
+    end = clock() + min(int(text) / 1000, _WAIT_BREAK)
+    while not disk.monitor.context.quitting:
+        if (left := end - clock()) <= 0:
+            return
+        await asyncio.sleep(min(left, 0.05))
 
 
 @io_command("help", Usage("", "[command]", 0, 1, "what the commands take"), alias="?")

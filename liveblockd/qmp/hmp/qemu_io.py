@@ -5,7 +5,8 @@ stands against it (an unknown disk, permissions) is the answer of the monitor.
 
 Runs on the event loop. A line stands on the disk as the drive that it names, or as a user of its
 own, and lets go when the last request that it began has ended: ``aio_read`` and ``aio_write``
-return at once. Errors: BlockError for what stands against a line; none of a request.
+return at once. Requests wait beside the commands of other clients, who may so lift a limit, resume
+at a breakpoint, or quit. Errors: BlockError for what stands against a line; none of a request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from liveblockd.errors import BlockError
@@ -90,10 +92,11 @@ async def settle(context: Context) -> None:
 
 @dataclass(frozen=True, slots=True)
 class IoCommand:
-    """One of the commands; ``permissions`` are those it needs."""
+    """One of the commands; ``permissions`` are those it needs, and it may wait if ``beside``."""
 
     usage: Usage
     permissions: Permission
+    beside: bool
     handler: Callable[[Disk, Words], Awaitable[None]]
 
 
@@ -102,15 +105,23 @@ _aliases: dict[str, str] = {}
 
 
 def io_command(
-    name: str, usage: Usage, permissions: Permission = Permission.NONE, *, alias: str = ""
+    name: str,
+    usage: Usage,
+    permissions: Permission = Permission.NONE,
+    *,
+    alias: str = "",
+    beside: bool = False,
 ) -> Callable[[Callable[[Disk, Words], Awaitable[None]]], Callable[[Disk, Words], Awaitable[None]]]:
-    """Register a command of ``qemu-io``."""
+    """Register a command of ``qemu-io``; ``beside``: it makes requests as guests do, or waits.
+
+    Such a line waits for limits and at breakpoints while other monitors have their turns.
+    """
 
     def register(
         handler: Callable[[Disk, Words], Awaitable[None]],
     ) -> Callable[[Disk, Words], Awaitable[None]]:
         assert name not in commands
-        commands[name] = IoCommand(usage, permissions, handler)
+        commands[name] = IoCommand(usage, permissions, beside, handler)
         if alias:
             _aliases[alias] = name
         return handler
@@ -153,6 +164,15 @@ async def qemu_io(monitor: Monitor, arguments: Arguments) -> str | None:
         disk = await _stand_on(monitor, node, drive, command.permissions)
     except BlockError as error:
         return error.message
+    work = partial(_carry_out, command, disk, words)
+    if command.beside:
+        monitor.beside = work
+    else:
+        await work()
+    return None
+
+
+async def _carry_out(command: IoCommand, disk: Disk, words: Words) -> None:
     try:
         await command.handler(disk, words)
     except IoRefusedError as error:
@@ -160,7 +180,6 @@ async def qemu_io(monitor: Monitor, arguments: Arguments) -> str | None:
     finally:
         disk.show()
         await disk.let_go()
-    return None
 
 
 async def _stand_on(

@@ -9,7 +9,8 @@ A handler runs QMP commands (``monitor.qmp``), so that both monitors do the same
 what is to be printed. What a line prints always ends in CR LF; an error is text like any other.
 
 Runs on the event loop; a line has its turn among the commands of all clients
-(``registry.in_turn``). Only cancellation escapes ``run_line``, and BlockError when the daemon is
+(``registry.in_turn``), but for what it leaves for ``Monitor.beside``: requests that may wait for
+long, as a guest's do. Only cancellation escapes ``run_line``, and BlockError when the daemon is
 shutting down; names taken twice are refused with ValueError at import.
 """
 
@@ -38,6 +39,7 @@ from liveblockd.qmp.hmp.arguments import (
 
 Arguments: TypeAlias = dict[str, Any]
 Handler: TypeAlias = Callable[["Monitor", Arguments], Awaitable[str | None]]
+_Text: TypeAlias = str | None
 
 #: the argument that most commands begin with
 DEVICE = Argument("device", Kind.DEVICE)
@@ -56,6 +58,8 @@ class Monitor:
         self.context = context
         #: a refused command may be tried again: nothing of its line is done yet
         self.may_wait = True
+        #: of the handler: what is still to be done for the line, beside other commands
+        self.beside: Callable[[], Awaitable[_Text]] | None = None
 
     async def qmp(self, name: str, /, **arguments: Any) -> Any:
         """Run QMP command ``name``; ``None`` arguments are left out, ``_`` means ``-`` but in
@@ -92,6 +96,8 @@ class HmpCommand:
     params: str
     help: str
     handler: Handler
+    #: the QMP command whose ``ahead`` is done before it is the turn of this one
+    ahead: str = ""
 
     @property
     def usage(self) -> str:
@@ -104,14 +110,20 @@ info_commands: dict[str, HmpCommand] = {}
 
 
 def hmp_command(
-    name: str, spec: Spec, params: str, help_text: str, *, aliases: tuple[str, ...] = ()
+    name: str,
+    spec: Spec,
+    params: str,
+    help_text: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    ahead: str = "",
 ) -> Callable[[Handler], Handler]:
     """Register a command; ``info X`` goes into the table of ``info``."""
     prefix, _, topic = name.partition(" ")
     table = info_commands if topic else commands
 
     def register(handler: Handler) -> Handler:
-        command = HmpCommand((topic or prefix, *aliases), spec, params, help_text, handler)
+        command = HmpCommand((topic or prefix, *aliases), spec, params, help_text, handler, ahead)
         for spelling in command.names:
             if spelling in table:
                 raise ValueError(f"HMP command {spelling} is registered twice")
@@ -135,23 +147,38 @@ async def run_line(context: Context, line: str) -> str:
     if not line or line.startswith("#"):
         return ""
     monitor = Monitor(context)
-    work = partial(_text, monitor, line)
+    text: _Text
     try:
-        text = await registry.in_turn(context, work)
-    except _RefusedTooEarlyError:
-        # As with QMP: who was told of the end of a job may have its name and its nodes at once.
-        monitor.may_wait = False
-        await context.scheduler.let_go_of_ended()
-        text = await registry.in_turn(context, work)
+        command, arguments = _parse(line)
+    except ArgumentError as exc:
+        text = exc.message
+    else:
+        await registry.do_ahead(context, command.ahead)
+        work = partial(_text, line, partial(command.handler, monitor, arguments))
+        text = await _in_turn(monitor, work)
+        if monitor.beside is not None:  # no await before it: nobody else has had a turn
+            text = await _text(line, monitor.beside)
     if not text:
         return ""
     return text.rstrip("\n").replace("\r\n", "\n").replace("\n", "\r\n") + "\r\n"
 
 
-async def _text(monitor: Monitor, line: str) -> str | None:
-    """What the line prints, errors included."""
+async def _in_turn(monitor: Monitor, work: Callable[[], Awaitable[_Text]]) -> _Text:
+    """Do the work of a line, once more where it came too early."""
+    context = monitor.context
     try:
-        return await _run(monitor, line)
+        return await registry.in_turn(context, work)
+    except _RefusedTooEarlyError:
+        # As with QMP: who was told of the end of a job may have its name and its nodes at once.
+        monitor.may_wait = False
+        await context.scheduler.let_go_of_ended()
+        return await registry.in_turn(context, work)
+
+
+async def _text(line: str, work: Callable[[], Awaitable[_Text]]) -> _Text:
+    """What ``work`` prints, errors included."""
+    try:
+        return await work()
     except _RefusedTooEarlyError:
         raise
     except BlockError as exc:
@@ -163,11 +190,9 @@ async def _text(monitor: Monitor, line: str) -> str | None:
         return f"Error: {exc}"
 
 
-async def _run(monitor: Monitor, line: str) -> str | None:
-    try:
-        word, rest = _command_word(line)
-    except ArgumentError as exc:
-        return exc.message
+def _parse(line: str) -> tuple[HmpCommand, Arguments]:
+    """The command that a line names, and what it is given; ArgumentError with what is printed."""
+    word, rest = _command_word(line)
     prefix = ""
     table = commands
     if word == "info" and rest:
@@ -175,13 +200,12 @@ async def _run(monitor: Monitor, line: str) -> str | None:
         word, rest = _command_word(rest)
     command = table.get(word)
     if command is None:
-        return f"unknown command: '{prefix}{word}'"
+        raise ArgumentError(f"unknown command: '{prefix}{word}'")
     try:
-        arguments = parse_arguments("|".join(command.names), command.spec, rest)
+        return command, parse_arguments("|".join(command.names), command.spec, rest)
     except ArgumentError as exc:
         hint = f'\nTry "help {prefix}{command.names[0]}" for more information'
-        return exc.message + (hint if exc.show_help else "")
-    return await command.handler(monitor, arguments)
+        raise ArgumentError(exc.message + (hint if exc.show_help else "")) from None
 
 
 def _command_word(text: str) -> tuple[str, str]:
