@@ -176,10 +176,13 @@ class Luks(BlockDriver):
             raise OSError(EPERM, os.strerror(EPERM))
         length = min(self.header.payload_offset, self.children["file"].length, MAX_BYTES)
         async with self._amending:
-            self.header = await amend_luks(
-                self.children["file"], self._workers, passphrase, amendment,
-                length=length, force=force,
-            )  # fmt: skip
+            try:
+                await amend_luks(
+                    self.children["file"], self._workers, passphrase, amendment,
+                    length=length, force=force,
+                )  # fmt: skip
+            finally:
+                self.header = parse_luks(bytes(await self.children["file"].read(0, length)))
 
     @property
     def encrypted(self) -> bool:

@@ -6,7 +6,9 @@ QCryptoBlockAmendOptionsLUKS.
 Runs on: the event loop; workers derive keys. The master key stays: guests go on. Invariants: a slot
 says that it is in use only after its key material and all else of it are durable, and no longer
 before its material is overwritten; each of these is one write within a sector, so that at every
-instant each passphrase opens the image or does not. The last one is erased only by force.
+instant each passphrase opens the image or does not. The last one is erased only by force. A slot
+that is not in use and has a count of iterations was not erased to the end (no room, a crash): who
+erases it again, or any other by its passphrase, completes that.
 Errors: ``BlockError`` in QEMU's words; OSError.
 """
 
@@ -44,7 +46,8 @@ DEFAULT_ITER_TIME: Final = 2000
 #: how often erased key material is overwritten
 _WIPES: Final = 5
 _WORD: Final = struct.Struct(">I")
-_FIELDS: Final = struct.Struct(">I32s")  # iterations, salt
+_SALT_BYTES: Final = 32
+_FIELDS: Final = struct.Struct(f">I{_SALT_BYTES}s")  # iterations, salt
 
 
 class KeyslotState(enum.StrEnum):
@@ -74,25 +77,24 @@ async def amend_luks(
     base: int = 0,
     length: int,
     force: bool = False,
-) -> LuksHeader:
+) -> None:
     """Do it to the header at ``base`` of ``length`` bytes; durable on return.
 
-    ``passphrase``: one that opens the image. The new header. It runs to its end when the caller is
-    cancelled. One at a time, the caller sees to that. Raises BlockError, OSError.
+    ``passphrase``: one that opens the image. It runs to its end when the caller is cancelled. One
+    at a time, the caller sees to that. Raises BlockError, OSError: some of it may be done then.
     """
     _check(amendment)
 
-    async def run() -> LuksHeader:
+    async def run() -> None:
         data = bytes(await file.read(base, length))
         if amendment.state is KeyslotState.ACTIVE:
             await _add(file, workers, data, base, passphrase, amendment)
         else:
             await _erase(file, workers, data, base, amendment, force=force)
-        return parse_luks(bytes(await file.read(base, length)))
 
     task = asyncio.get_running_loop().create_task(run())
     try:
-        return await asyncio.shield(task)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled():
@@ -180,7 +182,7 @@ def _new_slot(
     if master is None:
         raise BlockError("Invalid password, cannot unlock any keyslot", errno=EPERM)
     iterations = iterations_for(header.hash_name, header.key_bytes, iter_time)
-    salt = os.urandom(32)
+    salt = os.urandom(_SALT_BYTES)
     key = hashlib.pbkdf2_hmac(header.hash_name, new, salt, iterations, header.key_bytes)
     split = spread(master, header.hash_name).ljust(header.material_bytes, b"\0")
     material = sector_cipher(header.cipher, header.mode, key).encrypt(0, split)
@@ -201,7 +203,8 @@ async def _erase(
 ) -> None:
     header = parse_luks(data)
     chosen = await workers.run(_chosen, data, header, amendment)
-    if len(chosen) >= len(header.active) and not force:
+    in_use = sum(header.slots[number].active for number in chosen)
+    if in_use and in_use >= len(header.active) and not force:
         if amendment.old_secret is not None:
             raise BlockError(
                 "All the active keyslots match the (old) password that was given and erasing them "
@@ -216,18 +219,23 @@ async def _erase(
         place = base + slot_place(number)
         await file.write(place, _WORD.pack(INACTIVE))
         await file.flush()
-        await file.write(place + 4, _FIELDS.pack(0, bytes(32)))
+        await file.write(place + 8, bytes(_SALT_BYTES))
         for _ in range(_WIPES):
             noise = os.urandom(header.material_bytes)
             await file.write(base + header.slots[number].offset, noise)
             await file.flush()
+        await file.write(place + 4, _WORD.pack(0))
+        await file.flush()
 
 
 def _chosen(data: bytes, header: LuksHeader, amendment: LuksAmendment) -> list[int]:
     """The slots to erase. A worker's work."""
     number, old = amendment.keyslot, amendment.old_secret
+    begun = [n for n, slot in enumerate(header.slots) if not slot.active and slot.iterations]
     if number is not None:
         slot = header.slots[number]
+        if number in begun:
+            return [number]
         if old is not None:
             if not slot.active or open_slot(header, slot, data, old) is None:
                 raise BlockError(
@@ -243,6 +251,6 @@ def _chosen(data: bytes, header: LuksHeader, amendment: LuksAmendment) -> list[i
         for n, slot in enumerate(header.slots)
         if slot.active and open_slot(header, slot, data, old) is not None
     ]
-    if not found:
+    if not found and not begun:
         raise BlockError("No keyslots match given (old) password for erase operation")
-    return found
+    return found + begun

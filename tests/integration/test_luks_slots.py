@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,51 @@ async def test_cancelled_callers_and_all_slots() -> None:
     assert len(luks.header.active) == SLOTS
     with pytest.raises(BlockError, match="all keyslots are in use"):
         await luks.amend_encryption(OLD, add())
+
+
+@pytest.mark.parametrize("how", ["passphrase", "keyslot", "both"])
+@pytest.mark.parametrize("what", ["add", "erase"])
+async def test_without_room_at_any_step(what: str, how: str) -> None:
+    """Nothing is lost, what is shown of the slots is true; with room it can be done again."""
+    given = {"passphrase": {"old_secret": OLD}, "keyslot": {"keyslot": 0}}
+    given["both"] = given["passphrase"] | given["keyslot"]
+    amendment = add() if what == "add" else erase(**given[how])
+    for step in range(40):
+        file = image()
+        luks = await open_luks(file)
+        if what == "erase":
+            await luks.amend_encryption(OLD, add())
+        slot = luks.header.slots[0]
+        place = slice(slot.offset, slot.offset + luks.header.material_bytes)
+        before = file.content()[place]
+        count = 0
+
+        def full(operation: str, offset: int, size: int, step: int = step) -> None:
+            nonlocal count
+            if operation in ("write", "flush"):
+                count += 1
+                if count > step:
+                    raise OSError(ENOSPC, "No space left on device")
+
+        file.hook = full
+        kept = OLD if what == "add" else NEW
+        try:
+            await luks.amend_encryption(kept, amendment)
+        except OSError as error:
+            assert error.errno == ENOSPC
+        else:
+            break
+        assert opens(file.content(), kept)
+        assert luks.header.describe() == parse_luks(file.content()).describe()
+        file.hook = None
+        if what == "add" or luks.header.slots[0].iterations:  # else all was written, not flushed
+            await luks.amend_encryption(kept, amendment)
+        assert opens(file.content(), NEW) and opens(file.content(), OLD) == (what == "add")
+        if what == "erase":
+            assert file.content()[place] != before
+            with pytest.raises(BlockError):
+                await luks.amend_encryption(kept, amendment)
+    assert 4 < step < 30
 
 
 REFUSED = [

@@ -17,7 +17,7 @@ from errno import EIO, ENOTSUP
 from typing import TYPE_CHECKING, Any, cast
 
 from liveblockd.errors import BlockError
-from liveblockd.formats.luks import LuksHeader
+from liveblockd.formats.luks import LuksHeader, parse_luks
 from liveblockd.formats.luks_slots import LuksAmendment, amend_luks
 from liveblockd.formats.qcow2.amend import Amendment, Progress, amend
 from liveblockd.formats.qcow2.encrypted import crypto_header_place
@@ -148,10 +148,13 @@ class Management:
         file = self.children["file"]
         async with self._amending:
             place, length = crypto_header_place(self._metadata.header, file.length)
-            self._luks = await amend_luks(
-                file, self._environment.workers, passphrase, amendment,
-                base=place, length=length, force=force,
-            )  # fmt: skip
+            try:
+                await amend_luks(
+                    file, self._environment.workers, passphrase, amendment,
+                    base=place, length=length, force=force,
+                )  # fmt: skip
+            finally:
+                self._luks = parse_luks(bytes(await file.read(place, length)))
 
     def live_check(self, quiesced: Quiesced, *, fix_leaks: bool = False) -> LiveCheck:
         """See ``BlockDriver``."""
