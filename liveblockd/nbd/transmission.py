@@ -64,14 +64,6 @@ class Request(NamedTuple):
         return REQUEST.pack(REQUEST_MAGIC, *self)
 
 
-def parse_request(buffer: Buffer, position: int = 0) -> Request:
-    """The request whose 28 bytes stand at ``position``; raises ProtocolError."""
-    magic, flags, command, cookie, offset, length = REQUEST.unpack_from(buffer, position)
-    if magic != REQUEST_MAGIC:
-        raise ProtocolError(f"request magic {magic:#x} expected {REQUEST_MAGIC:#x}")
-    return Request(flags, command, cookie, offset, length)
-
-
 class Refusal(NamedTuple):
     """Why a request is not done: the error and a sentence for the user."""
 

@@ -12,15 +12,15 @@ import random
 import struct
 from typing import Any, NamedTuple
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
 from liveblockd.events import BlockImageCorrupted, Publisher
-from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import Environment
 from tests.support.memory import MemoryDriver
 from tests.support.workers import InlineWorkers
 
@@ -53,8 +53,7 @@ def exercise(content: bytes, *, read_only: bool, seed: int = 0) -> Outcome:
 
 
 async def _exercise(content: bytes, read_only: bool, chance: random.Random) -> Outcome:
-    load_drivers()
-    load_formats()
+    load_all_drivers()
     publisher = Publisher()
     events: list[Any] = []
     publisher.subscribe(events.append)

@@ -11,20 +11,19 @@ import zlib
 
 import pytest
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
-from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import ExtentKind
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import Environment
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import descriptors
 from tests.support.qcow2_images import needs, run
 
-load_drivers()
-load_formats()
+load_all_drivers()
 pytest.importorskip("dissect.hypervisor", reason="the extra 'formats' is not installed")
 pytestmark = needs("qemu-img", "qemu-io")
 MIB = 1 << 20

@@ -9,18 +9,16 @@ import time
 
 import pytest
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
-from liveblockd.formats import load_formats
 from liveblockd.graph import info, snapshot
 from liveblockd.graph.drives import DriveOptions, delete_drive, open_drive
 from liveblockd.graph.opening import MAX_DEPTH
 from liveblockd.qapi import parse
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import load_drivers
 from tests.support.world import graph_in
 
-load_drivers()
-load_formats()
+load_all_drivers()
 needs_qemu = pytest.mark.skipif(
     shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
     reason="qemu-img and qemu-io are not installed",

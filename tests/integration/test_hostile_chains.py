@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
-from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.opening import MAX_DEPTH
 from liveblockd.qapi import parse
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import Environment
 from tests.support.descriptors import descriptors
 from tests.support.memory import MemoryDriver
 from tests.support.qcow2_images import new_qcow2
 
-load_drivers()
-load_formats()
+load_all_drivers()
 
 
 @pytest.fixture(autouse=True)

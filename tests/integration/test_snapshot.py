@@ -10,18 +10,16 @@ from errno import ENOSPC
 
 import pytest
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.errors import BlockError
-from liveblockd.formats import load_formats
 from liveblockd.graph import snapshot
 from liveblockd.graph.snapshot import NewImageMode
 from liveblockd.qapi import parse
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import load_drivers
 from tests.support.world import graph_in
 
-load_drivers()
-load_formats()
+load_all_drivers()
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
     reason="qemu-img and qemu-io are not installed",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from liveblockd.daemon.drivers import load_all_drivers
 from liveblockd.events import Event, Publisher
-from liveblockd.formats import load_formats
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
 from liveblockd.jobs.commit import CommitParameters
@@ -21,10 +21,9 @@ from liveblockd.qapi import parse
 from liveblockd.runtime.clock import Clock
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.options import BlockdevOptions
-from liveblockd.storage.registry import Environment, load_drivers
+from liveblockd.storage.registry import Environment
 
-load_drivers()
-load_formats()
+load_all_drivers()
 
 
 class Bench:
