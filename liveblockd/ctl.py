@@ -428,7 +428,7 @@ async def _run(args: argparse.Namespace) -> int:
         return await handler(client, args)
     except ExecuteError as exc:
         raise ControlError(str(exc)) from exc
-    except (QMPError, OSError) as exc:
+    except (QMPError, ConnectionResetError) as exc:
         raise ControlError(f"the connection broke: {exc}", NO_CONNECTION) from exc
     finally:
         with contextlib.suppress(QMPError, OSError, EOFError):  # after `quit` the daemon has gone
@@ -444,15 +444,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return image(args.words)
     try:
-        return asyncio.run(_run(args))
+        status = asyncio.run(_run(args))
+        sys.stdout.flush()
     except ControlError as exc:
         print(f"liveblockctl: {exc}", file=sys.stderr)
         return exc.status
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as exc:  # of what it prints: nobody reads it, or there is no room for it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(exc, BrokenPipeError):
+            print(f"liveblockctl: cannot print: {exc.strerror or exc}", file=sys.stderr)
         return REFUSED
+    return status
 
 
 if __name__ == "__main__":

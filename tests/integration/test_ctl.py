@@ -184,6 +184,21 @@ def test_exit_statuses(daemon):
     assert daemon.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("shown", "error"),
+    [("| true", ""), ("> /dev/full", "liveblockctl: cannot print: No space left on device\n")],
+)
+@pytest.mark.parametrize("words", ["status", "qmp query-qmp-schema", "--json drives"])
+def test_what_cannot_be_printed(daemon, words, shown, error):
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c",
+         f"'{sys.executable}' -m liveblockd.ctl -s qmp.sock {words} {shown}"],
+        cwd=daemon.directory, timeout=60, check=False, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, error)
+
+
 def test_events(daemon):
     with begin(
         [sys.executable, "-m", "liveblockd.ctl", "-s", "qmp.sock", "events", "BLOCK_JOB_COMPLETED",
