@@ -134,6 +134,12 @@ class Job:
         self.cancelled = False  # ended because of that
         self.started = False
         self.dismissing = False
+        #: set when its end is told although things of it are in flight that hang (``hanging``)
+        self.left = asyncio.Event()
+        #: set when ``run`` has ended
+        self.worked = asyncio.Event()
+        #: set when ``clean`` has ended
+        self.cleaned = asyncio.Event()
         #: set when ``wind_up`` has ended
         self.wound_up = asyncio.Event()
         #: set when it is null
@@ -201,6 +207,9 @@ class Job:
 
     def cut_off(self, silence: float) -> None:
         """It was asked to end: give up what nobody needs then, if it hangs for so many seconds."""
+
+    def stop_mattering(self) -> None:
+        """It is left: no guest's request may wait for what is in flight of it."""
 
     def images(self) -> tuple[list[Node], Node | None]:
         """The layers that it works on, the highest first, and the base below or the target."""

@@ -8,6 +8,8 @@ Invariants:
 * Each step of a life (work, finalization, dismissal) runs in a task of the scheduler: a client
   that goes away, or whose command is cancelled, does not stop it halfway.
 * A job always gets to ``concluded``, whatever its hooks raise.
+* The hooks of a job run in their order, each once, after its work has ended. The events wait for
+  them, but not those of a job that is *left* (``hanging``): its hooks follow when they can.
 * Jobs of one ``Transaction`` succeed together or not at all; most are alone in theirs.
 
 Errors that escape: BlockError, in QEMU's words.
@@ -32,7 +34,7 @@ from liveblockd.events import (
     JobStatusChange,
     Publisher,
 )
-from liveblockd.jobs.hanging import hurry
+from liveblockd.jobs.hanging import hurry, lose_patience
 from liveblockd.jobs.job import BlockDeviceIoStatus, ErrorAction, Job, JobCancelled
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb, may_become
 from liveblockd.jobs.turns import Turns
@@ -41,6 +43,8 @@ from liveblockd.runtime.clock import Clock, SystemClock
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
+_AT_WORK = (JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.READY, JobStatus.STANDBY)
+_GOING = (JobStatus.RUNNING, JobStatus.READY)
 _ENDED = (JobStatus.CONCLUDED, JobStatus.NULL)
 #: seconds for which a command waits for what an ended job makes durable
 LET_GO: Final = 10
@@ -85,6 +89,7 @@ class Scheduler:
         self._working: set[Job] = set()
         self._settled: dict[Job, list[asyncio.Future[None]]] = {}
         self._hurried: dict[Job, asyncio.Task[None]] = {}
+        self._patience: dict[Job, asyncio.Task[None]] = {}
 
     # -- starting
 
@@ -233,8 +238,32 @@ class Scheduler:
             await self._until(job, lambda job=job: job.status in _ENDED)  # type: ignore[misc]
             if job.status is JobStatus.CONCLUDED:
                 await self.dismiss(job)
-        while self._tasks - {asyncio.current_task()}:
+        while self._tasks - {asyncio.current_task()}:  # also what was left
             await asyncio.wait(self._tasks - {asyncio.current_task()})
+
+    def leave(self, job: Job) -> bool:
+        """Tell the end of a job that was cancelled, or failed, though it is held up.
+
+        What is in flight ends when it does, and only then are its nodes given back. Not where it
+        is being finalized: then it succeeds, or is about to. Returns whether it is left.
+        """
+        transaction, at_work = job.transaction, job.status in _AT_WORK
+        if job.left.is_set():
+            return True
+        if transaction.ending is not None and not transaction.aborted:
+            return False
+        if at_work and not (job.cancel_requested and job.status in _GOING):
+            return False
+        if not at_work and job.status not in (JobStatus.ABORTING, JobStatus.CONCLUDED):
+            return False  # it waits for others
+        logger.warning("job %s ends, but requests of it hang: its nodes stay in use", job.id)
+        job.left.set()
+        job.stop_mattering()
+        if at_work:
+            self._rest(job)
+            job.fail_as_cancelled()
+            self._abort_transaction(job)
+        return True
 
     # -- what jobs call
 
@@ -312,14 +341,21 @@ class Scheduler:
             logger.exception("job %s failed by a defect", job.id)
             job.fail(BlockError(f"Internal error: {error!r}"))
         finally:
-            job.busy = False
-            self._working.discard(job)
-            self.turns.leave(job)
+            self._rest(job)
+            job.worked.set()
+        if job.left.is_set():
+            return  # its end has been told
         if job.error is not None or job.transaction.aborted:
             self._abort_transaction(job)
             return
         self._move(job, JobStatus.WAITING)
         self._all_waiting(job.transaction)
+
+    def _rest(self, job: Job) -> None:
+        """It does nothing any more that others have to share with."""
+        job.busy = False
+        self._working.discard(job)
+        self.turns.leave(job)
 
     def _all_waiting(self, transaction: Transaction) -> None:
         if any(job.status is not JobStatus.WAITING for job in transaction.jobs):
@@ -348,6 +384,7 @@ class Scheduler:
                 return
         for job in tuple(transaction.jobs):
             await self._guarded(job, job.commit)
+            await self._clean(job)
             await self._conclude(job)
 
     def _abort_transaction(self, job: Job) -> None:
@@ -363,8 +400,7 @@ class Scheduler:
                 if other.user_paused:
                     self._resume(other)
                 other.wake()
-        at_work = (JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.READY, JobStatus.STANDBY)
-        if any(j is not job and j.status in at_work and j.error is None for j in transaction.jobs):
+        if any(j is not job and j.status in _AT_WORK and j.error is None for j in transaction.jobs):
             return  # the last one to end comes here again
         if transaction.ending is None:
             self._end(transaction, self._abort(transaction))
@@ -375,22 +411,48 @@ class Scheduler:
                 job.cancel_requested = True
                 job.fail_as_cancelled()
             self._move(job, JobStatus.ABORTING)
+            self._lose_patience(job)
         for job in tuple(transaction.jobs):
-            await self._guarded(job, job.abort)
+            await self._unless_left(job, self._undo(job))
             await self._conclude(job)
 
-    async def _conclude(self, job: Job) -> None:
+    async def _undo(self, job: Job) -> None:
+        if job.started:
+            await job.worked.wait()
+        await self._guarded(job, job.abort)
+        await self._clean(job)
+
+    async def _clean(self, job: Job) -> None:
         await self._guarded(job, job.clean)
         if (hurried := self._hurried.pop(job, None)) is not None:
             hurried.cancel()
+        job.cleaned.set()
+
+    async def _conclude(self, job: Job) -> None:
         if job.is_block_job and job.started:
             self._announce_end(job)
         self._move(job, JobStatus.CONCLUDED)
         self._notify(job)
-        await self._guarded(job, job.wind_up)
-        job.wound_up.set()
+        await self._unless_left(job, self._wind_up(job))
         if job.auto_dismiss or not job.started:
             await self._dismiss(job)
+
+    async def _wind_up(self, job: Job) -> None:
+        await job.cleaned.wait()
+        await self._guarded(job, job.wind_up)
+        if (patience := self._patience.pop(job, None)) is not None:
+            patience.cancel()
+        job.wound_up.set()
+
+    async def _unless_left(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        """Do it, and wait for that, unless the job is left."""
+        if not job.started:
+            await work  # in the task of the caller, who may hold the lock of the graph
+            return
+        done = self._spawn(work, f"end of job {job.id}")
+        left = asyncio.ensure_future(job.left.wait())
+        await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
 
     @property
     def letting_go(self) -> list[Job]:
@@ -420,13 +482,18 @@ class Scheduler:
         if job.dismissing:
             return
         job.dismissing = True
-        await job.wound_up.wait()
-        # The nodes are given back first: who hears "null" may use them at once.
-        await self._guarded(job, job.free)
+        await self._unless_left(job, self._free(job))
         self.jobs.pop(job.id, None)
         self._move(job, JobStatus.NULL)
         self._notify(job)
         job.gone.set()
+
+    async def _free(self, job: Job) -> None:
+        await job.wound_up.wait()
+        # The nodes are given back first: who hears "null" may use them at once.
+        await self._guarded(job, job.free)
+        if job.left.is_set():
+            logger.warning("job %s: what it used is given back", job.id)
 
     async def _guarded(self, job: Job, hook: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -444,6 +511,11 @@ class Scheduler:
     def _hurry(self, job: Job) -> None:
         if job.started and job.status not in _ENDED and job not in self._hurried:
             self._hurried[job] = self._spawn(hurry(job), f"hurry {job.id}")
+            self._lose_patience(job)
+
+    def _lose_patience(self, job: Job) -> None:
+        if job.started and job not in self._patience:
+            self._patience[job] = self._spawn(lose_patience(job), f"patience with {job.id}")
 
     def _resume(self, job: Job) -> None:
         job.io_status = BlockDeviceIoStatus.OK
