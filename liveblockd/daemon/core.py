@@ -8,6 +8,7 @@ Runs on the event loop. The end, whatever asked for it:
 4. the monitors' clients are sent what waits for them and are disconnected;
 5. the PID file is removed.
 
+A server that says nothing for ``_SILENCE`` holds none of this up: it is cut off.
 Every step is taken whatever became of the one before; a step that fails makes the exit status 1.
 A second signal changes nothing. Escaping: nothing; errors of the start are printed.
 """
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PATIENCE = 5.0  # seconds a stop waits for the command under way before it says so
+_SILENCE = 10.0  # seconds that servers (NBD) have to answer meanwhile
 
 
 class Daemon:
@@ -59,6 +61,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._reason = "host-signal"
         self._watchdog: asyncio.Task[None] | None = None
+        self._cutting_off: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Start, serve until somebody asks for the end, end; the exit status."""
@@ -148,6 +151,7 @@ class Daemon:
 
     async def _stop_work(self) -> None:
         """Exports first, so that no guest writes while its jobs are undone."""
+        self._begin_cutting_off()
         closed = asyncio.ensure_future(self._exports.close())
         await asyncio.wait((closed,), timeout=_PATIENCE)
         if not closed.done():
@@ -160,6 +164,7 @@ class Daemon:
         self._monitors.stop_listening()
         self._graph.stop_waiting(*self._graph.nodes.values())
         self._graph.hold_up_nothing()
+        self._begin_cutting_off()
         await self._last_command()
         journal = self._context.parts.get("journal")
         if journal is not None:
@@ -175,10 +180,22 @@ class Daemon:
         await self._step("disconnecting the monitors", self._monitors.close())
         await self._step("waiting for the workers", self._workers.idle())
         self._workers.close()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        for task in (self._watchdog, self._cutting_off):
+            if task is not None:
+                task.cancel()
         if self._pidfile is not None:
             self._pidfile.remove()
+
+    def _begin_cutting_off(self) -> None:
+        if self._cutting_off is None:
+            self._cutting_off = asyncio.create_task(self._cut_off_silent())
+
+    async def _cut_off_silent(self) -> None:
+        """Neither a guest's request nor what is left of a job may hang for ever."""
+        while True:
+            for node in tuple(self._graph.nodes.values()):
+                self._graph.cut_off(node, _SILENCE)
+            await asyncio.sleep(1)
 
     async def _last_command(self) -> None:
         """Let the command under way come to its end; those behind it are refused."""

@@ -80,8 +80,9 @@ async def amend_luks(
 ) -> None:
     """Do it to the header at ``base`` of ``length`` bytes; durable on return.
 
-    ``passphrase``: one that opens the image. It runs to its end when the caller is cancelled. One
-    at a time, the caller sees to that. Raises BlockError, OSError: some of it may be done then.
+    ``passphrase``: one that opens the image. It runs to its end when the caller is cancelled, however
+    often. One at a time, the caller sees to that. Raises BlockError, OSError: some of it may be
+    done then.
     """
     _check(amendment)
 
@@ -93,13 +94,18 @@ async def amend_luks(
             await _erase(file, workers, data, base, amendment, force=force)
 
     task = asyncio.get_running_loop().create_task(run())
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            cancelled = True
+    if not cancelled:
+        task.result()
+        return
+    if not task.cancelled():
+        task.exception()
+    raise asyncio.CancelledError
 
 
 def _check(amendment: LuksAmendment) -> None:

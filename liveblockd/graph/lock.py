@@ -54,10 +54,11 @@ class SurgeryLock:
             self._lock.release()
 
 
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+async def to_its_end(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     """Await ``work`` to its end even when cancelled: half of it would be worse than the wait.
 
-    It runs in a task of its own, so it must not take the surgery lock. The cancel is raised after.
+    A coroutine runs in a task of its own, so it must not take the surgery lock. The cancel is
+    raised after.
     """
     task = asyncio.ensure_future(work)
     cancelled = False

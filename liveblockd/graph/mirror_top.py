@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from liveblockd.graph.filter import CopyOnRead
-from liveblockd.graph.lock import to_its_end
 from liveblockd.storage.driver import Buffer, Done, HostFile, Permission
 from liveblockd.storage.options import BlockdevOptions
 
@@ -30,7 +29,10 @@ class WriteMirror(Protocol):
     async def mirror_write(
         self, offset: int, length: int, apply: Apply, data: Buffer | None
     ) -> None:
-        """Do ``apply`` and the same to the target; without ``data`` the source is looked at."""
+        """Do ``apply`` and the same to the target; without ``data`` the source is looked at.
+
+        To its end, also when the caller is cancelled.
+        """
 
 
 class MirrorTop(CopyOnRead):
@@ -86,7 +88,7 @@ class MirrorTop(CopyOnRead):
         if mirror is None or not mirror.mirroring:
             await apply()
         else:
-            await to_its_end(mirror.mirror_write(offset, length, apply, data))
+            await mirror.mirror_write(offset, length, apply, data)
 
 
 class CommitMirrorTop(MirrorTop):

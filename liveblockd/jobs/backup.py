@@ -18,9 +18,11 @@ Errors: those of ``CopyJob``; what broke the snapshot with on-cbw-error=break-sn
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import dataclass
+from errno import ECANCELED
 from typing import ClassVar, Final
 
 from liveblockd.graph import chain, surgery
@@ -159,6 +161,11 @@ class Backup(CopyJob):
         """The target is worth nothing any more, and no guest has to suffer for it."""
         self.core.on_error = OnCbwError.BREAK_SNAPSHOT
         self.graph.cut_off(self.target, silence)
+
+    def stop_mattering(self) -> None:
+        """Guests' writes go on without their old contents being kept."""
+        self.core.on_error = OnCbwError.BREAK_SNAPSHOT
+        self.core.give_up(OSError(ECANCELED, os.strerror(ECANCELED)))
 
     def images(self) -> tuple[list[Node], Node | None]:
         """Source and target."""
@@ -390,7 +397,7 @@ class Backup(CopyJob):
 
     async def clean(self) -> None:
         """Take the filter out and give the bitmap back, whichever way it ended."""
-        async with self.graph.lock:
+        async with self.lock_to_undo(self.graph, self.source, self.target):
             await self.release()
             # Who hears of the end may open the target, or delete the nodes, before `null`.
             await self.held.unblock()

@@ -114,6 +114,12 @@ class Claim:
     end: int
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
+    def let_in(self) -> None:
+        """Let those look again who wait for it."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
 
 class Chunks:
     """The rest of a disk of ``size`` bytes; claims and copies are in multiples of ``unit``."""
@@ -126,6 +132,7 @@ class Chunks:
         self.passes = 0
         self._cursor = 0
         self._claims: list[Claim] = []
+        self._open = False
 
     @property
     def rest(self) -> int:
@@ -181,7 +188,7 @@ class Chunks:
     async def enter(self, start: int, end: int) -> Claim:
         """Claim a range for a write, as soon as nothing else has any of it."""
         start, end = self.widened(start, end)
-        while (blocker := self._first_blocker(start, end)) is not None:
+        while not self._open and (blocker := self._first_blocker(start, end)) is not None:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             blocker.waiters.append(waiter)
             await waiter
@@ -189,12 +196,16 @@ class Chunks:
         self._claims.append(claim)
         return claim
 
+    def let_in(self) -> None:
+        """Nothing more is written to the target: who waits for a claim need not, now or later."""
+        self._open = True
+        for claim in self._claims:
+            claim.let_in()
+
     def leave(self, claim: Claim) -> None:
         """The request has ended, well or not."""
         self._claims.remove(claim)
-        for waiter in claim.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        claim.let_in()
 
     def _blocker(self, start: int, end: int) -> Claim | None:
         """The one that begins first."""

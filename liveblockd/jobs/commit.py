@@ -224,7 +224,7 @@ class Commit(CopyJob):
 
     async def clean(self) -> None:
         """Give back what the work needed, whichever way it ended."""
-        async with self.graph.lock:
+        async with self.lock_to_undo(self.graph, self.base):
             if self.error is not None:  # else the base has nothing to flush
                 self.hold.base_open.leave()
             await self.release()

@@ -111,7 +111,7 @@ class CommitActive(MirrorCore):
 
     async def clean(self) -> None:
         """Take the filter out and leave the nodes, whichever way it ended."""
-        async with self.graph.lock:
+        async with self.lock_to_undo(self.graph, self.source, self.target):
             self.hold.base_open.leave()
             await self.release()
             await self.hold.unblock()

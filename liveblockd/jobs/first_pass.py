@@ -7,14 +7,17 @@ write to the target is under way. Errors: PieceFailedError, and then the range i
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from liveblockd.graph import chain
 from liveblockd.graph.node import Node
-from liveblockd.jobs.copying import ZERO_CHUNK, PieceFailedError
+from liveblockd.jobs.copying import KIB, ZERO_CHUNK, PieceFailedError
 
 if TYPE_CHECKING:
     from liveblockd.jobs.mirror import MirrorCore
+
+#: zeros between data are written with it when they are fewer
+LEAST_ZEROES: Final = 64 * KIB
 
 
 async def look_at(job: MirrorCore, offset: int, length: int, base: Node | None) -> None:
@@ -59,3 +62,19 @@ async def _clear(job: MirrorCore, offset: int, length: int) -> None:
             position += run.length
     for start, count in todo:
         await job.target_user.store_zeroes(start, count, may_unmap=job.options.unmap)
+
+
+async def parts_of(source: Node, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    """(offset, length, zero) of the range; a little zeros between data is called data."""
+    parts: list[tuple[int, int, bool]] = []
+    position = offset
+    async with aclosing(chain.resolve(source, None, offset, length)) as found:
+        async for run in found:
+            zero = run.zero and (run.length >= LEAST_ZEROES or run.length == length)
+            if parts and parts[-1][2] is zero:
+                start, count, _ = parts.pop()
+                parts.append((start, count + run.length, zero))
+            else:
+                parts.append((position, run.length, zero))
+            position += run.length
+    return parts

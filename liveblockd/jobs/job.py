@@ -21,16 +21,23 @@ import asyncio
 import enum
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+)
 from errno import ECANCELED, EIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from liveblockd.errors import NO_SPACE, BlockError
+from liveblockd.graph.rest import lock_at_rest
 from liveblockd.jobs.ratelimit import RateLimit
 from liveblockd.jobs.transitions import JobStatus
 from liveblockd.runtime.halting import Halt
 
 if TYPE_CHECKING:
+    from liveblockd.graph.graph import Graph
     from liveblockd.graph.node import Node
     from liveblockd.jobs.scheduler import Scheduler, Transaction
 
@@ -214,6 +221,13 @@ class Job:
     def images(self) -> tuple[list[Node], Node | None]:
         """The layers that it works on, the highest first, and the base below or the target."""
         return [], None
+
+    def lock_to_undo(self, graph: Graph, *nodes: Node) -> AbstractAsyncContextManager[None]:
+        """The lock of the graph for ``clean``, which lets the users above ``nodes`` stand still.
+
+        Of a job that ended badly: when nothing hangs there.
+        """
+        return lock_at_rest(graph, *nodes) if self.error and self.started else graph.lock
 
     # -- where it stands
 

@@ -18,6 +18,7 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import permissions, surgery
 from liveblockd.graph.graph import Graph
 from liveblockd.graph.node import Node
+from liveblockd.graph.rest import lock_at_rest
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class MadeWritable:
             return
         before = self._unused()
         flushed = await surgery.flush_ahead([self.node], for_good=True)
-        async with self.graph.lock:
+        async with lock_at_rest(self.graph, self.node):
             if self._left:
                 del self.graph.going_read_only[self.node]
                 self._left = False

@@ -20,7 +20,7 @@ Errors: OSError of the source or target under the policy ``report``; BlockError 
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager, aclosing, suppress
+from contextlib import AbstractContextManager, suppress
 from errno import EIO
 from typing import ClassVar, Final
 
@@ -38,18 +38,17 @@ from liveblockd.jobs.copying import (
     PieceFailedError,
     limited_chunk,
 )
-from liveblockd.jobs.first_pass import look_at
+from liveblockd.jobs.first_pass import look_at, parts_of
 from liveblockd.jobs.host_copy import copy_runs, guest_is_served
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.mirror_options import DEFAULT_BUFFER, MirrorCopyMode, MirrorOptions
+from liveblockd.jobs.mirrored import MirroredWrites
 from liveblockd.jobs.planning import LEAST_COPY
 from liveblockd.jobs.user import JobUser
 from liveblockd.runtime.halting import Halt, HaltedError
 from liveblockd.storage.driver import Buffer
 
 MOST_CHUNK: Final = 2 * MIB
-#: zeros between data are written with it when they are fewer
-LEAST_ZEROES: Final = 64 * KIB
 #: what is asked of the layers in one step of the first pass
 STRETCH: Final = 1024 * MIB
 #: seconds after which a job in step looks for new writes, or tries again what failed
@@ -127,6 +126,7 @@ class MirrorCore(Job):
         self.switching = False
         self._looked_through = False  # the first pass is over
         self._over = False
+        self._guests = MirroredWrites()
         self._done = 0  # bytes
         self._under_way = 0  # bytes
         self._copies: set[asyncio.Task[None]] = set()
@@ -191,6 +191,12 @@ class MirrorCore(Job):
             raise BlockError(f"The active block job '{self.id}' cannot be completed")
         self.check_completion()
         self._end(switching=True)
+
+    def let_go(self) -> None:
+        """It was cancelled: guests do not wait for the target any more."""
+        self._over = True
+        self.chunks.let_in()
+        self._guests.release()
 
     def cancel_is_forced(self, force: bool) -> bool:
         """A mirror in step ends as completed, without a switch."""
@@ -407,7 +413,7 @@ class MirrorCore(Job):
         """Let the target have what the source has now; raises PieceFailedError."""
         try:
             with self.reading():
-                parts = await self._parts(offset, length)
+                parts = await parts_of(self.source, offset, length)
         except OSError as error:
             raise PieceFailedError("read", error) from error
         for first, size, zero in parts:
@@ -427,21 +433,6 @@ class MirrorCore(Job):
         except OSError as error:
             raise PieceFailedError("read", error) from error
         await self._store(offset, data)
-
-    async def _parts(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """(offset, length, zero) of the range; a little zeros between data is called data."""
-        parts: list[tuple[int, int, bool]] = []
-        position = offset
-        async with aclosing(chain.resolve(self.source, None, offset, length)) as found:
-            async for run in found:
-                zero = run.zero and (run.length >= LEAST_ZEROES or run.length == length)
-                if parts and parts[-1][2] is zero:
-                    start, count, _ = parts.pop()
-                    parts.append((start, count + run.length, zero))
-                else:
-                    parts.append((position, run.length, zero))
-                position += run.length
-        return parts
 
     async def _judge(self) -> None:
         """Ask the policies about what failed, once everything else in flight has ended."""
@@ -480,6 +471,11 @@ class MirrorCore(Job):
 
         While the job is paused or its target quiesced the write is recorded instead.
         """
+        await self._guests.do(apply, lambda noted: self._mirror_write(offset, length, noted, data))
+
+    async def _mirror_write(
+        self, offset: int, length: int, apply: Apply, data: Buffer | None
+    ) -> None:
         claim = await self.chunks.enter(offset, offset + length)
         self._under_way += length
         try:
@@ -501,6 +497,9 @@ class MirrorCore(Job):
         self.bitmap.reset(offset, length)
         try:
             await apply()
+            if self._over:  # a cancel: nobody wants the target
+                self.bitmap.set(offset, length)
+                return
             if data is not None and (start, end) == (offset, offset + length):
                 write = self._store(offset, data)
             else:

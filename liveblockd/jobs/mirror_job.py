@@ -88,7 +88,8 @@ class Mirror(MirrorCore):
         self.held = HeldNodes(graph, BLOCKER)
 
     def let_go(self) -> None:
-        """Copies do not wait for a target whose server is gone."""
+        """Nor do copies wait for a target whose server is gone."""
+        super().let_go()
         self.graph.stop_waiting(self.target)
 
     def cut_off(self, silence: float) -> None:
@@ -143,7 +144,7 @@ class Mirror(MirrorCore):
 
     async def clean(self) -> None:
         """Take the filter out and leave the nodes, whichever way it ended."""
-        async with self.graph.lock:
+        async with self.lock_to_undo(self.graph, self.source, self.target):
             await self.release()
             # Who hears of the end may open the target, or delete the nodes, before `null`.
             await self.held.unblock()

@@ -33,10 +33,11 @@ class OneStep(Job):
         """All of it."""
         task = asyncio.create_task(self._work(self))
         task.add_done_callback(lambda _: self.wake())
+        asked = False
         try:
             while not task.done():
-                if self.cancel_requested:
-                    task.cancel()
+                if self.cancel_requested and not asked:
+                    asked = task.cancel()  # once: what tidies up is not to be cancelled as well
                 await self.wait()
         finally:
             task.cancel()

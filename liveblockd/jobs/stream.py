@@ -265,7 +265,7 @@ class Stream(CopyJob):
 
     async def clean(self) -> None:
         """Take the filter out and let go of the links, whichever way it ended."""
-        async with self.graph.lock:
+        async with self.lock_to_undo(self.graph, self.top):
             if self.error is not None:  # else there is nothing to flush
                 self.top_open.leave()
             await self.release()

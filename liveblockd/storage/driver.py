@@ -415,6 +415,10 @@ class BlockDriver(abc.ABC):
     def stop_waiting(self, silence: float | None = None) -> None:
         """Fail requests that wait for a lost server, or are unanswered so many seconds."""
 
+    def silence(self) -> float:
+        """Seconds for which a server has not answered what it was asked; to be asked often."""
+        return 0.0
+
     def host_file(self) -> HostFile | None:
         """The host file whose offsets equal this driver's offsets, if there is one."""
         return None

@@ -289,6 +289,10 @@ class NbdDriver(BlockDriver):
         finally:
             await self._link.close()
 
+    def silence(self) -> float:
+        """Also of a server that is lost, while requests wait for it."""
+        return self._link.silence()
+
     def stop_waiting(self, silence: float | None = None) -> None:
         """For a server that is gone, or does not answer."""
         self._link.stop_waiting()

@@ -124,6 +124,8 @@ class NbdLink:
         #: requests wait for it while the server is away
         self._back: asyncio.Future[None] | None = None
         self._patient = False
+        self._lost_at = 0.0  # by the loop's clock
+        self._waiting = 0  # requests that wait for it
         self._timer: asyncio.TimerHandle | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._own_flush: asyncio.Task[None] | None = None
@@ -167,10 +169,14 @@ class NbdLink:
 
     async def _wait(self) -> None:
         """Until there is a connection; raises OSError when there is none for too long."""
-        while self._back is not None:
-            if not self._patient:
-                raise _gone()
-            await asyncio.shield(self._back)
+        self._waiting += 1
+        try:
+            while self._back is not None:
+                if not self._patient:
+                    raise _gone()
+                await asyncio.shield(self._back)
+        finally:
+            self._waiting -= 1
 
     def _report_flush(self) -> None:
         """Raise the error of a flush that nobody but this module had asked for."""
@@ -208,6 +214,12 @@ class NbdLink:
         """Whether something was answered that no flush has followed."""
         return self._unflushed.answered > self._unflushed.durable
 
+    def silence(self) -> float:
+        """Seconds for which requests have waited for the server, which is silent or away."""
+        if self._back is None:
+            return self._connection.silence()
+        return asyncio.get_running_loop().time() - self._lost_at if self._waiting else 0.0
+
     def end_patience(self) -> None:
         """From now on no request waits for a server."""
         self._delay = 0
@@ -242,6 +254,7 @@ class NbdLink:
         if self._back is not None:
             return
         self._back = loop.create_future()
+        self._lost_at = loop.time()
         reason = reason or self._connection.why_lost
         if self._connection.broke_protocol:
             self._break(f"the server broke the protocol: {reason}")
