@@ -19,11 +19,12 @@ from liveblockd.graph.node import Node
 
 #: seconds without an answer after which a server is said to hang
 HANGS: Final = 1.0
-#: seconds for which guests may have to wait for a drain that is tried
-TRY: Final = 2.0
-#: seconds between two looks, which cost nothing, and between two tries
+#: seconds for which guests may have to wait for a drain that is tried: the first, and the longest
+TRY: Final = (1.0, 30.0)
+#: how many times longer is waited until the next one
+PAUSE: Final = 3
+#: seconds between two looks, which cost nothing
 AGAIN: Final = 0.1
-PAUSE: Final = 10.0
 
 
 def hangs(graph: Graph, *nodes: Node) -> bool:
@@ -35,16 +36,19 @@ def hangs(graph: Graph, *nodes: Node) -> bool:
 @asynccontextmanager
 async def lock_at_rest(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     """``graph.lock``, when the requests of all users above ``nodes`` have just come to an end."""
+    patience, longest = TRY
     while True:
         while hangs(graph, *nodes):  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(AGAIN)
         async with graph.lock:
             try:
-                async with asyncio.timeout(TRY), graph.drained(*nodes):
+                async with asyncio.timeout(patience), graph.drained(*nodes):
                     pass
             except TimeoutError:
                 pass
             else:
                 yield
                 return
-        await asyncio.sleep(AGAIN if hangs(graph, *nodes) else PAUSE)
+        if not hangs(graph, *nodes):  # a disk of this machine, which says no more than that
+            await asyncio.sleep(PAUSE * patience)
+            patience = min(2 * patience, longest)

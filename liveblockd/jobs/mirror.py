@@ -243,9 +243,11 @@ class MirrorCore(Job):
             await self.settle()
 
     async def settle(self) -> None:
-        """Wait for the copies in flight."""
+        """Wait for the copies in flight, and guests' when no more of theirs follow."""
         while self._copies:
             await asyncio.wait(self._copies)
+        if self._over:
+            await self._guests.idle()
 
     def in_flight(self) -> bool:
         """Whether it copies; what guests write to both sides is theirs."""

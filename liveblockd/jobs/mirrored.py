@@ -54,6 +54,11 @@ class MirroredWrites:
             if write.applied:
                 write.settle()
 
+    async def idle(self) -> None:
+        """Return when none is under way."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
     async def do(self, apply: Apply, work: Callable[[Apply], Coroutine[Any, Any, None]]) -> None:
         """Return when ``work`` has ended, which does ``apply`` and more, or ``apply`` suffices."""
         write = _Write()
