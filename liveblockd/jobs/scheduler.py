@@ -254,7 +254,7 @@ class Scheduler:
             return False
         if at_work and not (job.cancel_requested and job.status in _GOING):
             return False
-        if not at_work and job.status not in (JobStatus.ABORTING, JobStatus.CONCLUDED):
+        if job.worked.is_set() and job.status not in (JobStatus.ABORTING, JobStatus.CONCLUDED):
             return False  # it waits for others
         logger.warning("job %s ends, but requests of it hang: its nodes stay in use", job.id)
         job.left.set()

@@ -22,8 +22,7 @@ Rules that all drivers keep:
 Which errors escape: ``OSError`` (I/O), ``BlockError`` from ``open`` and from the management calls.
 """
 
-# The signatures are what this module is for: arguments that the defaults here do not use, and
-# defaults that do nothing.
+# Signatures are what this module is for: the defaults use few of their arguments, or do nothing.
 # ruff: noqa: ARG002, ARG003, B027, D102
 
 from __future__ import annotations
@@ -394,10 +393,7 @@ class BlockDriver(abc.ABC):
         await self.set_read_only(True)
 
     async def activate(self) -> None:
-        """Another process may have changed what this reads: keep nothing of it that may be old.
-
-        Formats are opened again instead.
-        """
+        """Keep nothing that another process may have changed; formats are opened again instead."""
 
     async def set_permissions(self, used: Permission, shared: Permission) -> None:
         """All that the users above need together, and what each of them lets others do.

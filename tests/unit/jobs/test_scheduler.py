@@ -7,6 +7,7 @@ import pytest
 
 from liveblockd.errors import NO_SPACE, BlockError
 from liveblockd.events import Publisher
+from liveblockd.jobs import hanging
 from liveblockd.jobs.job import BlockDeviceIoStatus, BlockdevOnError, ErrorAction, Job, JobType
 from liveblockd.jobs.scheduler import Scheduler, Transaction
 from liveblockd.jobs.transitions import OBEYED, JobStatus, JobVerb
@@ -32,6 +33,7 @@ class Copy(Job):
         self.hooks: list[str] = []
         self.prepare_error: Exception | None = None
         self.prepare_gate: asyncio.Event | None = None
+        self.clean_gate: asyncio.Event | None = None
         self.completed = False
         self.in_chunk = False
 
@@ -91,7 +93,12 @@ class Copy(Job):
         self.hooks.append("abort")
 
     async def clean(self):
+        if self.clean_gate:
+            await self.clean_gate.wait()
         self.hooks.append("clean")
+
+    def stop_mattering(self):
+        self.hooks.append("stop mattering")
 
     async def free(self):
         self.hooks.append("free")
@@ -124,6 +131,11 @@ class Bench:
     async def turn(self, n=20):
         for _ in range(n):
             await asyncio.sleep(0)
+
+    async def advance(self, seconds):
+        """Of all that begins to wait now."""
+        await self.turn()
+        await self.clock.advance(seconds)
 
     async def until(self, job, status):
         async with asyncio.timeout(30):
@@ -650,3 +662,167 @@ async def test_jobs_share_what_they_may_have_in_flight():
     bench.scheduler.pause(jobs[2])
     assert bench.scheduler.share(jobs[0]) == 3
     await bench.scheduler.cancel_all()
+
+
+LEFT = ["aborting", "CANCELLED", "concluded", "null"]
+
+
+class TestLeft:
+    """Jobs that were cancelled and whose requests hang: their end is told, the hooks follow."""
+
+    async def hung(self, bench, job):
+        job.gate.clear()
+        await bench.start(job)
+        await bench.turn()
+        assert job.in_chunk
+        return job
+
+    async def test_the_end_is_told_after_a_while_and_the_hooks_follow(self):
+        bench = Bench()
+        job = await self.hung(bench, Copy())
+        bench.scheduler.cancel(job)
+        await bench.advance(hanging.LEFT - 0.01)
+        assert job.status == "running"
+        await bench.advance(0.02)
+        await bench.turn()
+        assert bench.events[2:] == LEFT
+        assert job.error.message == "Operation canceled"
+        assert job.hooks == ["stop mattering"]
+        assert not bench.scheduler.jobs
+        await bench.advance(1000)
+        assert job.hooks == ["stop mattering"]
+        job.gate.set()
+        await bench.turn()
+        assert job.hooks == ["stop mattering", "abort", "clean", "free"]
+        assert bench.events[2:] == LEFT, "said once"
+        await bench.scheduler.cancel_all()
+
+    @pytest.mark.parametrize("ready", [False, True])
+    async def test_one_that_was_paused_or_ready(self, ready):
+        bench = Bench()
+        job = await bench.start(Copy(ready=ready, speed=0 if ready else 1))
+        if ready:
+            await bench.until(job, "ready")
+        bench.scheduler.pause(job)
+        await bench.until(job, "standby" if ready else "paused")
+        job.clean_gate = asyncio.Event()
+        bench.scheduler.cancel(job, force=True)
+        await bench.turn()
+        assert job.status == "aborting"
+        await bench.advance(hanging.LEFT)
+        await bench.turn()
+        assert bench.events[-4:] == LEFT
+        assert job.hooks == ["abort", "stop mattering"]
+        job.clean_gate.set()
+        await bench.turn()
+        assert job.hooks == ["abort", "stop mattering", "clean", "free"]
+
+    async def test_one_that_failed_and_cannot_give_back_its_nodes(self):
+        bench = Bench()
+        job = Copy()
+        job.errors[1] = OSError(EIO, "Input/output error")
+        job.clean_gate = asyncio.Event()
+        await bench.start(job)
+        await bench.until(job, "aborting")
+        await bench.advance(hanging.LEFT)
+        await bench.turn()
+        assert bench.events[-3:] == ["COMPLETED", "concluded", "null"]
+        assert bench.raw[-3].data()["error"] == "Input/output error"
+        job.clean_gate.set()
+        await bench.turn()
+        assert job.hooks[-2:] == ["clean", "free"]
+
+    async def test_what_is_being_finalized_is_not_left(self):
+        bench = Bench()
+        job = Copy()
+        job.prepare_gate = asyncio.Event()
+        await bench.start(job)
+        await bench.until(job, "pending")
+        bench.scheduler.cancel(job, force=True)
+        await bench.advance(100 * hanging.LEFT)
+        assert job.status == "pending"
+        job.prepare_gate.set()
+        await bench.turn()
+        assert bench.events[-3:] == ["COMPLETED", "concluded", "null"]
+        assert job.error is None
+        assert job.hooks == ["prepare", "commit", "clean", "free"]
+
+    async def test_it_waits_for_its_client_and_its_hooks_for_nobody(self):
+        bench = Bench()
+        job = await self.hung(bench, Copy(auto_dismiss=False))
+        bench.scheduler.cancel(job)
+        bench.scheduler.cancel(job)
+        await bench.advance(hanging.LEFT)
+        await bench.turn()
+        assert bench.events[-1] == "concluded"
+        async with asyncio.timeout(10):
+            await bench.scheduler.dismiss(job)
+        assert bench.events[2:] == LEFT
+        job.gate.set()
+        await bench.turn()
+        assert job.hooks == ["stop mattering", "abort", "clean", "free"]
+
+    async def test_its_nodes_are_there_until_it_is_dismissed(self):
+        bench = Bench()
+        job = await self.hung(bench, Copy(auto_dismiss=False))
+        bench.scheduler.cancel(job)
+        await bench.advance(hanging.LEFT)
+        job.gate.set()
+        await bench.turn()
+        assert job.hooks == ["stop mattering", "abort", "clean"]
+        await bench.scheduler.dismiss(job)
+        assert job.hooks[-1] == "free"
+
+    async def test_its_id_and_its_turn_are_free(self):
+        bench = Bench(max_concurrent=1)
+        job = await self.hung(bench, Copy())
+        bench.scheduler.cancel(job)
+        await bench.advance(hanging.LEFT)
+        await bench.turn()
+        other = await bench.start(Copy())
+        assert bench.scheduler.share(other) == other.parallel
+        await bench.until(other, "null")
+        assert other.error is None
+        again = await bench.start(Copy(speed=1))
+        job.gate.set()
+        await bench.turn()
+        assert bench.scheduler.jobs == {"s": again}, "its end is not that of another job"
+        await bench.scheduler.cancel_all()
+
+    @pytest.mark.parametrize("first", [0, 1])
+    async def test_the_others_of_its_transaction_end(self, first):
+        bench = Bench()
+        transaction = Transaction()
+        hung, other = Copy("a"), Copy("b", speed=1)
+        hung.gate.clear()
+        jobs = [hung, other] if first == 0 else [other, hung]
+        for job in jobs:
+            bench.scheduler.create(job, transaction)
+        for job in jobs:
+            await bench.scheduler.start(job)
+        await bench.turn()
+        bench.scheduler.cancel(other)
+        await bench.turn()
+        assert hung.status == "running"
+        await bench.advance(hanging.LEFT)
+        await bench.turn()
+        assert hung.status == other.status == "null"
+        assert hung.cancelled and other.cancelled
+        assert other.hooks == ["abort", "clean", "free"]
+        assert hung.hooks == ["stop mattering"]
+        hung.gate.set()
+        await bench.turn()
+        assert hung.hooks == ["stop mattering", "abort", "clean", "free"]
+
+    async def test_all_of_it_has_ended_when_the_daemon_ends(self):
+        bench = Bench()
+        job = await self.hung(bench, Copy())
+        bench.scheduler.cancel(job)
+        await bench.advance(hanging.LEFT)
+        end = asyncio.create_task(bench.scheduler.cancel_all())
+        await bench.turn()
+        assert not end.done()
+        job.gate.set()
+        async with asyncio.timeout(10):
+            await end
+        assert job.hooks[-1] == "free"
