@@ -80,8 +80,8 @@ async def amend_luks(
 ) -> None:
     """Do it to the header at ``base`` of ``length`` bytes; durable on return.
 
-    ``passphrase``: one that opens the image. It runs to its end when the caller is cancelled, however
-    often. One at a time, the caller sees to that. Raises BlockError, OSError: some of it may be
+    ``passphrase``: one that opens the image. It runs to its end however often the caller is
+    cancelled. One at a time, the caller sees to that. Raises BlockError, OSError: some of it may be
     done then.
     """
     _check(amendment)
