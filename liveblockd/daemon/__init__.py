@@ -7,12 +7,13 @@ import logging
 import os
 
 from liveblockd.cli import CommandLine
-from liveblockd.daemon.process import Background, go_to_background
+from liveblockd.daemon.process import Background, go_to_background, raise_open_files_limit
 
 
 def run_daemon(prog: str, line: CommandLine) -> int:
     """Run until somebody asks for the end; the exit status."""
     background = go_to_background() if line.daemonize else Background()
+    raise_open_files_limit()
     # numpy would start a thread a core for linear algebra, of which there is none here
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # pydantic would look through everything that is installed, for plugins of its own

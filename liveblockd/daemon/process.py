@@ -1,6 +1,6 @@
-"""The daemon as a process: going to the background, PID file, systemd's notifications and sockets.
+"""The daemon as a process: background, limit of files, PID file, systemd's messages and sockets.
 
-Specifications: daemon(7), sd_notify(3), sd_listen_fds(3).
+Specifications: daemon(7), getrlimit(2), sd_notify(3), sd_listen_fds(3).
 
 Runs on the main thread; ``go_to_background`` before there is a loop or a thread. Errors:
 ``ConfigError`` where the start fails.
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -73,6 +74,17 @@ def _exit_with_the_daemon(pid: int, reading: int) -> NoReturn:
     with contextlib.suppress(OSError):
         status = 0 if os.read(reading, 1) == b"\0" else 1
     os._exit(status)
+
+
+def raise_open_files_limit() -> None:
+    """Let the process open as many files as its hard limit allows.
+
+    Long chains of many drives need more than the usual 1024, which is for select(2) alone.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # a filter of system calls: then it stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class PidFile:

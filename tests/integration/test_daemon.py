@@ -229,6 +229,26 @@ def test_a_lock_that_others_hold_is_told_with_the_image(chain):
         assert daemon.stop() == 0
 
 
+def test_it_opens_as_many_files_as_it_may_at_most(tmp_path):
+    nodes = [f"null-co,node-name=n{number}" for number in range(40)]
+    files = [f"file,node-name=f{number},filename=image" for number in range(40)]
+    (tmp_path / "image").write_bytes(bytes(512))
+    options = [
+        word for value in (*nodes, *files) for word in ("--blockdev", f"{value},read-only=on")
+    ]
+    command = [sys.executable, "-m", "liveblockd", *options, "--qmp", "q.sock"]
+    with subprocess.Popen(
+        ["bash", "-c", 'ulimit -S -n 32 && exec "$@"', "bash", *command],
+        cwd=tmp_path, env=ENVIRONMENT,
+    ) as daemon:  # fmt: skip
+        try:
+            assert len(monitor_of(daemon, tmp_path / "q.sock")("query-named-block-nodes")) == 80
+            daemon.terminate()
+            assert daemon.wait(PATIENCE) == 0
+        finally:
+            daemon.kill()
+
+
 @needs_images
 def test_it_starts_and_ends_with_its_standard_streams_closed(chain):
     """An image that got the number of stderr would hold what a library says in its last moment."""
