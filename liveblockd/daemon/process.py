@@ -23,6 +23,8 @@ from liveblockd.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _LISTEN_FDS_START = 3
+#: bytes that a PID file has at most (zeros after a power cut)
+_PID_FILE = 32
 
 
 class Background:
@@ -95,6 +97,12 @@ class PidFile:
         self._fd: int | None = None
         try:
             self._fd = self._locked(path)
+            # it is about to be emptied: somebody may have given the name of a disk image
+            found = os.pread(self._fd, _PID_FILE + 1, 0)
+            if len(found) > _PID_FILE or found.strip(b"0123456789 \r\n\0"):
+                os.close(self._fd)
+                self._fd = None
+                raise ConfigError(f"cannot create PID file: '{path}' is a file of something else")
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         except OSError as exc:

@@ -45,6 +45,8 @@ from liveblockd.runtime.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
+#: how every journal begins
+_START: Final = b'{"journal"'
 #: bytes after which the file is written anew
 MOST: Final = 1 << 20
 #: seconds until a journal that could not be written is tried again
@@ -106,7 +108,10 @@ class Journal:
                 f"that its guest wrote last, then remove '{self._outdated}'"
             )
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            if bad := self.history.load(file.read()):
+            # it is about to be replaced: somebody may have given the name of a disk image
+            if (start := file.read(len(_START))) not in (b"", _START):
+                raise ValueError("something else than a journal of jobs is there")
+            if bad := self.history.load(start + file.read()):
                 log.warning("%s: %d lines make no sense and are left out", self.path, bad)
         self._replace(_encode(self.history.lines()))
 

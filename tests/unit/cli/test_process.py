@@ -22,9 +22,20 @@ def test_pidfile_is_written_and_removed(tmp_path):
 
 def test_a_stale_pidfile_is_taken_over(tmp_path):
     path = tmp_path / "p"
-    path.write_text("123456789 and more\n")
-    PidFile(str(path)).remove()
+    path.write_text("1234567890123456789\n")
+    pidfile = PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    pidfile.remove()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("data", [b"QFI\xfb" + bytes(4096), bytes(512), b"pid = 3\n"])
+def test_a_disk_image_is_not_taken_for_a_pidfile(tmp_path, data):
+    path = tmp_path / "disk"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="disk' is a file of something else"):
+        PidFile(str(path))
+    assert path.read_bytes() == data
 
 
 def test_the_pidfile_of_a_living_process_is_left_alone(tmp_path):

@@ -205,6 +205,20 @@ class TestFile:
             Journal.open(str(path), InlineWorkers())
         assert path.read_bytes() == b'{"journal": "of somebody else"}\n'
 
+    @pytest.mark.parametrize("data", [b"QFI\xfb" + bytes(4096), bytes(65536), b"\n", b"[jobs]\n"])
+    async def test_a_disk_image_is_not_replaced(self, tmp_path, data):
+        path = tmp_path / "journal"
+        path.write_bytes(data)
+        with pytest.raises(BlockError, match="something else than a journal of jobs is there"):
+            Journal.open(str(path), InlineWorkers())
+        assert path.read_bytes() == data
+
+    async def test_an_empty_file_is_taken(self, tmp_path):
+        path = tmp_path / "journal"
+        path.touch()
+        await Journal.open(str(path), InlineWorkers()).close()
+        assert path.read_bytes().startswith(b'{"journal"')
+
 
 def test_the_last_speed_counts():
     history = History()
