@@ -217,26 +217,15 @@ class BlockdevChild(QapiModel):
     node_name: str
 
 
-class BlockDeviceInfo(Underscored):
-    """A node."""
+class IOLimits(Underscored):
+    """Bytes and requests a second, those of bursts, and how many seconds such last."""
 
-    file: str
-    node_name: str = Field(alias="node-name")
-    ro: bool
-    drv: str
-    backing_file: str | None = None
-    backing_file_depth: int
-    children: list[BlockdevChild]
-    active: bool
-    encrypted: bool
-    detect_zeroes: BlockdevDetectZeroesOptions
     bps: int
     bps_rd: int
     bps_wr: int
     iops: int
     iops_rd: int
     iops_wr: int
-    image: ImageInfo
     bps_max: int | None = None
     bps_rd_max: int | None = None
     bps_wr_max: int | None = None
@@ -251,6 +240,27 @@ class BlockDeviceInfo(Underscored):
     iops_wr_max_length: int | None = None
     iops_size: int | None = None
     group: str | None = None
+
+
+class _BeforeLimits(Underscored):
+    """Members of the last base of a class come first."""
+
+    file: str
+    node_name: str = Field(alias="node-name")
+    ro: bool
+    drv: str
+    backing_file: str | None = None
+    backing_file_depth: int
+    children: list[BlockdevChild]
+    active: bool
+    encrypted: bool
+    detect_zeroes: BlockdevDetectZeroesOptions
+
+
+class BlockDeviceInfo(IOLimits, _BeforeLimits):
+    """A node."""
+
+    image: ImageInfo
     cache: BlockdevCacheInfo
     write_threshold: int
     dirty_bitmaps: list[BlockDirtyInfo] | None = Field(default=None, alias="dirty-bitmaps")

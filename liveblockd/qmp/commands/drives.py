@@ -14,37 +14,21 @@ from liveblockd.errors import BlockError, ErrorClass
 from liveblockd.graph.drive_limits import limit, old_name
 from liveblockd.graph.drives import DriveOptions, delete_drive, open_drive
 from liveblockd.qapi import QapiModel
-from liveblockd.qmp.block_info import Underscored
+from liveblockd.qmp.block_info import IOLimits, Underscored
 from liveblockd.qmp.context import Context
 from liveblockd.qmp.registry import command
 from liveblockd.storage.filters.buckets import KINDS, Limits, Rate, check
 
 
-class BlockIOThrottle(Underscored):
-    """Arguments of block_set_io_throttle: bytes and requests a second, bursts, their seconds."""
+class _Limited(Underscored):
+    """What comes before the limits."""
 
     device: str | None = None
     id: str | None = None
-    bps: int
-    bps_rd: int
-    bps_wr: int
-    iops: int
-    iops_rd: int
-    iops_wr: int
-    bps_max: int | None = None
-    bps_rd_max: int | None = None
-    bps_wr_max: int | None = None
-    iops_max: int | None = None
-    iops_rd_max: int | None = None
-    iops_wr_max: int | None = None
-    bps_max_length: int | None = None
-    bps_rd_max_length: int | None = None
-    bps_wr_max_length: int | None = None
-    iops_max_length: int | None = None
-    iops_rd_max_length: int | None = None
-    iops_wr_max_length: int | None = None
-    iops_size: int | None = None
-    group: str | None = None
+
+
+class BlockIOThrottle(IOLimits, _Limited):
+    """Arguments of block_set_io_throttle."""
 
 
 @command("block_set_io_throttle", args=BlockIOThrottle)
