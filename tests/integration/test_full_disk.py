@@ -276,7 +276,10 @@ def test_an_image_that_cannot_be_made_takes_no_room(driver, mode, room):
             return job.get("error")
 
         free = room.free()
-        assert room.message in create(64 * MIB, preallocation=mode)
+        said = create(64 * MIB, preallocation=mode)
+        assert said.endswith(room.message)
+        if driver == "qcow2":  # as it begins with qemu-storage-daemon
+            assert said.startswith("Could not resize image: ")
         if driver == "file" or mode == "falloc" or room.shrinks:
             assert free - room.free() < MIB
         else:

@@ -2,12 +2,16 @@
 
 Specification: docs/interop/qcow2. Runs on: the event loop.
 Invariants: the image is durable, whole, when ``create_qcow2`` returns; before that it is no qcow2
-image, for the header is written last. Errors: ``BlockError`` (options), OSError (I/O).
+image, for the header is written last. Errors: ``BlockError`` (options; what cannot be written, in
+QEMU's words), OSError (a file that cannot be made durable or longer).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import ENOTSUP
+from typing import Final
 
 from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.commit import Committer
@@ -19,6 +23,13 @@ from liveblockd.formats.qcow2.options import Qcow2Options
 from liveblockd.formats.qcow2.preallocate import Preallocation, preallocate
 from liveblockd.qapi import parse as parse_options
 from liveblockd.storage.driver import BlockIO
+
+#: what is said where one of the tables of a ``Layout`` cannot be written
+_FAILING: Final = (
+    *("Could not write refcount table",) * 2,
+    "Could not resize image: Failed to grow the L1 table",
+    "Could not write encryption header",
+)
 
 
 async def create_qcow2(
@@ -79,13 +90,24 @@ async def create_qcow2(
         await data_file.truncate(size)
     needed = max(write.offset + len(write.data) for write in layout.tables)
     await _empty(file, needed, zeros=mode is not Preallocation.OFF)
-    for write in layout.tables:
-        await file.write(write.offset, write.data)
+    for write, failing in zip(layout.tables, _FAILING, strict=False):
+        with _failing_as(failing):
+            await file.write(write.offset, write.data)
     await file.flush()
-    await file.write(0, layout.header)
+    with _failing_as("Could not write qcow2 header"):
+        await file.write(0, layout.header)
     await file.flush()
     if mode is not Preallocation.OFF:
-        await _preallocate(file, data_file, mode, size)
+        with _failing_as("Could not resize image: Allocating clusters failed"):
+            await _preallocate(file, data_file, mode, size)
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BlockError.from_os_error(what, error) from error
 
 
 async def _empty(file: BlockIO, needed: int, *, zeros: bool) -> None:

@@ -782,3 +782,28 @@ async def test_small_caches_are_enough() -> None:
     assert len(image._metadata.tables) < 64
     await image.close()
     assert sound(disk).read() == model
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, "Could not write refcount table"),
+        (1, "Could not write refcount table"),
+        (2, "Could not resize image: Failed to grow the L1 table"),
+        (3, "Could not write encryption header"),
+        (4, "Could not write qcow2 header"),
+        (5, "Could not resize image: Allocating clusters failed"),
+    ],
+)
+async def test_an_image_that_cannot_be_made_says_of_what_and_is_none(number, said):
+    disk = MemoryDriver()
+    disk.hook = fail_once("write", ENOSPC, after=number)
+    options = {"crypto_header": b"h" * 4096} if number in (3, 4) else {}
+    if number == 5:
+        number, options = 4, {"preallocation": "metadata"}
+        disk.hook = fail_once("write", ENOSPC, after=number)
+    with pytest.raises(BlockError, match=f"^{said}: ") as refused:
+        await new_qcow2(disk, size=1024 * K, **options)
+    assert refused.value.errno == ENOSPC
+    if "preallocation" not in options:
+        assert not disk.content()[:4].strip(b"\0")
