@@ -18,7 +18,7 @@ from liveblockd.errors import BlockError
 from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.graph.node import Node
 from liveblockd.graph.resizing import resize
-from liveblockd.qmp.hmp import io_text
+from liveblockd.qmp.hmp import io_help, io_text
 from liveblockd.qmp.hmp.images import format_members
 from liveblockd.qmp.hmp.io_text import IoRefusedError, Usage, Words
 from liveblockd.qmp.hmp.qemu_io import Disk, commands, io_command, settle
@@ -516,7 +516,7 @@ async def show_help(disk: Disk, words: Words) -> None:
         command = commands.get(name)
         if command is None:
             raise IoRefusedError(f"command {name} not found")
-        disk.text.append(f"{command.usage.line(name)}\n")
+        disk.text.append(io_help.describe(name, command.usage))
         return
     for name in sorted(commands):
         disk.text.append(f"{commands[name].usage.line(name)}\n")

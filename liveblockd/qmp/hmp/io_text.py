@@ -39,7 +39,8 @@ class Usage(NamedTuple):
         with_value = re.findall(r"(\w):", self.letters)
         parts = [name]
         parts += [f"[-{plain}]"] if plain else []
-        parts += [f"[-{letter} {_VALUES.get(letter, 'value')}]" for letter in with_value]
+        values = _VALUES | ({"s": "file"} if name == "write" else {})
+        parts += [f"[-{letter} {values.get(letter, 'value')}]" for letter in with_value]
         parts += [self.words] if self.words else []
         return f"{' '.join(parts)} -- {self.help}"
 
