@@ -181,7 +181,8 @@ async def query_jobs(context: Context, _arguments: Any) -> list[JobInfo]:
 async def _set_up(context: Context, job_id: str) -> None:
     """Return when no command is about to set the job up.
 
-    A cancel waits for no other command: one may be waiting for this very job, which hangs.
+    A cancel waits for no other command: one may be waiting for this very job, which hangs. A pause
+    or another speed is there at once, too, while a transaction waits for a slow disk.
     """
     job = context.scheduler.find(job_id)
     if job is not None and job.status is JobStatus.CREATED:
@@ -189,9 +190,10 @@ async def _set_up(context: Context, job_id: str) -> None:
             pass
 
 
-@command("block-job-set-speed", args=SpeedArguments, aliases=("block_job_set_speed",))
+@command("block-job-set-speed", args=SpeedArguments, aliases=("block_job_set_speed",), query=True)
 async def block_job_set_speed(context: Context, arguments: SpeedArguments) -> None:
     """Change the speed at once."""
+    await _set_up(context, arguments.device)
     context.scheduler.set_speed(block_job(context, arguments.device), arguments.speed)
 
 
@@ -210,9 +212,11 @@ async def block_job_cancel(context: Context, arguments: CancelArguments) -> None
     args=DeviceArgument,
     aliases=("block_job_pause",),
     features=("deprecated",),
+    query=True,
 )
 async def block_job_pause(context: Context, arguments: DeviceArgument) -> None:
     """Let a job stand still."""
+    await _set_up(context, arguments.device)
     context.scheduler.pause(block_job(context, arguments.device))
 
 
@@ -221,9 +225,11 @@ async def block_job_pause(context: Context, arguments: DeviceArgument) -> None:
     args=DeviceArgument,
     aliases=("block_job_resume",),
     features=("deprecated",),
+    query=True,
 )
 async def block_job_resume(context: Context, arguments: DeviceArgument) -> None:
     """Let it go on, also after an error stopped it."""
+    await _set_up(context, arguments.device)
     context.scheduler.resume(block_job(context, arguments.device))
 
 
@@ -262,15 +268,17 @@ async def block_job_change(context: Context, arguments: BlockJobChangeOptions) -
     job.change_copy_mode(arguments.copy_mode)
 
 
-@command("job-pause", args=IdArgument)
+@command("job-pause", args=IdArgument, query=True)
 async def job_pause(context: Context, arguments: IdArgument) -> None:
     """Let a job stand still."""
+    await _set_up(context, arguments.id)
     context.scheduler.pause(any_job(context, arguments.id))
 
 
-@command("job-resume", args=IdArgument)
+@command("job-resume", args=IdArgument, query=True)
 async def job_resume(context: Context, arguments: IdArgument) -> None:
     """Let it go on."""
+    await _set_up(context, arguments.id)
     context.scheduler.resume(any_job(context, arguments.id))
 
 
