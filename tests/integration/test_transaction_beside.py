@@ -28,9 +28,9 @@ SOON = 0.2
 
 
 def slow_disk(stack, path):
-    """An nbdkit with a disk in memory, which is slow; it keeps bytes as they were written."""
-    command = ["nbdkit", "--exit-with-parent", "-f", "-U", path, "--filter=delay", "memory"]
-    options = [f"size={SIZE}", f"delay-write={DELAY * 1000:.0f}ms"]
+    """An nbdkit with a disk that is slow."""
+    command = ["nbdkit", "--exit-with-parent", "-f", "-U", path, "--filter=delay", "file"]
+    options = [path.with_suffix(".raw"), f"delay-write={DELAY * 1000:.0f}ms"]
     server = stack.enter_context(subprocess.Popen([*command, *options]))
     stack.callback(server.terminate)
     deadline = time.monotonic() + TIMEOUT
@@ -78,12 +78,13 @@ def writing(folder):
 def daemon(tmp_path):
     with ExitStack() as stack:
         options = ["--nbd-server", f"addr.type=unix,addr.path={tmp_path}/nbd.sock"]
+        (tmp_path / "data.raw").write_bytes(random.Random(1).randbytes(MIB) * (SIZE // MIB))
         for name in ("d0", "d1"):
+            shutil.copy(tmp_path / "data.raw", tmp_path / f"{name}.raw")
             slow_disk(stack, tmp_path / f"{name}.sock")
             server = f"server.type=unix,server.path={tmp_path}/{name}.sock"
             options += ["--blockdev", f"driver=nbd,node-name={name},{server}"]
             options += ["--export", f"type=nbd,id=e{name},node-name={name},name={name},writable=on"]
-        (tmp_path / "data.raw").write_bytes(random.Random(1).randbytes(MIB) * (SIZE // MIB))
         for name in ("t0", "t1", "t2", "t3", "d2", "d3"):
             path = tmp_path / f"{name}.raw"
             if name.startswith("d"):
@@ -99,8 +100,9 @@ def actions(*more, speed=0):
     for n in (0, 1):
         found += [
             {"type": "block-dirty-bitmap-add", "data": {"node": f"d{n}", "name": "b"}},
-            {"type": "blockdev-backup", "data": {"job-id": f"b{n}", "device": f"d{n}",
-                                                 "target": f"t{n}", "sync": "full", "speed": speed}},
+            {"type": "blockdev-backup", "data": {
+                "job-id": f"b{n}", "device": f"d{n}", "target": f"t{n}", "sync": "full",
+                "speed": speed}},
         ]  # fmt: skip
     return found
 
