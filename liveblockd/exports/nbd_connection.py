@@ -165,7 +165,7 @@ class NbdConnection(Alike, Looking, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """The client sends no more; answer what it asked for."""
         self._finish()
-        return True
+        return self._upgrade is None  # TLS ends both ways at once, and warns of who wants otherwise
 
     def pause_writing(self) -> None:
         """The client does not read."""

@@ -289,6 +289,27 @@ def test_who_may_connect(tmp_path, keys):
                        tls_authz="right", **more)  # fmt: skip
 
 
+def test_a_client_that_says_goodbye_in_tls_leaves_no_word_in_the_log(tmp_path, keys):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(keys[0] / "ca-cert.pem")
+    context.load_cert_chain(keys[0] / "client-cert.pem", keys[0] / "client-key.pem")
+    with server(tmp_path, keys[0]) as (daemon, _):
+        plain = socket.socket(socket.AF_UNIX)
+        plain.settimeout(10)
+        plain.connect(str(tmp_path / "nbd.sock"))
+        plain.sendall(struct.pack(">I", 3) + option(5))
+        head = b""
+        while len(head) < 18 + 20:
+            head += plain.recv(4096)
+        with context.wrap_socket(plain, server_hostname="disks.example") as secure:
+            secure.sendall(option(3))
+            assert secure.recv(20)
+            with contextlib.suppress(OSError):
+                secure.unwrap()
+        assert daemon.stop() == 0
+    assert daemon.errors == b""
+
+
 def test_an_option_in_the_last_packet_of_the_handshake(tmp_path, keys):
     """A client of TLS 1.3 may send it with its Finished; authorized or not, nothing is confused."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
