@@ -312,6 +312,54 @@ async def test_a_plan_that_fails():
         assert (job.error is None) == (policy == "stop")
 
 
+class Ahead(Moves):
+    """Looks for pieces while others are moved; ``errors_ahead`` are of looks further on."""
+
+    plans_ahead = True
+    errors_ahead = ()
+
+    async def plan(self, offset):
+        if offset and self.errors_ahead:
+            raise self.errors_ahead.pop()
+        return await super().plan(offset)
+
+
+async def test_a_plan_that_failed_while_a_piece_did_stops_the_job_only_once():
+    """The error is of the time before the stop: after the resume it is looked at again."""
+    bench = Bench()
+    job = Ahead([(16 * MIB, READ)], windows=4 * MIB, on_error=BlockdevOnError.STOP)
+    job.gate.clear()
+    job.errors = [eio(EIO)]
+    job.errors_ahead = [OSError(EIO, "no map")]
+    await bench.start(job)
+    await bench.turn()
+    assert job.now and not job.errors_ahead, "both are under way, and the plan has failed"
+    job.gate.set()
+    await bench.turn()
+    assert job.status == "paused" and bench.errors() == ["stop"]
+    bench.scheduler.resume(job)
+    await bench.end(job)
+    assert bench.errors() == ["stop"]
+    assert covered(job) == [[0, 16 * MIB, READ]]
+    assert job.error is None
+
+
+async def test_a_defect_of_a_plan_beside_a_piece_that_failed_is_not_forgotten():
+    bench = Bench()
+    job = Ahead([(16 * MIB, READ)], windows=4 * MIB, on_error=BlockdevOnError.STOP)
+    job.gate.clear()
+    job.errors = [eio(EIO)]
+    job.errors_ahead = [ZeroDivisionError("a defect")]
+    await bench.start(job)
+    await bench.turn()
+    job.gate.set()
+    await bench.turn()
+    assert job.status == "paused"
+    bench.scheduler.resume(job)
+    await bench.end(job)
+    assert "a defect" in job.error.message
+
+
 async def test_a_defect_in_a_piece_fails_the_job():
     bench = Bench()
     job = Moves([(16 * MIB, READ)])
