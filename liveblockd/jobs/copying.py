@@ -348,6 +348,8 @@ class CopyJob(Job):
         """What there is to do cannot be found out: try again, or fail; nothing can be left out."""
         await self.settle()
         self.check_wanted()
+        if self._failures:
+            return  # first: what stops the job for them takes this error with it
         error, self._plan_error = self._plan_error, None
         assert error is not None
         if not isinstance(error, OSError):

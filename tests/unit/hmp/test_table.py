@@ -255,6 +255,25 @@ async def test_a_command_that_is_refused_too_early_is_tried_again(context, monke
     assert await run_line(context, "drive_del d8") == "d8 is in use\r\n"
 
 
+async def test_a_line_waits_once_and_queries_do_not(context, monkeypatch):
+    """What ended jobs used may take minutes to be durable."""
+    monkeypatch.setattr(registry, "_commands", {})
+    monkeypatch.setattr(Ending, "letting_go", ["job"])
+    context.scheduler = ending = Ending()
+
+    @registry.command("x-liveblock-drive-del", args=_Id)
+    async def drive_del(context, arguments):
+        raise BlockError("it is in use")
+
+    @registry.command("query-block-jobs", query=True)
+    async def query(context, arguments):
+        raise BlockError("no jobs today")
+
+    assert await run_line(context, "drive_del d7") == "it is in use\r\n" and ending.waits == 1
+    assert await run_line(context, "info block-jobs") == "Error: no jobs today\r\n"
+    assert ending.waits == 1
+
+
 async def test_what_is_done_in_part_is_not_done_again(context, monkeypatch):
     monkeypatch.setattr(registry, "_commands", {})
     context.scheduler = ending = Ending()
