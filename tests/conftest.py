@@ -5,8 +5,8 @@ Where ``CI`` is set, pytest writes the whole difference of two unequal values. O
 minutes of work for a page that nobody reads, and tests which expect a comparison to fail ran out of
 time there and nowhere else.
 
-pytest rewrites the asserts of every module of tests, which takes each of its workers longer than to
-import all of them. What it makes is kept, whatever ``PYTHONDONTWRITEBYTECODE`` says; when nothing is
+pytest rewrites the asserts of every module of tests, which takes each of its workers longer than
+importing them. What it makes is kept, whatever ``PYTHONDONTWRITEBYTECODE`` says; when nothing is
 kept yet every worker begins with a share of its own, and finds those of the others done.
 """
 
