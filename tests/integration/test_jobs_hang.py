@@ -81,8 +81,12 @@ async def backup(bench, target="n", **options):
 
 
 async def cancelled(bench, job, seconds=5):
-    bench.scheduler.cancel(job, force=True)
-    await bench.end(job, seconds=seconds)
+    """``job`` is None when it was cancelled before."""
+    if job is not None:
+        bench.scheduler.cancel(job, force=True)
+    async with asyncio.timeout(seconds):
+        while bench.scheduler.jobs:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
     assert bench.course("j")[-4:] == ["aborting", "CANCELLED", "concluded", "null"]
 
 
@@ -132,9 +136,29 @@ async def test_a_guests_write_that_waits_for_the_mirrors_target(tmp_path):
             write = asyncio.create_task(bench.guest.write(0, b"x" * MIB))
             await asyncio.sleep(0.1)
             assert not write.done()
-            await cancelled(bench, job)
-            await asyncio.wait_for(write, 5)
+            bench.scheduler.cancel(job, force=True)
+            await asyncio.wait_for(write, 0.2)  # at once: it is in the source
+            await cancelled(bench, None)
         assert await bench.guest.read(0, MIB) == b"x" * MIB
+
+
+async def test_guests_writes_that_wait_for_copies_to_the_mirrors_target(tmp_path):
+    async with bench_with(tmp_path) as (bench, server):
+        job = await mirror(bench, copy_mode=MirrorCopyMode.WRITE_BLOCKING, speed=2 * MIB)
+        await asyncio.sleep(0.2)
+        with hung(server):
+            await asyncio.sleep(0.5)
+            writes = [
+                asyncio.create_task(bench.guest.write(offset, b"x" * MIB))
+                for offset in range(0, SIZE, MIB)
+            ]
+            await asyncio.sleep(0.1)
+            assert job.status == JobStatus.RUNNING and job.chunks.claimed
+            assert not any(write.done() for write in writes)
+            bench.scheduler.cancel(job, force=True)
+            await asyncio.wait_for(asyncio.gather(*writes), 0.5)
+            await cancelled(bench, None)
+        assert await bench.guest.read(0, SIZE) == b"x" * SIZE
 
 
 async def test_the_switch_waits_for_the_target(tmp_path, monkeypatch):
