@@ -142,7 +142,8 @@ async def test_a_guests_write_that_waits_for_the_mirrors_target(tmp_path):
         assert await bench.guest.read(0, MIB) == b"x" * MIB
 
 
-async def test_guests_writes_that_wait_for_copies_to_the_mirrors_target(tmp_path):
+async def test_guests_writes_that_wait_for_copies_to_the_mirrors_target(tmp_path, monkeypatch):
+    monkeypatch.setattr(hanging, "PATIENCE", 1.0)  # the target is cut off later than that
     async with bench_with(tmp_path) as (bench, server):
         job = await mirror(bench, copy_mode=MirrorCopyMode.WRITE_BLOCKING, speed=2 * MIB)
         await asyncio.sleep(0.2)
@@ -156,7 +157,7 @@ async def test_guests_writes_that_wait_for_copies_to_the_mirrors_target(tmp_path
             assert job.status == JobStatus.RUNNING and job.chunks.claimed
             assert not any(write.done() for write in writes)
             bench.scheduler.cancel(job, force=True)
-            await asyncio.wait_for(asyncio.gather(*writes), 0.5)
+            await asyncio.wait_for(asyncio.gather(*writes), 0.7)
             await cancelled(bench, None)
         assert await bench.guest.read(0, SIZE) == b"x" * SIZE
 

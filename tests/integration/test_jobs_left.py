@@ -6,6 +6,7 @@ all is as before the job, and the same job succeeds.
 """
 
 import asyncio
+import random
 import signal
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -374,7 +375,7 @@ async def test_an_image_that_is_amended(tmp_path):
 
 
 @contextmanager
-def daemon_with(directory, form):
+def daemon_with(directory, form, *options):
     """top <- mid <- base (on an NBD server), exported."""
     make_images(directory, form)
     with (
@@ -387,6 +388,7 @@ def daemon_with(directory, form):
             "read-only=on,backing=base",
             "--blockdev", "driver=qcow2,node-name=top,file.driver=file,file.filename=top.qcow2,"
             "backing=mid",
+            *options,
         ) as daemon,
     ):  # fmt: skip
         yield daemon, server
@@ -435,6 +437,22 @@ def test_a_client_cancels(form, tmp_path):
     compare(tmp_path, form, "active", content())
 
 
+def test_the_daemon_is_killed_while_a_job_is_left(tmp_path):
+    """Its client was told that it is cancelled: it does not go on when the daemon is back."""
+    with daemon_with(tmp_path, "qcow2", "--jobs", "journal=journal") as (daemon, server):
+        client = daemon.qmp()
+        start_to_hang(client)
+        with hung(server):
+            time.sleep(0.5)
+            client("block-job-cancel", device="j")
+            client.wait("JOB_STATUS_CHANGE", id="j", status="null")
+            (told,) = client("x-liveblock-query-job-journal")
+            assert (told["id"], told["result"]) == ("j", "cancelled")
+            daemon.process.kill()
+            daemon.process.wait(10)
+    compare(tmp_path, "qcow2", "untouched", content())
+
+
 @pytest.mark.slow  # a server has ten seconds
 @pytest.mark.parametrize("how", ["SIGTERM", "quit"])
 @pytest.mark.parametrize("when", ["running", "left"])
@@ -454,3 +472,46 @@ def test_the_end_of_the_daemon(how, when, tmp_path):
             assert daemon.process.wait(30) == 0
             client.rest()
     compare(tmp_path, "qcow2", "untouched", content())
+
+
+def seeds():
+    return [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 6)) for seed in range(60)]
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("seed", seeds())
+async def test_at_any_time(seed, tmp_path):
+    """The server hangs, and the job is cancelled, at random moments; guests lose nothing."""
+    rng = random.Random(seed)
+    form, kind = BASES[seed % 2], KINDS[seed // 2 % 4]
+    async with chain_with(tmp_path, form) as (bench, server):
+        await asyncio.sleep(rng.random() * 0.05)
+        job = await begin(bench, kind, speed=rng.choice((0, 2 * MIB, 16 * MIB)))
+        if kind == "blocking":
+            job.change_copy_mode(MirrorCopyMode.WRITE_BLOCKING)
+        await asyncio.sleep(rng.random() * rng.choice((0.02, 0.3)))
+        with hung(server):
+            await asyncio.sleep(rng.random() * rng.choice((0.02, 0.5)))
+            reads = [
+                asyncio.create_task(bench.guest.user.read(rng.randrange(MIB), 4096))
+                for _ in range(rng.choice((0, 0, 2)))
+            ]
+            if rng.random() < 0.3 and job.status in ("running", "ready"):
+                bench.scheduler.pause(job)
+            await asyncio.sleep(rng.random() * 0.05)
+            making_true = False
+            if bench.scheduler.find("j") is job and job.status != JobStatus.CONCLUDED:
+                making_true = job.status == JobStatus.PENDING
+                bench.scheduler.cancel(job, force=True)
+            if not making_true:
+                await bench.end(job, seconds=12)
+                await bench.guest.goes_on()
+            await asyncio.sleep(rng.random() * 0.3)
+        for read in reads:
+            assert await asyncio.wait_for(read, 10) == b"\1" * 4096
+        await bench.end(job, seconds=10)
+        if job.error is not None:
+            assert job.cancelled
+            await all_given_back(bench)
+            await succeeds(bench, kind)
+    compare(tmp_path, form, kind, bench.guest.model)
