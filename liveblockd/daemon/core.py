@@ -174,7 +174,7 @@ class Daemon:
         if self._graph.drives:
             # QEMU with drives says this; qemu-storage-daemon, which has none, does not
             self._publisher.publish(Shutdown(guest=False, reason=self._reason))
-        await self._step("closing the images", self._graph.close())
+        await self._step("closing the images", self._close_images())
         if journal is not None:
             await self._step("closing the journal of jobs", journal.close())
         await self._step("disconnecting the monitors", self._monitors.close())
@@ -196,6 +196,12 @@ class Daemon:
             for node in tuple(self._graph.nodes.values()):
                 self._graph.cut_off(node, _SILENCE)
             await asyncio.sleep(1)
+
+    async def _close_images(self) -> None:
+        if (
+            await self._graph.close()
+        ):  # what the guests did not flush may be lost; the log says where
+            self._status = 1
 
     async def _last_command(self) -> None:
         """Let the command under way come to its end; those behind it are refused."""

@@ -64,6 +64,7 @@ class Graph:
         #: asked when requests are about to go on after a drain; what it returns is awaited first
         self.on_drained: Callable[[], Coroutine[Any, Any, None] | None] = lambda: None
         self._generated = 0
+        self._failed_to_close = 0  # nodes, since the beginning
 
     # -- names
 
@@ -172,8 +173,10 @@ class Graph:
                     await node.driver.close()
             except (OSError, BlockError) as error:
                 log.error("closing node %s: %s", node.name, error)
+                self._failed_to_close += 1
             except Exception:  # a bug in one driver must not leave the others open
                 log.exception("closing node %s", node.name)
+                self._failed_to_close += 1
             for edge in tuple(node.children.values()):
                 child = edge.child
                 self.disconnect(edge)
@@ -181,8 +184,12 @@ class Graph:
                 if child.used:
                     await self.refresh_permissions(child)
 
-    async def close(self) -> None:
-        """Flush and close all of it, top down; every node is tried, errors are logged."""
+    async def close(self) -> int:
+        """Flush and close all of it, top down; every node is tried, errors are logged.
+
+        How many failed: of those, what was not flushed before may be lost.
+        """
+        before = self._failed_to_close
         async with self.lock:
             with self._nothing_held(self.backends):
                 for backend in tuple(self.backends):
@@ -196,6 +203,7 @@ class Graph:
             # Roots first; a node in use is closed with the last of its users.
             await self._drop_unused([n for n in self.nodes.values() if not n.parents])
             assert not self.nodes, self.nodes
+        return self._failed_to_close - before
 
     # -- edges
 

@@ -138,9 +138,11 @@ class Images:
         trace: TracebackType | None,
     ) -> None:
         try:
-            await self.graph.close()
+            failed = await self.graph.close()
         finally:
             self.workers.close()
+        if failed and kind is None:  # the log has said which
+            raise ToolError("what was written may be lost")
 
     async def format_of(self, filename: str, *, force_share: bool = False) -> str:
         """The format that an image seems to have; ToolError when it cannot be read."""

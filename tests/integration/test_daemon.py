@@ -250,6 +250,22 @@ def test_it_opens_as_many_files_as_it_may_at_most(tmp_path):
 
 
 @needs_images
+def test_an_image_that_could_not_be_flushed_at_the_end_is_told_by_the_status(chain):
+    blkdebug = "driver=blkdebug,node-name=below,image.driver=file,image.filename=top.qcow2"
+    fault = "inject-error.0.event=flush_to_disk,inject-error.0.errno=5"
+    for faults, status in ((f",{fault}", 1), ("", 0)):
+        with DaemonProcess(
+            chain, "--blockdev", f"{blkdebug}{faults}",
+            "--blockdev", "qcow2,node-name=top,file=below",
+            "--nbd-server", "addr.type=unix,addr.path=nbd.sock",
+            "--export", "nbd,id=e,node-name=top,writable=on",
+        ) as daemon:  # fmt: skip
+            nbd_write(str(chain / "nbd.sock"), "top", 0, b"\x05" * 512)
+            assert daemon.stop() == status
+        assert (b"closing node top: " in daemon.errors) is bool(status)
+
+
+@needs_images
 def test_it_starts_and_ends_with_its_standard_streams_closed(chain):
     """An image that got the number of stderr would hold what a library says in its last moment."""
     command = f"exec '{sys.executable}' -m liveblockd --drive file=top.qcow2,id=d --qmp q.sock"

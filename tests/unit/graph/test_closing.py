@@ -123,8 +123,12 @@ async def test_a_flush_that_fails_does_not_keep_it_open(
     assert "closing node top" in caplog.text and "lost" in caplog.text
     for disk in below:
         disk.hook = None
-    await disks.add(driver, "top", **WRITABLE[driver])
-    await disks.graph.close()
+    node = await disks.add(driver, "top", **WRITABLE[driver])
+    await node.write(0, b"y" * 65536)
+    for disk in below:
+        disk.hook = fail
+    assert await disks.graph.close() > 0
+    assert await disks.graph.close() == 0  # of those that are there
 
 
 @pytest.mark.parametrize("kind", ["data file", "encrypted"])
