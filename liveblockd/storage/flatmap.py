@@ -11,7 +11,7 @@ that nobody above it has.
 Runs on: the event loop. Invariants:
 
 * The map says at every instant what the tables in memory say: each layer tells of every change
-  (``BlockDriver.remapped``, ``children_changed``) in the same step in which it makes it. A change
+  (``BlockDriver.remapped``, ``restructured``) in the same step in which it makes it. A change
   that comes while a span is made is put into it before anybody sees it.
 * Between a lookup and the begin of the read that uses it there is no await.
 * Spans of all maps together take ``POOL.limit`` bytes at most, whatever the disks' sizes.
