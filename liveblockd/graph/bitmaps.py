@@ -315,8 +315,11 @@ class DirtyBitmap:
 
 
 def default_granularity(cluster_size: int | None) -> int:
-    """Bytes: a cluster, but not less than 4 KiB; 64 KiB where there are no clusters."""
-    return max(4096, cluster_size) if cluster_size else DEFAULT_GRANULARITY
+    """Bytes: a cluster, but from 4 KiB to 64 KiB; 64 KiB where there are no clusters.
+
+    Of an image with clusters of 2 MiB an increment is no larger than what was written asks for.
+    """
+    return min(max(4096, cluster_size or DEFAULT_GRANULARITY), DEFAULT_GRANULARITY)
 
 
 def check_granularity(granularity: int) -> None:

@@ -123,7 +123,7 @@ def test_granularities_that_cannot_be(granularity):
 def test_default_granularity():
     assert default_granularity(None) == 65536
     assert default_granularity(512) == 4096
-    assert default_granularity(2 << 20) == 2 << 20
+    assert default_granularity(2 << 20) == 65536
 
 
 def test_what_may_be_used():
