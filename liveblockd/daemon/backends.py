@@ -19,6 +19,7 @@ from liveblockd.graph.activation import activate
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.bitmaps import DirtyBitmap
 from liveblockd.graph.graph import Graph
+from liveblockd.graph.mirror_top import where_guests_are
 from liveblockd.graph.node import Node
 from liveblockd.storage.driver import Permission
 
@@ -47,7 +48,10 @@ class GraphBackends:
                 used |= Permission.WRITE
             if not allow_inactive:
                 await activate(self._graph, node)
-            backend = await self._graph.attach(node, used, allow_inactive=allow_inactive)
+            # A disk whose image on top is being committed has guests all the same: those of a
+            # daemon that has resumed the commit come after it.
+            guests = where_guests_are(node)
+            backend = await self._graph.attach(guests, used, allow_inactive=allow_inactive)
             drive_limits.take_guest(self._graph, backend)
             return backend
 

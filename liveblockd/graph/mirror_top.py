@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from liveblockd.graph.filter import CopyOnRead
+from liveblockd.graph.node import Node
 from liveblockd.storage.driver import Buffer, Done, HostFile, Permission
 from liveblockd.storage.options import BlockdevOptions
 
@@ -104,3 +105,15 @@ class CommitMirrorTop(MirrorTop):
     ) -> tuple[Permission, Permission]:
         """Writes are handed down; what is read is not asked of each layer by itself."""
         return used & ~Permission.CONSISTENT_READ, shared | Permission.WRITE
+
+
+def where_guests_are(node: Node) -> Node:
+    """The filter of a commit of ``node`` as the active image, where a guest of it belongs; or it.
+
+    By the node itself nobody new may read: the layers that the commit takes away lie below it.
+    """
+    for edge in node.parents:
+        above = edge.parent
+        if isinstance(above, Node) and issubclass(above.driver_class, CommitMirrorTop):
+            return above
+    return node

@@ -132,6 +132,28 @@ def test_a_commit_of_a_drive_goes_on(images):
     holds_what_it_did(images, "base.qcow2")
 
 
+@pytest.mark.parametrize("base", ["mid.qcow2", "base.qcow2"])
+def test_the_guest_of_a_commit_that_goes_on_comes_after_it(base, images):
+    """Its export is made by QMP, as the export of a disk without a job is."""
+    killed_at_work(images, "block-commit", base=base)
+    with daemon(images) as second:
+        qmp = second.qmp()
+        address = {"type": "unix", "data": {"path": "nbd.sock"}}
+        qmp("nbd-server-start", addr=address)
+        qmp("block-dirty-bitmap-add", node="n", name="b", disabled=True)
+        qmp("block-export-add", type="nbd", id="ro", node_name="n", name="ro", bitmaps=["b"])
+        qmp("block-export-add", type="nbd", id="e", node_name="n", writable=True)
+        nbd_write(str(images / "nbd.sock"), "n", 0, b"g" * 512)
+        qmp("block-job-set-speed", device="j", speed=0)
+        qmp.wait("BLOCK_JOB_READY", device="j")
+        nbd_write(str(images / "nbd.sock"), "n", 512, b"g" * 512)
+        qmp("block-job-complete", device="j")
+        qmp.wait("BLOCK_JOB_COMPLETED", device="j")
+        nbd_write(str(images / "nbd.sock"), "n", 1024, b"g" * 512)
+    reads(images, base, ord("g"), 0, 1536)
+    reads(images, base, 1, 1536, MIB - 1536)
+
+
 def test_a_commit_of_an_active_node_does_not(images):
     """Its guest may have been switched over, and what it wrote to the base since be lost by it."""
     nodes = ("--blockdev", "qcow2,node-name=n,file.driver=file,file.filename=top.qcow2")
