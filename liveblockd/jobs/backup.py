@@ -371,8 +371,12 @@ class Backup(CopyJob):
         assert isinstance(target, Node)
         await target.write_compressed(offset, data)
 
-    def _adapt(self, length: int, seconds: float) -> None:
+    def _adapt(self, length: int, seconds: float, worked: float) -> None:
         served = guest_is_served(self.graph)
+        if not served and worked:
+            # Not what it waited for a worker: who has small pieces would wait as often for those of
+            # other jobs, and get less and less of the workers.
+            seconds = worked
         if served and not self._served:  # what took long alone is too much now
             self._copy_chunk = min(self._copy_chunk, FIRST_CHUNK)
         self._served = served

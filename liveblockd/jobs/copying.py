@@ -24,7 +24,7 @@ from typing import ClassVar, Final, NamedTuple
 
 from liveblockd.jobs.job import ErrorAction, Job
 from liveblockd.jobs.pieces import Run
-from liveblockd.runtime.halting import Halt, HaltedError
+from liveblockd.runtime.halting import Effort, Halt, HaltedError
 from liveblockd.storage.driver import ExtentKind
 
 KIB: Final = 1024
@@ -251,8 +251,8 @@ class CopyJob(Job):
         """Move them; those of which a ``halt`` leaves something undone are there again."""
         left = deque(pieces)
         try:
-            with halt.over():
-                await self._move_pieces(left)
+            with halt.over() as effort:
+                await self._move_pieces(left, effort)
         except HaltedError:
             self._pieces.extendleft(reversed(left))
             if pieces[0].kind is not ExtentKind.ZERO:
@@ -260,10 +260,10 @@ class CopyJob(Job):
         finally:
             self._moving -= sum(piece.length for piece in pieces)
 
-    async def _move_pieces(self, left: deque[Run]) -> None:
+    async def _move_pieces(self, left: deque[Run], effort: Effort) -> None:
         """Take from ``left`` what is moved, or has failed; raises HaltedError."""
         pieces = list(left)
-        started = self.scheduler.clock.monotonic()
+        started, worked = self.scheduler.clock.monotonic(), effort.seconds
         if self.gathers(pieces[:1]):
             try:
                 await self.move_together(pieces)
@@ -275,10 +275,10 @@ class CopyJob(Job):
                 self._defect(pieces, error)
                 return
             else:
-                self._carried(pieces, started)
+                self._carried(pieces, started, effort.seconds - worked)
                 return
         for piece in pieces:
-            started = self.scheduler.clock.monotonic()
+            started, worked = self.scheduler.clock.monotonic(), effort.seconds
             try:
                 await self.move(piece)
             except PieceFailedError as failure:
@@ -288,7 +288,7 @@ class CopyJob(Job):
             except Exception as error:
                 self._defect([piece], error)
             else:
-                self._carried([piece], started)
+                self._carried([piece], started, effort.seconds - worked)
             left.popleft()
 
     def _defect(self, pieces: list[Run], error: Exception) -> None:
@@ -297,14 +297,16 @@ class CopyJob(Job):
             defect = OSError(EIO, f"Internal error: {error!r}")
             self._failures.append(_Failure(piece, "write", defect, defect=True))
 
-    def _carried(self, pieces: list[Run], started: float) -> None:
+    def _carried(self, pieces: list[Run], started: float, worked: float) -> None:
         length = sum(piece.length for piece in pieces)
         self._to_do -= length
         self._update_offset()
         if _by_worker(pieces[0]) and not self.speed:
-            self._adapt(length, self.scheduler.clock.monotonic() - started)
+            self._adapt(length, self.scheduler.clock.monotonic() - started, worked)
 
-    def _adapt(self, length: int, seconds: float) -> None:
+    def _adapt(self, length: int, seconds: float, worked: float) -> None:
+        """It took so many seconds, of which a worker was at it for ``worked`` (0: none was)."""
+        del worked
         # With many jobs most of the time is that of the others, up to a limit: a pause waits too.
         crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
         if seconds > LATE * crowding:

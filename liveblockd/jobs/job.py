@@ -331,7 +331,7 @@ class Job:
     def new_halt(self) -> Halt:
         """What copies that begin now are under; the job is at work, whatever it was before."""
         if self.halt.asked:
-            self.halt = Halt()
+            self.halt = Halt(self.scheduler.clock.monotonic)
         return self.halt
 
     def action_on(

@@ -369,7 +369,7 @@ class MirrorCore(Job):
             return
         began = self._now()
         try:
-            with halt.over():
+            with halt.over() as effort:
                 await JobUser.run_on_both(
                     self.source_user, self.target_user, lambda: self._transfer(claim.start, length)
                 )
@@ -385,7 +385,9 @@ class MirrorCore(Job):
         else:
             self._done += length
             seconds = self._now() - began
-            self._chunk_size.took(length, seconds)
+            # Not what it waited for a worker: who has small chunks would wait as often for those
+            # of others, and get less and less of the workers.
+            self._chunk_size.took(length, effort.seconds or seconds)
             if seconds > 0:
                 self._throughput += (length / seconds - self._throughput) / 4
         finally:

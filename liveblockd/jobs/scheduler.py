@@ -39,6 +39,7 @@ from liveblockd.jobs.job import BlockDeviceIoStatus, ErrorAction, Job, JobCancel
 from liveblockd.jobs.transitions import JobStatus, JobVerb, check_verb, may_become
 from liveblockd.jobs.turns import Turns
 from liveblockd.runtime.clock import Clock, SystemClock
+from liveblockd.runtime.halting import Halt
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Scheduler:
         """
         self.check_id(job.id)
         job.scheduler = self
+        job.halt = Halt(self.clock.monotonic)
         job.transaction = transaction or Transaction()
         job.transaction.jobs.append(job)
         self.jobs[job.id] = job

@@ -45,14 +45,27 @@ class _AtWork(threading.local):
     halt: Halt | None = None
 
 
+class Effort:
+    """What was done on workers within one ``over``; without a clock nothing is known of it."""
+
+    def __init__(self, halt: Halt) -> None:
+        self.halt = halt
+        #: for which workers were at it; not those in which it waited for one
+        self.seconds = 0.0
+
+
 _at_work = _AtWork()
-_current: ContextVar[Halt | None] = ContextVar("halt", default=None)
+_current: ContextVar[Effort | None] = ContextVar("effort", default=None)
 
 
 class Halt:
-    """Asked for once, by ``ask``; work that begins afterwards is under another one."""
+    """Asked for once, by ``ask``; work that begins afterwards is under another one.
 
-    def __init__(self) -> None:
+    ``clock`` is for what work takes; it is looked at by workers.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock
         #: read by workers
         self.asked = False
         self._queued: set[Work[Any]] = set()
@@ -65,11 +78,12 @@ class Halt:
             work.withdraw()
 
     @contextmanager
-    def over(self) -> Iterator[None]:
+    def over(self) -> Iterator[Effort]:
         """The work of the current task, and of those that it makes, is under this one."""
-        token = _current.set(self)
+        effort = Effort(self)
+        token = _current.set(effort)
         try:
-            yield
+            yield effort
         finally:
             _current.reset(token)
 
@@ -81,6 +95,8 @@ class Work(Generic[T_co]):
         self.halt = halt
         self.fn = fn
         self.args = args
+        #: that it took a worker
+        self.seconds = 0.0
         self.result: JobFuture[Any] = JobFuture(loop=asyncio.get_running_loop())
         self._claims = [None]  # list.pop is atomic
 
@@ -97,11 +113,15 @@ class Work(Generic[T_co]):
         return self._do() if self.begun() else None
 
     def _do(self) -> T_co:
+        clock = self.halt.clock
+        begun = clock() if clock is not None else 0.0
         _at_work.halt = self.halt
         try:
             return self.fn(*self.args)
         finally:
             _at_work.halt = None
+            if clock is not None:
+                self.seconds = clock() - begun
 
     def withdraw(self) -> None:
         """On the loop: nothing of it is done, unless a worker has begun with it."""
@@ -131,9 +151,10 @@ class Work(Generic[T_co]):
 
 async def run(pool: Pool, fn: Callable[[*Ts], T], *args: *Ts) -> T:
     """``await pool.run(fn, *args)``; under a halt it may raise HaltedError instead."""
-    halt = _current.get()
-    if halt is None:
+    effort = _current.get()
+    if effort is None:
         return await pool.submit(fn, *args)
+    halt = effort.halt
     work = Work(halt, fn, args)
     if halt.asked:
         work.withdraw()
@@ -144,6 +165,7 @@ async def run(pool: Pool, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         result: T = await work.result
     finally:
         halt._queued.discard(work)
+        effort.seconds += work.seconds
     return result
 
 

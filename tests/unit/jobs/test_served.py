@@ -67,16 +67,18 @@ async def test_chunks_of_a_backup():
         graph=graph_with(demand), _copy_chunk=2 * MIB, _most_chunk=64 * MIB, _served=False
     )
     for expected in (4, 8, 16):  # four milliseconds each
-        Backup._adapt(job, job._copy_chunk, 0.004)
+        Backup._adapt(job, job._copy_chunk, 0.004, 0)
         assert job._copy_chunk == expected * MIB
-    Backup._adapt(job, job._copy_chunk, 0.015)
+    Backup._adapt(job, job._copy_chunk, 0.015, 0)
+    assert job._copy_chunk == 16 * MIB
+    Backup._adapt(job, job._copy_chunk, 0.1, 0.015)  # most of it for a worker
     assert job._copy_chunk == 16 * MIB
     demand.guests.requests += 1
-    Backup._adapt(job, 16 * MIB, 0.003)
+    Backup._adapt(job, 16 * MIB, 0.003, 0)
     assert job._copy_chunk == 2 * MIB  # at once
-    Backup._adapt(job, 2 * MIB, 0.003)
+    Backup._adapt(job, 2 * MIB, 0.003, 0)
     assert job._copy_chunk == 2 * MIB
-    Backup._adapt(job, 2 * MIB, 0.005)
+    Backup._adapt(job, 2 * MIB, 0.005, 0)
     assert job._copy_chunk == MIB
-    Backup._adapt(job, MIB, 0.0005)
+    Backup._adapt(job, MIB, 0.0005, 0)
     assert job._copy_chunk == 2 * MIB
