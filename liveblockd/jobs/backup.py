@@ -54,6 +54,8 @@ SOON: Final = 0.001
 MOST_CHUNK: Final = 64 * MIB
 #: the same while no guest is served: the first write after that waits for one such piece at most
 SOON_ALONE: Final = 0.005
+#: so many times longer may it take where many jobs copy
+MOST_CROWDING: Final = 2.0
 
 
 class BitmapSyncMode(enum.StrEnum):
@@ -380,7 +382,9 @@ class Backup(CopyJob):
         if served and not self._served:  # what took long alone is too much now
             self._copy_chunk = min(self._copy_chunk, FIRST_CHUNK)
         self._served = served
-        soon = SOON if served else SOON_ALONE
+        # Beside other jobs a piece waits for theirs, which are larger: it is to be worth that.
+        crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
+        soon = SOON if served else SOON_ALONE * crowding
         if seconds < soon and length >= self._copy_chunk:
             self._copy_chunk = min(self._most_chunk, self._copy_chunk * 2)
         elif seconds > 4 * soon:

@@ -306,9 +306,10 @@ class CopyJob(Job):
 
     def _adapt(self, length: int, seconds: float, worked: float) -> None:
         """It took so many seconds, of which a worker was at it for ``worked`` (0: none was)."""
-        del worked
-        # With many jobs most of the time is that of the others, up to a limit: a pause waits too.
-        crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
+        # Where only that is known: with many jobs most of the time is that of the others. What is
+        # queued when a pause comes is withdrawn.
+        crowding = 1.0 if worked else min(self.scheduler.crowding(self), MOST_CROWDING)
+        seconds = worked or seconds
         if seconds > LATE * crowding:
             self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
         elif seconds < SOON * crowding and length * 2 > self._copy_chunk:

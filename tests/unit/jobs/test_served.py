@@ -64,8 +64,9 @@ def test_a_chunk_takes_some_milliseconds():
 async def test_chunks_of_a_backup():
     demand = Demand(2)
     job = SimpleNamespace(
-        graph=graph_with(demand), _copy_chunk=2 * MIB, _most_chunk=64 * MIB, _served=False
-    )
+        graph=graph_with(demand), _copy_chunk=2 * MIB, _most_chunk=64 * MIB, _served=False,
+        scheduler=SimpleNamespace(crowding=lambda job: 1.0),
+    )  # fmt: skip
     for expected in (4, 8, 16):  # four milliseconds each
         Backup._adapt(job, job._copy_chunk, 0.004, 0)
         assert job._copy_chunk == expected * MIB
