@@ -308,9 +308,10 @@ class CopyJob(Job):
         """It took so many seconds, of which a worker was at it for ``worked`` (0: none was)."""
         # Where only that is known: with many jobs most of the time is that of the others. What is
         # queued when a pause comes is withdrawn.
-        crowding = 1.0 if worked else min(self.scheduler.crowding(self), MOST_CROWDING)
-        seconds = worked or seconds
-        if seconds > LATE * crowding:
+        crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
+        late = LATE * crowding
+        seconds, crowding = (worked, 1.0) if worked else (seconds, crowding)
+        if seconds > late:
             self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
         elif seconds < SOON * crowding and length * 2 > self._copy_chunk:
             # What took a quarter of the time, or less, may well be four times as much.
