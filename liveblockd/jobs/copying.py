@@ -306,11 +306,12 @@ class CopyJob(Job):
 
     def _adapt(self, length: int, seconds: float, worked: float) -> None:
         """It took so many seconds, of which a worker was at it for ``worked`` (0: none was)."""
-        # Where only that is known: with many jobs most of the time is that of the others. What is
-        # queued when a pause comes is withdrawn.
+        # With many jobs most of the time is that of the others: it must not make the pieces small,
+        # or who has small ones would get ever less. What is queued when a pause comes is withdrawn.
         crowding = min(self.scheduler.crowding(self), MOST_CROWDING)
         late = LATE * crowding
-        seconds, crowding = (worked, 1.0) if worked else (seconds, crowding)
+        if worked and crowding > 1.0:
+            seconds, crowding = worked, 1.0
         if seconds > late:
             self._copy_chunk = max(LEAST_CHUNK, self._copy_chunk // 2)
         elif seconds < SOON * crowding and length * 2 > self._copy_chunk:
