@@ -50,7 +50,7 @@ class QmpSocket:
         self.socket.sendall(json.dumps(request).encode())
         while "return" not in (answer := self.receive()) and "error" not in answer:
             # qemu-storage-daemon greets twice who comes while it starts (7.2).
-            assert "event" in answer or answer == self.greeting
+            assert "event" in answer or answer == self.greeting, answer
             if "event" in answer:
                 self.events.append(answer)
         if "error" in answer:
