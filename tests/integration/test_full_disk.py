@@ -89,7 +89,15 @@ SIDES = {"on_source_error": "stop", "on_target_error": "stop"}
 TO_TARGET = {"device": "src", "target": "target", "sync": "full", **SIDES}
 
 
-@pytest.mark.parametrize("then", ["resume", "cancel", "ignore"])
+# Each takes half a second of a processor; a quota is told by another error, to the same code.
+SOONER_OR_LATER = [
+    pytest.param(kind, then, marks=[pytest.mark.slow] * (kind == "quota" and then != "resume"))
+    for kind in KINDS
+    for then in ("resume", "cancel", "ignore")
+]
+
+
+@pytest.mark.parametrize(("room", "then"), SOONER_OR_LATER, indirect=["room"])
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
