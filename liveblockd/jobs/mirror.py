@@ -274,6 +274,9 @@ class MirrorCore(Job):
             elif (claim := self.chunks.take(self._chunk())) is not None:
                 self._begin(claim)
             else:
+                if self.chunks.rest and not self._copies:
+                    # Guests write to all that is left, again and again: as good as a pass over it.
+                    self.chunks.passes += 1
                 # Woken by the end of a copy, by clients, or by time to look for new writes.
                 await self.wait(None if self._copies else SLICE)
 

@@ -12,7 +12,7 @@ from liveblockd.errors import BlockError
 from liveblockd.jobs import mirror
 from liveblockd.jobs.job import BlockdevOnError
 from liveblockd.jobs.mirror import READY_REST, SLICE
-from liveblockd.jobs.mirror_job import MirrorParameters, MirrorSyncMode
+from liveblockd.jobs.mirror_job import Mirror, MirrorParameters, MirrorSyncMode
 from liveblockd.jobs.mirror_options import MirrorCopyMode, MirrorOptions
 from liveblockd.jobs.mirror_start import start_mirror
 from liveblockd.jobs.transitions import JobStatus
@@ -367,6 +367,36 @@ async def test_a_guest_that_writes_as_fast_as_is_copied_does_not_keep_it_from_it
     bench.model[: len(data)] = data
     assert await bench.content("target") == bytes(bench.model)
     assert (bench.drive.node.name == "target") is switch
+    await bench.close()
+
+
+async def test_guests_that_never_leave_the_last_cluster_do_not_keep_it_from_its_end(monkeypatch):
+    """They write to all that is left to copy, one after the other."""
+    bench = await Mirrors().make(size=CLUSTER)
+    enough, store = asyncio.Event(), Mirror._store
+
+    async def slowly(job, offset, data):
+        await bench.turns()
+        await store(job, offset, data)
+
+    async def writer(offset):
+        value = 0
+        while not enough.is_set():
+            value = value % 255 + 1
+            await bench.drive.write(offset, bytes([value]) * 512)
+            bench.model[offset : offset + 512] = bytes([value]) * 512
+
+    monkeypatch.setattr(Mirror, "_store", slowly)
+    guests = [asyncio.create_task(writer(offset)) for offset in range(0, 2 * KIB, 512)]
+    async with asyncio.timeout(10):
+        job = await bench.mirror(copy_mode=ACTIVE)
+        await bench.until(job, JobStatus.READY)
+        bench.scheduler.complete(job)
+        await bench.end(job)
+    enough.set()
+    await asyncio.gather(*guests)
+    assert bench.drive.node.name == "target"
+    assert await bench.content("target") == bytes(bench.model)
     await bench.close()
 
 
