@@ -198,9 +198,8 @@ class Daemon:
             await asyncio.sleep(1)
 
     async def _close_images(self) -> None:
-        if (
-            await self._graph.close()
-        ):  # what the guests did not flush may be lost; the log says where
+        failed = await self._graph.close()
+        if failed:  # what the guests did not flush may be lost; the log says where
             self._status = 1
 
     async def _last_command(self) -> None:

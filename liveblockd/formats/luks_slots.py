@@ -14,7 +14,6 @@ Errors: ``BlockError`` in QEMU's words; OSError.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import hashlib
 import os
@@ -38,6 +37,7 @@ from liveblockd.formats.luks import (
     slot_place,
     spread,
 )
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.runtime.workers import WorkerPool
 from liveblockd.storage.driver import BlockIO
 
@@ -93,19 +93,7 @@ async def amend_luks(
         else:
             await _erase(file, workers, data, base, amendment, force=force)
 
-    task = asyncio.get_running_loop().create_task(run())
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError:
-            cancelled = True
-    if not cancelled:
-        task.result()
-        return
-    if not task.cancelled():
-        task.exception()
-    raise asyncio.CancelledError
+    await to_its_end(run())
 
 
 def _check(amendment: LuksAmendment) -> None:

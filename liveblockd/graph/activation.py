@@ -24,9 +24,9 @@ from errno import EPERM
 from liveblockd.errors import BlockError
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph, parents_first
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
 from liveblockd.graph.opening import open_driver
+from liveblockd.runtime.unbroken import to_its_end
 
 log = logging.getLogger(__name__)
 

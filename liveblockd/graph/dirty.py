@@ -21,8 +21,8 @@ from liveblockd.graph.bitmaps import (
     default_granularity,
 )
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
+from liveblockd.runtime.unbroken import to_its_end
 
 Undo = Callable[[], None]
 

@@ -27,9 +27,10 @@ from liveblockd.errors import BlockError
 from liveblockd.events import BlockWriteThreshold, Publisher
 from liveblockd.graph import chain, permissions
 from liveblockd.graph.backend import Backend
-from liveblockd.graph.lock import SurgeryLock, to_its_end
+from liveblockd.graph.lock import SurgeryLock
 from liveblockd.graph.node import Edge, Node, Operation
 from liveblockd.graph.opening import BackingMembers, Opener, check_node_name
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.filters.throttle_group import ThrottleGroup
 from liveblockd.storage.options import BlockdevOptions

@@ -20,8 +20,8 @@ from liveblockd.errors import BlockError
 from liveblockd.graph import chain
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.snapshot_info import SnapshotInfo
 
 

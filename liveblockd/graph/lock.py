@@ -4,19 +4,14 @@ Opening, closing, snapshots, the end of a job and who attaches to a node hold it
 do. A task that holds it takes it again at once, so that a job can call ``Graph.open`` within its
 own surgery.
 
-``to_its_end`` is for the steps in between that must not be left half done by a cancel.
-
 Runs on the event loop. Raises nothing; a cancelled waiter does not hold it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class SurgeryLock:
@@ -52,22 +47,3 @@ class SurgeryLock:
         if not self._depth:
             self._owner = None
             self._lock.release()
-
-
-async def to_its_end(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
-    """Await ``work`` to its end even when cancelled: half of it would be worse than the wait.
-
-    A coroutine runs in a task of its own, so it must not take the surgery lock. The cancel is
-    raised after.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError:
-            cancelled = True
-    result = task.result()
-    if cancelled:
-        raise asyncio.CancelledError
-    return result

@@ -20,9 +20,9 @@ from typing import Final
 
 from liveblockd.errors import BlockError
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
 from liveblockd.qapi import parse
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from liveblockd.errors import BlockError
 from liveblockd.formats.probe import PROBE_BYTES, probe_format
 from liveblockd.graph import chain, filenames
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Edge, Node
 from liveblockd.graph.permissions import check_active_child
 from liveblockd.qapi import parse
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import BlockDriver, BlockIO
 from liveblockd.storage.options import (
     BlockdevCacheOptions,

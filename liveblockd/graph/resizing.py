@@ -20,8 +20,8 @@ from liveblockd.formats.qcow2.image import Qcow2
 from liveblockd.formats.qcow2.preallocate import Preallocation
 from liveblockd.graph import chain
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
+from liveblockd.runtime.unbroken import to_its_end
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from typing import Any, Final, cast
 from liveblockd.errors import BlockError
 from liveblockd.graph import filenames, surgery
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.new_file import new_file, remove_file
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import check_node_name
 from liveblockd.graph.permissions import cumulative
 from liveblockd.qapi import parse
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import BlockDriver, Permission
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import drivers

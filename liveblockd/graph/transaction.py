@@ -20,9 +20,9 @@ from contextlib import AsyncExitStack
 
 from liveblockd.errors import BlockError
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node
 from liveblockd.graph.surgery import flush_ahead
+from liveblockd.runtime.unbroken import to_its_end
 
 log = logging.getLogger(__name__)
 

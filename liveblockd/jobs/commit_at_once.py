@@ -19,9 +19,9 @@ from liveblockd.graph import chain
 from liveblockd.graph.backend import Backend
 from liveblockd.graph.filter import CommitTop
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
 from liveblockd.jobs.commit_hold import CommitHold
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import ExtentKind
 
 #: what is read and written at a time; bytes

@@ -27,10 +27,10 @@ from liveblockd.formats.luks_new import LuksCreateOptions, new_luks_header
 from liveblockd.formats.qcow2.create import create_qcow2
 from liveblockd.graph import filenames
 from liveblockd.graph.graph import MAX_LENGTH, Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.new_file import new_file
 from liveblockd.graph.node import Node
 from liveblockd.jobs.user import JobUser
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.driver import Permission
 from liveblockd.storage.options import BlockdevOptions
 

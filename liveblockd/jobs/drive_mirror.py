@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from liveblockd.errors import BlockError
 from liveblockd.graph import chain, filenames
 from liveblockd.graph.graph import Graph
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.node import Node, Operation
 from liveblockd.graph.opening import Opener
 from liveblockd.graph.snapshot import NewImageMode
@@ -31,6 +30,7 @@ from liveblockd.jobs.new_target import NewTarget, open_target, remove_target
 from liveblockd.jobs.scheduler import Scheduler
 from liveblockd.jobs.starting import start_job
 from liveblockd.qapi import parse
+from liveblockd.runtime.unbroken import to_its_end
 from liveblockd.storage.options import BlockdevOptions
 from liveblockd.storage.registry import drivers
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from liveblockd.graph.lock import to_its_end
 from liveblockd.graph.mirror_top import Apply
+from liveblockd.runtime.unbroken import to_its_end
 
 
 class _Write:

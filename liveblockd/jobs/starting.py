@@ -10,9 +10,9 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from liveblockd.errors import BlockError
-from liveblockd.graph.lock import to_its_end
 from liveblockd.jobs.job import Job
 from liveblockd.jobs.scheduler import Scheduler
+from liveblockd.runtime.unbroken import to_its_end
 
 J = TypeVar("J", bound=Job)
 
